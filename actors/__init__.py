@@ -1,0 +1,1 @@
+"""The processes: Ray actors around vLLM, reward functions and DeepSpeed."""

@@ -1,0 +1,4 @@
+"""The method: recipes, plans, data, the bridge, algorithms and the loops.
+
+Nothing here imports ray, vllm or deepspeed; those live in `actors`.
+"""

@@ -1,0 +1,395 @@
+"""The recipe: a complete, typed, frozen description of one curriculum, read from TOML.
+
+    recipe = load(["think_fusion.toml", "toy_size.toml"], ["stages.long-cot.lr = 1e-4"])
+
+Files compose left to right, then overrides. Tables merge key by key; `stages` merge by stage name, so an override
+file may change one field of one stage. An unknown key is an error that names the nearest known one. Every default
+lives here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be used; the message names the file, the key, what is wrong and what to do."""
+
+
+class Table(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Upcycle(Table):
+    """Turn a trained dense decoder into a mixture of experts, identical at the start."""
+
+    num_experts: PositiveInt
+    top_k: PositiveInt
+
+
+class Lora(Table):
+    """Low-rank adapters through peft; the artifact is in peft's format."""
+
+    rank: PositiveInt = 8
+    alpha: Positive = 16.0
+    target_modules: list[str] = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+class Tokenizer(Table):
+    """A byte-level BPE tokenizer trained on the text of the recipe's own data."""
+
+    vocab_size: PositiveInt = 512
+
+
+class Model(Table):
+    """The policy to start from: either a `bridge` to build, or the `path` of a bridge folder or of any Hugging Face
+    vision-language model (folder or hub name)."""
+
+    path: str | None = None
+    bridge: dict[str, dict[str, Any]] | None = None
+    tokenizer: Tokenizer = Tokenizer()
+    implementation: Literal["auto", "vllm", "transformers"] = "auto"
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Model:
+        if (self.path is None) == (self.bridge is None):
+            raise ValueError("give either `path` (a model to start from) or `bridge` (one to build), not both or none")
+        return self
+
+
+class Chat(Table):
+    """How thinking is asked for: this suffix on the user's text (SAIL-VL2 §5)."""
+
+    think_suffix: str = (
+        "You FIRST think about the reasoning process as an internal monologue and then provide the final answer. "
+        "The reasoning process MUST BE enclosed within <think> </think> tags. "
+        "The final answer MUST BE put in \\boxed{}."
+    )
+
+
+class Source(Table):
+    """Rows of data: a file or folder (`path`: parquet, JSONL, a Hugging Face dataset folder), or a `builder`."""
+
+    path: str | None = None
+    builder: str | None = None
+    table: str | None = None
+    split: Literal["train", "heldout"] = "train"
+    rows: PositiveInt = 1000
+    options: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Source:
+        if (self.path is None) == (self.builder is None):
+            raise ValueError("give either `path` (rows on disk) or `builder` with `table`, not both or none")
+        if self.builder is not None and self.table is None:
+            raise ValueError("a `builder` needs `table`: which of its tables to make")
+        return self
+
+
+class Resources(Table):
+    """What the job may use, and what each actor holds. Threads are per process."""
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    precision: Literal["float32", "bfloat16"] = "float32"
+    trainer_ranks: PositiveInt = 1
+    trainer_threads: PositiveInt = 2
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    offload: bool = False
+    rollout_workers: PositiveInt = 1
+    rollout_threads: PositiveInt = 2
+    tensor_parallel: PositiveInt = 1
+    max_num_seqs: PositiveInt = 256
+    max_model_len: PositiveInt = 256
+    kv_cache_gib: Positive = 0.25
+    reward_workers: PositiveInt = 1
+    memory_gib: Positive = 8.0
+    token_budget: PositiveInt = 8192
+    transport: Literal["auto", "cpu", "ipc", "nccl"] = "auto"
+
+
+class Deadlines(Table):
+    """Seconds after which a wait is given up and named."""
+
+    start: Positive = 300.0
+    step: Positive = 300.0
+    generate: Positive = 300.0
+    sync: Positive = 60.0
+    reward: Positive = 30.0
+    save: Positive = 120.0
+
+
+class Evaluation(Table):
+    """The held-out questions asked after every stage, in both modes: avg@samples at `temperature`, greedy beside it."""
+
+    data: Name | None = None
+    prompts: PositiveInt = 512
+    samples: PositiveInt = 4
+    temperature: Positive = 1.0
+    max_tokens: PositiveInt = 96
+    answer: str = "rewards.answer:boxed"
+    soundness: str | None = None
+    bootstrap: PositiveInt = 2000
+
+
+class Tracking(Table):
+    """Where progress goes besides the console and JSONL."""
+
+    tensorboard: bool = True
+    wandb: bool = True
+    project: str = "thinkfusion"
+    rollout_samples: PositiveInt = 12
+
+
+class Gate(Table):
+    """A bound on a metric of the stage; a failed gate stops the job with a nonzero status."""
+
+    metric: str
+    min: float | None = None
+    max: float | None = None
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Gate:
+        if self.min is None and self.max is None:
+            raise ValueError(f"gate on {self.metric!r} bounds nothing: give `min` or `max`")
+        return self
+
+
+class Reward(Table):
+    """One part of a reward: a function ("module:function" or "path/file.py:function"), or a judge: the artifact of
+    an earlier stage served by a rollout worker of its own."""
+
+    function: str | None = None
+    judge: Name | None = None
+    weight: Positive = 1.0
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Reward:
+        if (self.function is None) == (self.judge is None):
+            raise ValueError("give either `function` or `judge`, not both or none")
+        return self
+
+
+class StageBase(Table):
+    """What every stage has. `start` names the stage whose artifact it continues (default: the latest that made a
+    model, or `[model]`). `evaluate`: the questions of [evaluation] in both modes, a judge's precision and recall on
+    `judge_data`, only the held-out loss, or nothing."""
+
+    name: Name
+    start: Name | None = None
+    gates: list[Gate] = []
+    budget_minutes: Positive | None = None
+    evaluate: Literal["modes", "judge", "loss", "none"] = "none"
+    judge_data: Name | None = None
+
+
+class Optimised(StageBase):
+    """A stage that trains. `train` maps globs over parameter names to learning rates, the rest is frozen; without
+    it every parameter trains at `lr`."""
+
+    data: dict[Name, Positive]
+    steps: PositiveInt
+    lr: Positive = 1e-6
+    train: dict[str, Positive] | None = None
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: Fraction = 0.03
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip_grad: Positive = 1.0
+    router_aux: Annotated[float, Field(ge=0)] = 0.0
+    reset: list[str] = []
+    upcycle: Upcycle | None = None
+    lora: Lora | None = None
+    checkpoint_every: PositiveInt = 20
+
+
+class Sft(Optimised):
+    """Supervised: negative log-likelihood of the assistant's words. normalise = "token": mean over all answer
+    tokens of the batch; "row": summed over each row's tokens, divided by the number of rows (SAIL-VL2, think-fusion)."""
+
+    kind: Literal["sft"]
+    batch_size: PositiveInt
+    normalise: Literal["token", "row"] = "token"
+    think: bool | None = None
+
+
+class Rl(Optimised):
+    """Reinforcement learning on groups of rollouts. Clip ranges belong to the algorithm unless given."""
+
+    kind: Literal["rl"]
+    algorithm: Literal["auto", "grpo", "dapo", "gspo"] = "auto"
+    clip_low: Positive | None = None
+    clip_high: Positive | None = None
+    prompts_per_step: PositiveInt
+    group_size: Annotated[int, Field(ge=2)] = 8
+    updates_per_batch: PositiveInt = 1
+    temperature: Positive = 1.0
+    max_tokens: PositiveInt = 96
+    refill_rounds: Annotated[int, Field(ge=0)] = 2
+    max_failed_rewards: Fraction = 0.05
+    rewards: dict[Name, Reward]
+
+
+class Synthesize(StageBase):
+    """Make data with a model. method "difficulty": ask `samples` times, keep prompts by how many answers were right
+    (`drop` maps a category to the counts that go: "none_right", "all_right"; "*" for any other).
+    method "rejection": keep rollouts whose answer is right and, with `judge`, whose chain is judged sound."""
+
+    kind: Literal["synthesize"]
+    method: Literal["difficulty", "rejection"]
+    data: dict[Name, Positive]
+    prompts: PositiveInt
+    samples: PositiveInt = 4
+    temperature: Positive = 1.0
+    max_tokens: PositiveInt = 96
+    answer: str = "rewards.answer:boxed"
+    category: str = "category"
+    drop: dict[str, list[Literal["none_right", "all_right"]]] = {"*": ["none_right", "all_right"]}
+    judge: Name | None = None
+    per_prompt: PositiveInt = 1
+    min_rows: PositiveInt = 1
+
+
+class Evaluate(StageBase):
+    """Measure a model without changing it."""
+
+    kind: Literal["evaluate"]
+    temperatures: list[Positive] = [1.0]
+
+
+Stage = Annotated[Sft | Rl | Synthesize | Evaluate, Field(discriminator="kind")]
+
+
+class Recipe(Table):
+    """A curriculum: the model, its data, the stages in order, and what they may use."""
+
+    name: Name
+    description: str = ""
+    seed: int = 0
+    budget_minutes: Positive | None = None
+    model: Model
+    chat: Chat = Chat()
+    data: dict[Name, Source] = {}
+    resources: Resources = Resources()
+    deadlines: Deadlines = Deadlines()
+    evaluation: Evaluation = Evaluation()
+    tracking: Tracking = Tracking()
+    stages: Annotated[list[Stage], Field(min_length=1)]
+
+
+def load(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> Recipe:
+    """Read and compose recipe files, then apply overrides written as TOML (`stages.NAME.key = value`).
+
+    Raises RecipeError naming file and key.
+    """
+    if not paths:
+        raise RecipeError("no recipe given; try recipes/think_fusion_digits.toml")
+    merged: dict[str, Any] = {}
+    for path in map(Path, paths):
+        try:
+            text = path.read_text()
+        except OSError as error:
+            raise RecipeError(f"{path}: cannot be read ({error.strerror})") from error
+        merged = _merge(merged, _parse(text, str(path)), str(path))
+    for override in overrides:
+        merged = _merge(merged, _parse(override, f"override {override!r}"), f"override {override!r}")
+    return validate(merged, " + ".join(map(str, paths)))
+
+
+def validate(table: dict[str, Any], origin: str) -> Recipe:
+    """Check a composed table against the schema. Raises RecipeError with every problem, one a line."""
+    try:
+        return Recipe.model_validate(table)
+    except ValidationError as error:
+        raise RecipeError("\n".join(_explain(table, origin, error))) from error
+
+
+def _parse(text: str, origin: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{origin}: not valid TOML: {error}") from error
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any], origin: str) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        if key == "stages" and old is not None:
+            merged[key] = _merge_stages(old, value, origin)
+        elif isinstance(old, dict) and isinstance(value, dict):
+            merged[key] = _merge(old, value, origin)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _merge_stages(base: list[dict[str, Any]], over: Any, origin: str) -> list[dict[str, Any]]:
+    """`[[stages]]` appends or changes by name; `stages.NAME.key = …` changes one stage."""
+    changes = over if isinstance(over, list) else [{**fields, "name": name} for name, fields in over.items()]
+    merged = {stage["name"]: stage for stage in base}
+    for change in changes:
+        name = change.get("name")
+        if name not in merged:
+            if isinstance(over, dict):
+                raise RecipeError(f"{origin}: no stage named {name!r}; the stages are {', '.join(merged)}")
+            merged[name] = change
+        elif change.get("remove") is True:
+            del merged[name]
+        else:
+            merged[name] = _merge(merged[name], change, origin)
+    return list(merged.values())
+
+
+def _explain(table: dict[str, Any], origin: str, error: ValidationError) -> Iterator[str]:
+    kinds = {"sft", "rl", "synthesize", "evaluate"}
+    for problem in error.errors():
+        # pydantic puts the discriminator's tag into the path; a reader of the recipe never wrote it
+        path = [part for part in problem["loc"] if part not in kinds]
+        key = _readable(table, path)
+        if problem["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(str(path[-1]), _known_keys(problem["loc"], table), 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            yield f"{origin}: unknown key {key!r}{hint}"
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            yield f"{origin}: {key}: {message}"
+
+
+def _readable(table: dict[str, Any], path: Sequence[int | str]) -> str:
+    if len(path) > 1 and path[0] == "stages" and isinstance(path[1], int):
+        stage = table["stages"][path[1]]
+        path = ["stages", stage.get("name", path[1]), *path[2:]]
+    return ".".join(map(str, path))
+
+
+def _known_keys(loc: Sequence[int | str], table: dict[str, Any]) -> list[str]:
+    models: dict[str, type[Table]] = {"sft": Sft, "rl": Rl, "synthesize": Synthesize, "evaluate": Evaluate}
+    current: type[Table] | None = Recipe
+    for part in loc[:-1]:
+        if isinstance(part, str) and part in models:
+            current = models[part]
+            continue
+        if current is None or isinstance(part, int):
+            continue
+        found = current.model_fields.get(str(part))
+        current = _table_of(found.annotation) if found else current
+    return list(current.model_fields) if current else []
+
+
+def _table_of(annotation: Any) -> type[Table] | None:
+    if isinstance(annotation, type) and issubclass(annotation, Table):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        if (found := _table_of(argument)) is not None:
+            return found
+    return None

@@ -1,0 +1,245 @@
+"""The data that travels between the driver and the actors.
+
+A worked example of one step, with 2 prompts of 3 rollouts each:
+
+    Prompt  "what is the sum?" + 1 image        2 of them
+    Group   the prompt and its 3 rollouts       2 of them, each rollout with a Score
+    Sample  prompt ids + completion ids         6 of them, each with an advantage
+    Batch   the samples, cut by optimizer step, trainer rank and micro-batch
+
+Every class is frozen; bulk data (media) is kept as encoded bytes until pixels are needed.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from PIL import Image
+
+MediaKind = Literal["image", "video"]
+Outcome = Literal["scored", "failed", "timed_out"]
+Finish = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True)
+class Media:
+    """One image (or, later, video) of a row, as encoded bytes (PNG, JPEG, …).
+
+    size is (width, height) in pixels; times are the seconds of a video's frames, empty for an image.
+    """
+
+    data: bytes
+    size: tuple[int, int]
+    kind: MediaKind = "image"
+    times: tuple[float, ...] = ()
+
+    def open(self) -> Image.Image:
+        """Decode to an RGB image."""
+        return Image.open(io.BytesIO(self.data)).convert("RGB")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question, rendered for the model.
+
+    key        unique and stable over runs: "<source>/<row>[#think]"
+    question   the user's words, without template or thinking suffix
+    token_ids  the rendered chat template, un-expanded: one placeholder per media item
+    think      whether the thinking suffix was added
+    columns    every other column of the row (answer, category, digits, …)
+    """
+
+    key: str
+    source: str
+    question: str
+    token_ids: tuple[int, ...]
+    media: tuple[Media, ...] = ()
+    think: bool = False
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample: `num` rollouts a prompt. temperature 0 is greedy. seed makes every request replayable."""
+
+    num: int = 1
+    temperature: float = 1.0
+    max_tokens: int = 96
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One completion of a prompt, as sampled by the engine.
+
+    token_ids  [T] the sampled ids, end-of-text included where it was sampled
+    logprobs   [T] log-probabilities after temperature and token mask
+    versions   [T] the policy version that sampled each token
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    versions: tuple[int, ...]
+    text: str
+    finish: Finish
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a reward said of one rollout. Only outcome "scored" has a value; a failure is never a 0."""
+
+    outcome: Outcome
+    value: float | None = None
+    parts: Mapping[str, float] = field(default_factory=dict)
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Group:
+    """A prompt with its rollouts. prompt_ids are the ids the engine saw: placeholders expanded."""
+
+    prompt: Prompt
+    prompt_ids: tuple[int, ...]
+    rollouts: tuple[Rollout, ...]
+    scores: tuple[Score, ...] = ()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One row to train on: prompt (expanded) and completion.
+
+    token_ids      [P + T]
+    prompt_length  P; the loss covers the T tokens after it
+    weight         multiplies the row's loss; 0 keeps it out
+    advantage      of every completion token (RL); 1 for supervised rows
+    logprobs       [T] of the policy that sampled the row; empty for supervised rows
+    """
+
+    key: str
+    token_ids: tuple[int, ...]
+    prompt_length: int
+    media: tuple[Media, ...] = ()
+    weight: float = 1.0
+    advantage: float = 1.0
+    logprobs: tuple[float, ...] = ()
+
+    @property
+    def num_completion(self) -> int:
+        return len(self.token_ids) - self.prompt_length
+
+
+@dataclass(frozen=True)
+class Update:
+    """One optimizer step: micro_batches[rank][i] is a tuple of samples.
+
+    Every rank has the same number of micro-batches (an empty tuple where it has no rows left).
+    num_tokens and num_rows count completion tokens and rows over all ranks: the loss's denominators.
+    """
+
+    micro_batches: tuple[tuple[tuple[Sample, ...], ...], ...]
+    num_tokens: int
+    num_rows: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Everything between two publishes: one or more optimizer steps."""
+
+    updates: tuple[Update, ...]
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """Metrics of one Batch, reduced over ranks; gap holds |trainer − engine| log-prob differences [N] of its
+    first update (the weights that sampled the rows), empty for supervised batches."""
+
+    metrics: Mapping[str, float]
+    gap: Sequence[float] = ()
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A fixed sequence on which trainer and engine must agree. token_ids un-expanded; media as in Prompt."""
+
+    token_ids: tuple[int, ...]
+    media: tuple[Media, ...] = ()
+
+
+@dataclass(frozen=True)
+class ProbeScores:
+    """logprobs[i][t]: log-prob of token t+1 of probe i given what precedes it, on the expanded sequence.
+
+    Trainer side only: margins[i][t] is the smallest top-k router margin over layers and over positions ≤ t (inf for
+    a dense decoder); experts_reached maps a layer's name to the experts the probes visit, experts_total counts them.
+    """
+
+    expanded_ids: tuple[tuple[int, ...], ...]
+    logprobs: tuple[tuple[float, ...], ...]
+    margins: tuple[tuple[float, ...], ...] = ()
+    experts_reached: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    experts_total: int = 0
+
+
+@dataclass(frozen=True)
+class Publication:
+    """One version of the policy's weights on its way to the engines.
+
+    buckets are transport handles (object references for `cpu`), each holding (name, array) pairs;
+    names maps every parameter to its shape: the coverage an engine checks.
+    """
+
+    version: int
+    transport: str
+    buckets: tuple[Any, ...]
+    names: Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What a trainer minimises.
+
+    kind "nll": negative log-likelihood of the completion; any other kind names a policy loss of `rlhf.algorithms`.
+    normalise "token": divide by the update's num_tokens; "row": sum over tokens, divide by num_rows.
+    clip_low and clip_high bound the importance ratio to [1 − low, 1 + high]; unused by "nll".
+    temperature divides the logits, and masked_ids get −inf, on the trainer as on the engine.
+    """
+
+    kind: str = "nll"
+    normalise: Literal["token", "row"] = "token"
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    temperature: float = 1.0
+    masked_ids: tuple[int, ...] = ()
+    router_aux: float = 0.0
+
+
+@dataclass(frozen=True)
+class TrainSpec:
+    """One stage's training, as a trainer rank needs it.
+
+    model    folder of the artifact to continue from
+    train    globs over parameter names (without the leading "model.") to learning rates; the rest is frozen
+    steps    optimizer steps of the whole stage, for the schedule; warmup is a fraction of them
+    reset    globs of parameters to initialise anew; upcycle (num_experts, top_k); lora (rank, alpha, target modules)
+    """
+
+    model: str
+    seed: int
+    loss: Loss
+    train: Mapping[str, float]
+    steps: int
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = 0.03
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip_grad: float = 1.0
+    zero_stage: int = 2
+    offload: bool = False
+    precision: Literal["float32", "bfloat16"] = "float32"
+    reset: tuple[str, ...] = ()
+    upcycle: tuple[int, int] | None = None
+    lora: tuple[int, float, tuple[str, ...]] | None = None
