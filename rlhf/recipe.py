@@ -182,14 +182,15 @@ class Reward(Table):
 class StageBase(Table):
     """What every stage has. `start` names the stage whose artifact it continues (default: the latest that made a
     model, or `[model]`). `evaluate`: the questions of [evaluation] in both modes, a judge's precision and recall on
-    `judge_data`, only the held-out loss, or nothing."""
+    `eval_data`, only the held-out loss on `eval_data`, or nothing. With "modes", `eval_data` adds questions asked
+    directly (eval.extra.accuracy)."""
 
     name: Name
     start: Name | None = None
     gates: list[Gate] = []
     budget_minutes: Positive | None = None
     evaluate: Literal["modes", "judge", "loss", "none"] = "none"
-    judge_data: Name | None = None
+    eval_data: Name | None = None
 
 
 class Optimised(StageBase):
@@ -206,20 +207,20 @@ class Optimised(StageBase):
     betas: tuple[float, float] = (0.9, 0.95)
     clip_grad: Positive = 1.0
     router_aux: Annotated[float, Field(ge=0)] = 0.0
-    reset: list[str] = []
-    upcycle: Upcycle | None = None
     lora: Lora | None = None
     checkpoint_every: PositiveInt = 20
 
 
 class Sft(Optimised):
     """Supervised: negative log-likelihood of the assistant's words. normalise = "token": mean over all answer
-    tokens of the batch; "row": summed over each row's tokens, divided by the number of rows (SAIL-VL2, think-fusion)."""
+    tokens of the batch; "row": summed over each row's tokens, divided by the number of rows (SAIL-VL2, think-fusion).
+    `reset` names parameters to start anew (a fresh connector); `upcycle` makes the dense decoder a mixture of experts."""
 
     kind: Literal["sft"]
     batch_size: PositiveInt
     normalise: Literal["token", "row"] = "token"
-    think: bool | None = None
+    reset: list[str] = []
+    upcycle: Upcycle | None = None
 
 
 class Rl(Optimised):

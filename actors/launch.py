@@ -1,0 +1,410 @@
+"""From a plan to live actors and back: the one place that starts and ends processes.
+
+A handle is what a loop holds: it plays a role of `rlhf.roles`, gives every remote call a deadline, and owns the
+liveness of its actors. Engines outlive stages: a model of an architecture that is already served is loaded as weights.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import os
+import socket
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError
+
+from actors.artifacts import architecture, read_probes, read_weights, write_probes
+from actors.jobs import ray_environment
+from actors.reward import RewardWorker
+from actors.rollout import EngineSettings, RolloutWorker
+from actors.trainer import TrainerRank
+from rewards.base import Item
+from rlhf.agreement import compare, localise
+from rlhf.recipe import Deadlines, Recipe, Resources
+from rlhf.roles import SyncError, SyncReport
+from rlhf.types import Batch, Group, Probe, ProbeScores, Prompt, Publication, Sampling, Score, StepStats, TrainSpec
+
+BUCKET_BYTES = 64 * 2**20
+REWARD_CHUNK = 64  # items a call: small enough that a hang costs little, large enough to be cheap
+
+
+class ActorTimeout(TimeoutError):
+    """A remote call missed its deadline; names the actor, the call and the recipe key of the deadline."""
+
+
+async def within(seconds: float, deadline: str, what: str, reference: Any) -> Any:
+    """Await a remote call for at most `seconds`; `deadline` is its key in the recipe's [deadlines]."""
+    try:
+        return await asyncio.wait_for(_future(reference), seconds)
+    except TimeoutError as error:
+        raise ActorTimeout(
+            f"{what} did not answer within {seconds:g} s; raise deadlines.{deadline} if it is only slow"
+        ) from error
+
+
+async def _future(reference: Any) -> Any:
+    return await reference
+
+
+@ray.remote
+class RolloutActor(RolloutWorker):
+    """A rollout worker that fetches published weights from the object store, or reads an artifact's."""
+
+    def fetch(self, publication: Publication) -> float:
+        """Load a publication; returns the engine's seconds."""
+        return self.load(publication, ray.get(list(publication.buckets))).seconds
+
+    def open(self, folder: str, version: int) -> float:
+        """Load an artifact's weights from its folder; returns the engine's seconds."""
+        weights = read_weights(Path(folder))
+        names = {name: tuple(array.shape) for name, array in weights}
+        return self.load(Publication(version, "cpu", (), names), [weights]).seconds
+
+
+@ray.remote
+class TrainerActor(TrainerRank):
+    """A trainer rank that puts its weights into the object store."""
+
+    def publication(self, version: int) -> Publication | None:
+        """Rank 0's answer holds the references; the other ranks only take part in gathering."""
+        names: dict[str, tuple[int, ...]] = {}
+        references = []
+        for bucket in self.weights(BUCKET_BYTES):
+            names |= {name: tuple(array.shape) for name, array in bucket}
+            references.append(ray.put(bucket))
+        return Publication(version, "cpu", tuple(references), names)
+
+
+RewardActor = ray.remote(RewardWorker)
+
+
+@ray.remote(num_cpus=0)
+def rendezvous() -> str:
+    """host:port, free on the node that answers, for the trainer's process group."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return f"{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
+
+
+@dataclass
+class EngineHandle:
+    """One model on its rollout workers. A dead worker is started again, refitted, and its prompts are asked again."""
+
+    name: str
+    folder: Path
+    architecture: str
+    start: Callable[[Path], Any]
+    deadlines: Deadlines
+    workers: list[Any] = field(default_factory=list)
+    refit: Callable[[Any], Awaitable[None]] | None = None
+    restarts: int = 0
+
+    async def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
+        """Sample on every worker at once; worker w takes prompts w, w + W, …"""
+        if not prompts:
+            return []
+        count = len(self.workers)
+        shares = await asyncio.gather(*(self._ask(worker, prompts[worker::count], sampling) for worker in range(count)))
+        groups: list[Group | None] = [None] * len(prompts)
+        for worker, share in enumerate(shares):
+            groups[worker::count] = share
+        return [group for group in groups if group is not None]
+
+    async def load(self, publication: Publication) -> None:
+        """Give every worker a publication, and remember it for workers that have to be started again."""
+
+        async def refit(worker: Any) -> None:
+            call = worker.fetch.remote(publication)
+            await within(self.deadlines.sync, "sync", f"engine {self.name!r} loading weights", call)
+
+        await self._refit_all(refit)
+
+    async def open(self, folder: Path) -> None:
+        """Give every worker an artifact's weights, proven by the probe scores that lie beside them."""
+
+        async def refit(worker: Any) -> None:
+            call = worker.open.remote(str(folder), 0)
+            await within(self.deadlines.sync, "sync", f"engine {self.name!r} loading {folder}", call)
+
+        await self._refit_all(refit)
+        self.folder = folder
+        await self.prove_artifact()
+
+    async def prove_artifact(self) -> None:
+        """Check the engine's live log-probs against the artifact's probe scores, where it has any."""
+        saved = read_probes(self.folder)
+        if saved is None:
+            return
+        probes, expected = saved
+        for scores in await self.score(probes):
+            agreement = compare(expected, scores)
+            if not agreement.ok:
+                raise SyncError(f"engine {self.name!r} does not compute what {self.folder} holds: {agreement.message}")
+
+    async def score(self, probes: Sequence[Probe]) -> list[ProbeScores]:
+        """Every worker's live log-probs on the probes."""
+        what = f"engine {self.name!r} scoring probes"
+        calls = [worker.score.remote(probes) for worker in self.workers]
+        return list(await asyncio.gather(*(within(self.deadlines.sync, "sync", what, call) for call in calls)))
+
+    async def fingerprints(self, probes: Sequence[Probe]) -> Any:
+        """What the first worker's modules compute on the probes, for naming a parameter group that is wrong."""
+        call = self.workers[0].fingerprints.remote(probes)
+        return await within(self.deadlines.sync, "sync", f"engine {self.name!r} fingerprints", call)
+
+    async def _refit_all(self, refit: Callable[[Any], Awaitable[None]]) -> None:
+        self.refit = refit
+        for index in range(len(self.workers)):
+            try:
+                await refit(self.workers[index])
+            except RayActorError:
+                await self._restart(index)
+
+    async def _ask(self, index: int, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
+        what = f"engine {self.name!r} generating for {len(prompts)} prompts"
+        for attempt in itertools.count():
+            call = self.workers[index].generate.remote(prompts, sampling)
+            try:
+                found: list[Group] = await within(self.deadlines.generate, "generate", what, call)
+                return found
+            except RayActorError:
+                if attempt == 2:
+                    raise
+                await self._restart(index)
+        raise AssertionError("unreachable")
+
+    async def _restart(self, index: int) -> None:
+        self.restarts += 1
+        self.workers[index] = self.start(self.folder)
+        await within(
+            self.deadlines.start,
+            "start",
+            f"engine {self.name!r} starting again",
+            self.workers[index].heartbeat.remote(),
+        )
+        if self.refit is not None:
+            await self.refit(self.workers[index])
+
+
+@dataclass
+class TrainerHandle:
+    """All ranks of the trainer, called together."""
+
+    ranks: list[Any]
+    deadlines: Deadlines
+    probes: Sequence[Probe] = ()
+
+    async def begin(self, spec: TrainSpec, probes: Sequence[Probe]) -> Mapping[str, float]:
+        self.probes = probes
+        info = (await self._all("begin", "start", spec))[0]
+        return {"parameters": info.num_parameters, "trainable": info.num_trainable}
+
+    async def step(self, batch: Batch) -> StepStats:
+        stats: StepStats = (await self._all("step", "step", ray.put(batch)))[0]
+        return stats
+
+    async def losses(self, batch: Batch) -> Mapping[str, float]:
+        losses: Mapping[str, float] = (await self._all("losses", "step", ray.put(batch)))[0]
+        return losses
+
+    async def publish(self, engine: EngineHandle, version: int) -> SyncReport:  # type: ignore[override]
+        started = time.perf_counter()
+        publication = (await self._all("publication", "sync", version))[0]
+        await engine.load(publication)
+        sent = time.perf_counter()
+        metrics = await self._prove(engine, version)
+        return SyncReport(version, sent - started, time.perf_counter() - sent, metrics)
+
+    async def save(self, folder: Path) -> None:
+        await self._all("save", "save", str(folder))
+
+    async def restore(self, folder: Path) -> None:
+        await self._all("restore", "save", str(folder))
+
+    async def export(self, folder: Path) -> None:
+        await self._all("export", "save", str(folder))
+        write_probes(folder, self.probes, (await self._all("probe", "sync", self.probes))[0])
+
+    async def end(self) -> None:
+        await self._all("end", "save")
+
+    async def _prove(self, engine: EngineHandle, version: int) -> dict[str, float]:
+        expected, found = await asyncio.gather(self._all("probe", "sync", self.probes), engine.score(self.probes))
+        metrics: dict[str, float] = {}
+        for scores in found:
+            agreement = compare(expected[0], scores)
+            if not agreement.ok:
+                ours, theirs = await asyncio.gather(
+                    self._all("fingerprints", "sync", self.probes), engine.fingerprints(self.probes)
+                )
+                raise SyncError(
+                    f"version {version}: engine {engine.name!r} does not compute what the trainer computes: "
+                    f"{agreement.message}. First difference: {localise(ours[0], theirs)}"
+                )
+            metrics = {
+                "sync_probe.max": max(agreement.max_gap, metrics.get("sync_probe.max", 0.0)),
+                "sync_probe.checked": float(agreement.checked),
+                "sync_probe.skipped": float(agreement.skipped),
+                "sync_probe.unreached_experts": float(agreement.unreached),
+            }
+        return metrics
+
+    async def _all(self, method: str, deadline: str, *arguments: Any) -> list[Any]:
+        """Call every rank; the first failure ends the wait, since the others may be stuck in a collective."""
+        calls = [getattr(rank, method).remote(*arguments) for rank in self.ranks]
+        seconds = getattr(self.deadlines, deadline)
+        return list(
+            await asyncio.gather(
+                *(within(seconds, deadline, f"trainer rank {i}: {method}", call) for i, call in enumerate(calls))
+            )
+        )
+
+
+@dataclass
+class RewardsHandle:
+    """Reward workers; one that hangs or dies is replaced, and only the sample that did it is lost."""
+
+    start: Callable[[], Any]
+    deadline: float
+    workers: list[Any] = field(default_factory=list)
+
+    async def score(self, function: str, groups: Sequence[Group]) -> list[list[Score]]:
+        items = [
+            Item(group.prompt, rollout.text, len(rollout.token_ids), rollout.finish == "stop")
+            for group in groups
+            for rollout in group.rollouts
+        ]
+        chunks = [items[start : start + REWARD_CHUNK] for start in range(0, len(items), REWARD_CHUNK)]
+        queues = [chunks[worker :: len(self.workers)] for worker in range(len(self.workers))]
+        done = await asyncio.gather(*(self._work(worker, function, queue) for worker, queue in enumerate(queues)))
+        scores: list[list[Score]] = [[] for _ in chunks]
+        for worker, results in enumerate(done):
+            scores[worker :: len(self.workers)] = results
+        flat = itertools.chain.from_iterable(scores)
+        return [[next(flat) for _ in group.rollouts] for group in groups]
+
+    async def _work(self, worker: int, function: str, queue: list[list[Item]]) -> list[list[Score]]:
+        return [await self._chunk(worker, function, chunk) for chunk in queue]
+
+    async def _chunk(self, worker: int, function: str, items: list[Item]) -> list[Score]:
+        """Score a chunk; when it hangs or kills its process, find the item that does it by asking one at a time."""
+        try:
+            call = self.workers[worker].score.remote(function, items)
+            scores: list[Score] = await asyncio.wait_for(_future(call), self.deadline)
+            return scores
+        except TimeoutError:
+            failure = Score("timed_out", note=f"{function} took more than deadlines.reward = {self.deadline:g} s")
+        except RayActorError:
+            failure = Score("failed", note=f"{function} ended its process")
+        ray.kill(self.workers[worker])
+        self.workers[worker] = self.start()
+        if len(items) == 1:
+            return [failure]
+        return [score for item in items for score in await self._chunk(worker, function, [item])]
+
+
+@dataclass
+class Cast:
+    """Everything that is running for a job (rlhf.roles.Actors)."""
+
+    recipe: Recipe
+    trainer: TrainerHandle
+    rewards: RewardsHandle
+    engines: list[EngineHandle] = field(default_factory=list)
+    cold_starts: int = 0
+
+    @contextlib.asynccontextmanager
+    async def serving(self, models: Mapping[str, Path]) -> AsyncIterator[Mapping[str, EngineHandle]]:
+        engines: dict[str, EngineHandle] = {}
+        for role, folder in models.items():
+            engines[role] = await self._engine(role, folder, list(engines.values()))
+        yield engines
+
+    async def _engine(self, role: str, folder: Path, busy: list[EngineHandle]) -> EngineHandle:
+        kind = architecture(folder)
+        free = [engine for engine in self.engines if engine.architecture == kind and engine not in busy]
+        for engine in free:
+            await engine.open(folder)
+            return engine
+        resources, deadlines = self.recipe.resources, self.recipe.deadlines
+        workers = resources.rollout_workers if role == "policy" else 1
+        engine = EngineHandle(role, folder, kind, lambda path: start_rollout(resources, self.recipe, path), deadlines)
+        engine.workers = [engine.start(folder) for _ in range(workers)]
+        self.cold_starts += workers
+        await asyncio.gather(
+            *(
+                within(deadlines.start, "start", f"engine {role!r} starting on {folder}", worker.heartbeat.remote())
+                for worker in engine.workers
+            )
+        )
+        self.engines.append(engine)
+        await engine.prove_artifact()
+        return engine
+
+
+def start_rollout(resources: Resources, recipe: Recipe, folder: Path) -> Any:
+    """One rollout worker serving the model in folder."""
+    settings = EngineSettings(
+        dtype=resources.precision,
+        max_model_len=resources.max_model_len,
+        max_num_seqs=resources.max_num_seqs,
+        kv_cache_gib=resources.kv_cache_gib,
+        threads=resources.rollout_threads,
+        seed=recipe.seed,
+        implementation=recipe.model.implementation,
+        tensor_parallel=resources.tensor_parallel,
+        device=resources.device,
+    )
+    options = {"num_cpus": 0, "max_concurrency": 8, "runtime_env": {"env_vars": threads(resources.rollout_threads)}}
+    return RolloutActor.options(**options).remote(str(folder), settings)
+
+
+def threads(count: int) -> dict[str, str]:
+    """OpenMP settings of one process. Passive waiting: idle threads of one actor must not starve another's."""
+    return {"OMP_NUM_THREADS": str(count), "MKL_NUM_THREADS": str(count), "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+@contextlib.asynccontextmanager
+async def launch(recipe: Recipe, folder: Path, address: str | None = None) -> AsyncIterator[Cast]:
+    """Start Ray (or join the cluster at `address`), trainer ranks and reward workers; end all of it on leaving."""
+    resources, deadlines = recipe.resources, recipe.deadlines
+    os.environ.update(ray_environment(folder))
+    ray.init(
+        address=address,
+        num_cpus=None if address else os.cpu_count(),
+        include_dashboard=False if address is None else None,
+        log_to_driver=False,
+        configure_logging=False,
+        namespace=recipe.name,
+    )
+    try:
+        ranks = await start_trainers(resources, deadlines)
+
+        def start_reward() -> Any:
+            return RewardActor.options(num_cpus=0, runtime_env={"env_vars": threads(1)}).remote()
+
+        rewards = RewardsHandle(
+            start_reward, deadlines.reward, [start_reward() for _ in range(resources.reward_workers)]
+        )
+        yield Cast(recipe, TrainerHandle(ranks, deadlines), rewards)
+    finally:
+        ray.shutdown()
+
+
+async def start_trainers(resources: Resources, deadlines: Deadlines) -> list[Any]:
+    """All trainer ranks, joined in one process group."""
+    address = await within(deadlines.start, "start", "choosing the trainer's address", rendezvous.remote())
+    options = {"num_cpus": 0, "max_concurrency": 1, "runtime_env": {"env_vars": threads(resources.trainer_threads)}}
+    return [
+        TrainerActor.options(**options).remote(
+            rank, resources.trainer_ranks, address, resources.trainer_threads, resources.device
+        )
+        for rank in range(resources.trainer_ranks)
+    ]

@@ -1,0 +1,552 @@
+"""One rollout worker: a vLLM engine that samples, scores probes, and takes new weights between two steps.
+
+A thread of its own owns the engine. It consumes commands (submit, load, abort, …) and produces finished calls; it
+waits for a command when nothing runs or while paused, and is unblocked by any command. Callers' threads only post
+commands and read counters, so `heartbeat`, `pause`, `resume` and `abort` answer at once, whatever the engine does.
+
+vLLM's engine core is driven directly, one `get_output` a step: no detokeniser between, and the policy version of every
+token is the one the step ran with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Literal
+
+from PIL import Image
+
+from rlhf.types import Finish, Group, Media, Probe, ProbeScores, Prompt, Publication, Rollout, Sampling
+
+if TYPE_CHECKING:
+    from torch import nn
+    from vllm.v1.engine import EngineCoreOutput
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    from rlhf.agreement import Fingerprints, Parts
+
+IDLE_SECONDS = 0.5
+DECODED_IMAGES = 1024
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What one engine may use.
+
+    masked_tokens   ids that are never sampled (the image placeholder, padding): their logits become -inf
+    deadline        seconds after which a call is given up, its requests aborted, and TimeoutError raised
+    """
+
+    dtype: str = "float32"
+    max_model_len: int = 256
+    max_num_seqs: int = 256
+    kv_cache_gib: float = 0.25
+    threads: int = 1
+    seed: int = 0
+    implementation: Literal["auto", "vllm", "transformers"] = "auto"
+    tensor_parallel: int = 1
+    device: Literal["cpu", "cuda"] = "cpu"
+    masked_tokens: tuple[int, ...] = ()
+    transport: str = "cpu"
+    deadline: float = 300.0
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """A finished weight load: the version now served, and the seconds it took."""
+
+    version: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """Liveness without waiting. `steps` grows while the engine works; `alive_error` tells why it no longer does."""
+
+    steps: int
+    running: int
+    waiting: int
+    version: int
+    alive_error: str | None = None
+
+
+@dataclass
+class _Request:
+    """One sequence in the engine."""
+
+    call: _Call
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+    prompt_logprobs: tuple[float, ...] = ()
+    finish: Finish | None = None
+
+
+@dataclass
+class _Call:
+    """Requests that one caller waits for."""
+
+    requests: dict[str, _Request] = field(default_factory=dict)
+    open: int = 0
+    done: Future[None] = field(default_factory=Future)
+
+
+class RolloutWorker:
+    """A vLLM engine in this process (its own ranks above tensor_parallel 1). Thread-safe.
+
+    Starting takes seconds; errors of starting are raised here. An error inside a step or a load ends the engine:
+    pending and later calls raise that error, and the worker must be replaced.
+    """
+
+    def __init__(self, model: str, settings: EngineSettings) -> None:
+        self.settings = settings
+        self._model = model
+        self._commands: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._wake = threading.Condition()
+        self._requests: dict[str, _Request] = {}
+        self._steps = 0
+        self._started = 0
+        self._version = 0
+        self._serial = 0
+        self._paused = False
+        self._closed = False
+        self._error: BaseException | None = None
+        self._decoded = lru_cache(maxsize=DECODED_IMAGES)(_decode)
+        ready: Future[None] = Future()
+        self._thread = threading.Thread(target=self._run, args=(ready,), name="engine", daemon=True)
+        self._thread.start()
+        ready.result(timeout=settings.deadline)
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
+        """Sample `sampling.num` rollouts of every prompt, in order.
+
+        Every rollout has a seed of its own, made from (sampling.seed, prompt.key, index): the same request gives the
+        same tokens whatever runs beside it. Log-probs are those of the sampled distribution: after temperature and
+        token mask. Raises ValueError naming the prompt that cannot be served.
+        """
+        call = _Call()
+        expanded: list[tuple[int, ...]] = []
+        self._finish(call, lambda: expanded.extend(self._submit(call, prompts, sampling)))
+        requests = iter(call.requests.values())
+        return [
+            Group(prompt, ids, tuple(self._rollout(next(requests)) for _ in range(sampling.num)))
+            for prompt, ids in zip(prompts, expanded, strict=True)
+        ]
+
+    def score(self, probes: Sequence[Probe]) -> ProbeScores:
+        """Log-probs of the probes under the live weights: temperature 1, unmasked, never from a cache."""
+        call = _Call()
+        expanded: list[tuple[int, ...]] = []
+        self._finish(call, lambda: expanded.extend(self._submit_probes(call, probes)))
+        if any(request.finish == "abort" for request in call.requests.values()):
+            raise RuntimeError("scoring the probes was aborted")
+        return ProbeScores(tuple(expanded), tuple(r.prompt_logprobs for r in call.requests.values()))
+
+    def load(self, publication: Publication, buckets: Sequence[Any]) -> LoadReport:
+        """Take new weights between two steps; requests may be running.
+
+        `buckets` are those of the publication, as data or as Ray references. Requests in flight are computed anew under
+        the new weights from their next token on (their text so far stays), so each token's log-prob is exactly its
+        version's. Raises CoverageError when the weights do not cover the model.
+        """
+        return self._do(lambda: self._load(publication, buckets))
+
+    def fingerprints(self, probes: Sequence[Probe]) -> Fingerprints:
+        """Prints of every parameter group on the probes, under the trainer's names. For diagnosis: requests still
+        running are aborted. Needs tensor_parallel 1."""
+        if self.settings.tensor_parallel != 1:
+            raise ValueError("fingerprints need tensor_parallel = 1: with more, no process holds whole modules")
+        return self._do(lambda: self._fingerprints(probes))
+
+    def heartbeat(self) -> Heartbeat:
+        """Counters as they stand; never waits."""
+        started = self._started
+        error = None if self._error is None else f"{type(self._error).__name__}: {self._error}"
+        return Heartbeat(self._steps, started, max(0, len(self._requests) - started), self._version, error)
+
+    def pause(self) -> None:
+        """Stop stepping after the current step. Requests keep their state; loads still work, scores wait."""
+        self._set_paused(True)
+
+    def resume(self) -> None:
+        """Step again."""
+        self._set_paused(False)
+
+    def abort(self) -> None:
+        """End all requests: their calls return what was sampled so far, with finish "abort"."""
+        self._post(self._abort_all)
+
+    def sleep(self) -> None:
+        """Give the GPU's memory back until `wake`. Nothing to give back on the CPU."""
+        if self.settings.device == "cuda":
+            self._do(lambda: self._engine.sleep(level=1))
+
+    def wake(self) -> None:
+        """Take the GPU's memory again."""
+        if self.settings.device == "cuda":
+            self._do(lambda: self._engine.wake_up())
+
+    def close(self) -> None:
+        """Abort what runs, end the engine and its thread."""
+        with self._wake:
+            self._closed = True
+            self._wake.notify_all()
+        self._thread.join(timeout=self.settings.deadline)
+
+    # Callers' side: post a command, wait with a deadline.
+
+    def _post(self, command: Callable[[], Any]) -> Future[Any]:
+        future: Future[Any] = Future()
+        with self._wake:
+            if self._error is not None:
+                raise self._error
+            if self._closed:
+                raise RuntimeError("the rollout worker is closed")
+            self._commands.append((command, future))
+            self._wake.notify_all()
+        return future
+
+    def _do(self, command: Callable[[], Any]) -> Any:
+        return self._post(command).result(timeout=self.settings.deadline)
+
+    def _finish(self, call: _Call, submit: Callable[[], Any]) -> None:
+        """Submit a call's requests and wait until all are done."""
+        deadline = time.monotonic() + self.settings.deadline
+        self._do(submit)
+        try:
+            call.done.result(timeout=max(0.0, deadline - time.monotonic()))
+        except TimeoutError:
+            steps, open_requests = self._steps, call.open
+            self._post(lambda: self._abort(list(call.requests)))
+            raise TimeoutError(
+                f"{open_requests} of {len(call.requests)} requests unfinished after {self.settings.deadline:g} s "
+                f"({steps} engine steps so far, {'paused' if self._paused else 'running'})"
+            ) from None
+
+    def _set_paused(self, paused: bool) -> None:
+        with self._wake:
+            self._paused = paused
+            self._wake.notify_all()
+
+    # The engine's thread.
+
+    def _run(self, ready: Future[None]) -> None:
+        try:
+            self._start()
+        except BaseException as error:
+            ready.set_exception(error)
+            return
+        ready.set_result(None)
+        try:
+            while self._next():
+                if self._requests and not self._paused:
+                    self._step()
+        except BaseException as error:
+            self._fail(error)
+        else:
+            self._fail(RuntimeError("the rollout worker was closed"))
+        finally:
+            self._engine.engine_core.shutdown()
+
+    def _next(self) -> bool:
+        """Run the commands that wait; without work, wait for one. False when closed."""
+        with self._wake:
+            while not self._closed and not self._commands and (self._paused or not self._requests):
+                self._wake.wait(IDLE_SECONDS)
+            commands = list(self._commands)
+            self._commands.clear()
+        for command, future in commands:
+            try:
+                result = command()
+            except Exception as error:
+                future.set_exception(error)
+                if self._error is not None:
+                    raise
+            else:
+                future.set_result(result)
+        return not self._closed
+
+    def _fail(self, error: BaseException) -> None:
+        with self._wake:
+            self._error = error
+            commands = list(self._commands)
+            self._commands.clear()
+        for _, future in commands:
+            future.set_exception(error)
+        for call in {id(request.call): request.call for request in self._requests.values()}.values():
+            if not call.done.done():
+                call.done.set_exception(error)
+        self._requests.clear()
+
+    def _start(self) -> None:
+        settings = self.settings
+        set_environment(settings)
+        from actors import vllm_plugin
+
+        vllm_plugin.define_vision_ops()  # before vLLM imports transformers' image code
+        import torch
+
+        torch.set_num_threads(settings.threads)
+        from transformers import AutoProcessor
+        from vllm.config import WeightTransferConfig
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        from actors import weights
+
+        vllm_plugin.register()
+        self._transport = weights.transport(settings.transport)
+        self._processor = AutoProcessor.from_pretrained(self._model)
+        self._tokenizer = self._processor.tokenizer
+        on_cpu = settings.device == "cpu"
+        self._engine: LLMEngine = LLMEngine.from_engine_args(
+            EngineArgs(
+                model=self._model,
+                dtype=settings.dtype,
+                seed=settings.seed,
+                max_model_len=settings.max_model_len,
+                max_num_seqs=settings.max_num_seqs,
+                model_impl=settings.implementation,
+                tensor_parallel_size=settings.tensor_parallel,
+                kv_cache_memory_bytes=int(settings.kv_cache_gib * 2**30),
+                enforce_eager=on_cpu,
+                logprobs_mode="processed_logprobs",
+                logits_processors=["actors.masking:TokenMask"] if settings.masked_tokens else None,
+                additional_config={"masked_tokens": list(settings.masked_tokens)},
+                # a seeded request whose prefill is chunked kills the engine on the CPU (vLLM 0.32)
+                enable_chunked_prefill=not on_cpu,
+                max_num_batched_tokens=max(8192, settings.max_model_len),
+                # the version of a token must be known when its step returns
+                async_scheduling=False,
+                enable_prefix_caching=True,
+                # a prompt is processed once for all its rollouts; a cache would only have to be emptied
+                mm_processor_cache_gb=0,
+                enable_sleep_mode=not on_cpu,
+                generation_config="vllm",
+                weight_transfer_config=WeightTransferConfig(backend=self._transport.backend),
+                disable_log_stats=True,
+            )
+        )
+        self._stop_ids = stop_ids(self._tokenizer, self._engine.model_config.hf_config)
+
+    def _step(self) -> None:
+        outputs = self._engine.engine_core.get_output().outputs
+        version = self._version
+        for output in outputs:
+            request = self._requests.get(output.request_id)
+            if request is not None:  # else aborted in this very step
+                self._take(request, output, version)
+        self._steps += 1
+
+    def _take(self, request: _Request, output: EngineCoreOutput, version: int) -> None:
+        if output.new_prompt_logprobs_tensors is not None:
+            request.prompt_logprobs = tuple(output.new_prompt_logprobs_tensors.logprobs[:, 0].tolist())
+        if output.new_token_ids:
+            if not request.token_ids:
+                self._started += 1
+            request.token_ids.extend(output.new_token_ids)
+            request.versions.extend([version] * len(output.new_token_ids))
+            if output.new_logprobs is not None:
+                # the sampled token's own log-prob comes first in every row
+                request.logprobs.extend(output.new_logprobs.logprobs[:, 0].tolist())
+        if output.finish_reason is not None:
+            reason = str(output.finish_reason)
+            if reason not in ("stop", "length", "abort"):
+                raise RuntimeError(f"the engine ended a request with {reason!r}")
+            self._close_request(output.request_id, reason)  # type: ignore[arg-type]
+
+    def _close_request(self, request_id: str, finish: Finish) -> None:
+        request = self._requests.pop(request_id)
+        request.finish = finish
+        if request.token_ids:
+            self._started -= 1
+        request.call.open -= 1
+        if request.call.open == 0:
+            request.call.done.set_result(None)
+
+    def _abort(self, request_ids: Sequence[str]) -> None:
+        known = [request_id for request_id in request_ids if request_id in self._requests]
+        self._engine.engine_core.abort_requests(known)
+        for request_id in known:
+            self._close_request(request_id, "abort")
+
+    def _abort_all(self) -> None:
+        self._abort(list(self._requests))
+
+    def _submit(self, call: _Call, prompts: Sequence[Prompt], sampling: Sampling) -> list[tuple[int, ...]]:
+        from vllm import SamplingParams
+
+        expanded = []
+        ready = []
+        for prompt in prompts:
+            try:
+                rendered = self._render(prompt.token_ids, prompt.media, fresh=False)
+                for index in range(sampling.num):
+                    params = SamplingParams(
+                        temperature=sampling.temperature,
+                        max_tokens=sampling.max_tokens,
+                        seed=rollout_seed(sampling.seed, prompt.key, index),
+                        stop_token_ids=self._stop_ids,
+                        logprobs=0,
+                        detokenize=False,
+                    )
+                    ready.append(self._process(rendered, params))
+            except ValueError as error:
+                raise ValueError(f"prompt {prompt.key!r}: {error}") from error
+            expanded.append(tuple(rendered["prompt_token_ids"]))
+        self._enter(call, ready)
+        return expanded
+
+    def _submit_probes(self, call: _Call, probes: Sequence[Probe]) -> list[tuple[int, ...]]:
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        rendered = [self._render(probe.token_ids, probe.media, fresh=True) for probe in probes]
+        self._enter(call, [self._process(one, params) for one in rendered])
+        return [tuple(one["prompt_token_ids"]) for one in rendered]
+
+    def _render(self, token_ids: Sequence[int], media: Sequence[Media], fresh: bool) -> Mapping[str, Any]:
+        """The engine's input of un-expanded ids and pictures. `fresh` keeps encoder outputs out of every cache."""
+        from vllm.renderers.inputs.preprocess import parse_model_prompt
+
+        prompt: dict[str, Any] = {"prompt_token_ids": list(token_ids)}
+        if media:
+            digests, images = zip(*map(self._decoded, media), strict=True)
+            if fresh:
+                self._serial += 1
+                digests = tuple(f"{digest}#{self._serial}.{place}" for place, digest in enumerate(digests))
+            prompt["multi_modal_data"] = {"image": list(images)}
+            prompt["multi_modal_uuids"] = {"image": list(digests)}
+        (rendered,) = self._engine.renderer.render_cmpl([parse_model_prompt(self._engine.model_config, prompt)])
+        if hasattr(self._processor, "expand"):
+            wanted = self._processor.expand(token_ids, [one.size for one in media])
+            if list(rendered["prompt_token_ids"]) != list(wanted):
+                raise ValueError(
+                    f"the engine expanded {len(token_ids)} ids to {len(rendered['prompt_token_ids'])}, the processor to "
+                    f"{len(wanted)}: send un-expanded ids, one placeholder for each image"
+                )
+        return rendered  # type: ignore[no-any-return]
+
+    def _process(self, rendered: Mapping[str, Any], params: Any) -> Any:
+        self._serial += 1
+        processor = self._engine.input_processor
+        request = processor.process_inputs(
+            str(self._serial), rendered, params, supported_tasks=self._engine.get_supported_tasks()
+        )
+        processor.assign_request_id(request)
+        return request
+
+    def _enter(self, call: _Call, requests: Sequence[Any]) -> None:
+        call.open = len(requests)
+        if not requests:
+            call.done.set_result(None)
+        for request in requests:
+            self._engine.engine_core.add_request(request)
+            call.requests[request.request_id] = self._requests[request.request_id] = _Request(call)
+
+    def _rollout(self, request: _Request) -> Rollout:
+        ids = request.token_ids
+        shown = ids[:-1] if request.finish == "stop" and ids and ids[-1] in self._stop_ids else ids
+        assert request.finish is not None
+        return Rollout(
+            tuple(ids),
+            tuple(request.logprobs),
+            tuple(request.versions),
+            self._tokenizer.decode(shown, skip_special_tokens=False),
+            request.finish,
+        )
+
+    def _load(self, publication: Publication, buckets: Sequence[Any]) -> LoadReport:
+        from actors import weights
+
+        if publication.transport != self._transport.name:
+            raise ValueError(f"weights come by {publication.transport!r}, this engine takes {self._transport.name!r}")
+        start = time.perf_counter()
+        rpc, deadline = self._engine.collective_rpc, self.settings.deadline
+        try:
+            rpc("start_weight_update", timeout=deadline)
+            for bucket in buckets:
+                data = weights.fetch(bucket, deadline)
+                rpc("update_weights", timeout=deadline, args=(self._transport.update(data, publication.names),))
+            rpc("finish_weight_update", timeout=deadline)
+        except Exception as error:
+            self._error = error  # half of the weights are new: this engine must not answer again
+            raise
+        self._forget()
+        self._version = publication.version
+        return LoadReport(publication.version, time.perf_counter() - start)
+
+    def _forget(self) -> None:
+        """Drop everything computed with the weights of before: keys and values, image features."""
+        self._engine.reset_prefix_cache(reset_running_requests=True)
+        self._engine.reset_encoder_cache()
+
+    def _fingerprints(self, probes: Sequence[Probe]) -> Fingerprints:
+        from rlhf.agreement import Fingerprints, recording
+
+        self._abort_all()
+        (model,) = self._engine.apply_model(lambda model: model)
+        with recording(model, fused_parts(model)) as prints:
+            for probe in probes:  # one at a time, so that rows are a probe's tokens in order
+                call = _Call()
+                self._submit_probes(call, [probe])
+                while not call.done.done():
+                    self._step()
+            return Fingerprints(prints())
+
+
+def set_environment(settings: EngineSettings) -> None:
+    """The process-wide settings vLLM reads on import; the one place that sets them."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if settings.tensor_parallel == 1 else "1"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ["OMP_NUM_THREADS"] = str(settings.threads)
+    if settings.device == "cpu":
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+
+
+def rollout_seed(seed: int, key: str, index: int) -> int:
+    """The seed of one rollout: a 63-bit hash, the same in every process and Python version."""
+    digest = hashlib.sha256(f"{seed}\0{key}\0{index}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def stop_ids(tokenizer: Any, config: Any) -> list[int]:
+    """Ids that end a completion: the tokenizer's end of text and those the model's config names."""
+    found = {tokenizer.eos_token_id}
+    for part in (config, config.get_text_config()):
+        named = getattr(part, "eos_token_id", None)
+        found.update(named if isinstance(named, list) else [named])
+    return sorted(found - {None})
+
+
+def fused_parts(model: nn.Module) -> Callable[[str, nn.Module], Parts]:
+    """Which output columns of vLLM's fused linears (q, k, v; gate, up) are which of the trainer's modules."""
+    from rlhf.agreement import group_name
+
+    fused: dict[str, dict[Any, str]] = {}
+    for original, (into, shard) in getattr(model, "hf_to_vllm_mapper").orig_to_new_stacked.items():
+        fused.setdefault(into, {})[shard] = group_name(original)
+
+    def parts(name: str, module: nn.Module) -> Parts:
+        shards = fused.get(name)
+        if shards is None:
+            return [(group_name(name), slice(None))]
+        order = [shard for shard in ("q", "k", "v", 0, 1) if shard in shards]
+        edges = [0]
+        for size in getattr(module, "output_partition_sizes"):
+            edges.append(edges[-1] + size)
+        return [(shards[shard], slice(edges[i], edges[i + 1])) for i, shard in enumerate(order)]
+
+    return parts
+
+
+def _decode(media: Media) -> tuple[str, Image.Image]:
+    return hashlib.sha256(media.data).hexdigest(), media.open()

@@ -1,0 +1,593 @@
+"""One DeepSpeed rank: the optimizer steps, the weights to publish, the checkpoints. The only home of deepspeed.
+
+Every method of TrainerRank but `weights`' result is collective: the driver calls it on all ranks at once with equal
+arguments, and an error on one rank's data is raised on all of them.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import math
+import os
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rlhf.algorithms import LOSSES, processed_logprobs
+from rlhf.batching import Cached, Tensors, Visual, collate
+from rlhf.bridge import short_name
+from rlhf.types import Batch, Loss, Probe, ProbeScores, StepStats, TrainSpec, Update
+
+Bucket = list[tuple[str, np.ndarray]]
+
+_TAG = "state"
+
+
+@dataclass(frozen=True)
+class TrainInfo:
+    """Facts of the model that a stage trains."""
+
+    num_parameters: int
+    num_trainable: int
+    architecture: str
+    moe: bool
+    vocab_size: int
+
+
+def rate(step: int, steps: int, warmup: float, schedule: Literal["cosine", "linear", "constant"]) -> float:
+    """The share of the learning rate for optimizer step `step` (from 0) of `steps`: up linearly over the first
+    warmup · steps, then down to 0 after the last step (cosine, linear), or level."""
+    rising = math.ceil(warmup * steps)
+    if step < rising:
+        return (step + 1) / rising
+    if schedule == "constant":
+        return 1.0
+    done = min(1.0, (step - rising) / max(1, steps - rising))
+    return 1.0 - done if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+def assign_rates(names: Sequence[str], train: Mapping[str, float]) -> dict[str, float]:
+    """The learning rate of every parameter that trains; short names (`short_name`). Of several globs that match,
+    the longest, being the most specific, decides. Raises ValueError for a glob that matches nothing."""
+    for glob in train:
+        if not any(fnmatchcase(name, glob) for name in names):
+            parts = sorted({".".join(name.split(".")[:1]) for name in names})
+            raise ValueError(
+                f"train: no parameter matches {glob!r}. The model's parts are {', '.join(f'{p}.*' for p in parts)} "
+                "(a tied lm_head trains with its embedding)"
+            )
+    rates: dict[str, float] = {}
+    for glob in sorted(train, key=len):
+        rates |= {name: train[glob] for name in names if fnmatchcase(name, glob)}
+    return rates
+
+
+class TrainerRank:
+    """Rank `rank` of `world_size`. Constructing it joins the process group at `address` ("host:port"), which every
+    collective of it leaves with an error after `timeout` seconds. One per process; `begin` may be called again."""
+
+    def __init__(
+        self, rank: int, world_size: int, address: str, threads: int, device: str = "cpu", timeout: float = 300.0
+    ) -> None:
+        self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
+        self._deepspeed = _start(rank, world_size, address, threads, device, timeout)
+        self._stage: _Stage | None = None
+
+    def begin(self, spec: TrainSpec) -> TrainInfo:
+        """Load spec.model and make it ready to train. Raises ValueError for globs that match nothing, and for an
+        upcycling or reset the model does not support."""
+        self.end()
+        self._stage = _Stage(self._deepspeed, spec, self.rank, self.world_size, self.device)
+        return self._stage.info
+
+    def step(self, batch: Batch) -> StepStats:
+        """One optimizer step for each update of the batch. Raises FloatingPointError naming step and samples if a
+        loss is not finite; the model is then as before that optimizer step."""
+        return self._begun.step(batch)
+
+    def losses(self, batch: Batch) -> dict[str, float]:
+        """{"loss": mean negative log-likelihood of the completion tokens in nats, "tokens": their number};
+        temperature 1, nothing masked, no gradient."""
+        return self._begun.losses(batch)
+
+    def probe(self, probes: Sequence[Probe]) -> ProbeScores:
+        """The trainer's log-probabilities on fixed sequences."""
+        from rlhf.agreement import probe_model
+
+        with self._begun.evaluating() as (model, processor):
+            return probe_model(model, processor, probes)
+
+    def fingerprints(self, probes: Sequence[Probe]) -> Any:
+        """Outputs of every module on fixed sequences, to find where an engine differs."""
+        from rlhf.agreement import fingerprint_model
+
+        with self._begun.evaluating() as (model, processor):
+            return fingerprint_model(model, processor, probes)
+
+    def weights(self, bucket_bytes: int) -> list[Bucket]:
+        """All parameters, whole, LoRA merged, under the model's own names, as copies in buckets of about bucket_bytes
+        each; bfloat16 as its bits in uint16. On rank 0; other ranks take part and get []."""
+        buckets = [[(name, _as_array(value)) for name, value in part] for part in self._begun.parts(bucket_bytes)]
+        return buckets if self.rank == 0 else []
+
+    def save(self, folder: str | Path) -> None:
+        """Write weights, optimizer and random state into an existing or new folder. Atomic naming is the caller's."""
+        self._begun.save(Path(folder))
+
+    def restore(self, folder: str | Path) -> None:
+        """Continue bit-exactly from what `save` wrote, after `begin` with the same spec on as many ranks.
+
+        DeepSpeed's files are pickles: verify that they are your own before calling. Raises ValueError if the folder
+        holds no checkpoint of this world size."""
+        self._begun.restore(Path(folder))
+
+    def export(self, folder: str | Path) -> None:
+        """Write the model and its processor as a Hugging Face folder; with LoRA the adapter alone, in peft's format,
+        naming its base."""
+        self._begun.export(Path(folder))
+
+    def end(self) -> None:
+        """Free model and optimizer; the process group stays for the next `begin`."""
+        if self._stage is not None:
+            self._stage.free()
+            self._stage = None
+            gc.collect()
+
+    def close(self) -> None:
+        """End the stage and leave the process group."""
+        self.end()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+    @property
+    def _begun(self) -> _Stage:
+        if self._stage is None:
+            raise RuntimeError("no stage has begun on this trainer: call begin(spec) first")
+        return self._stage
+
+
+class _Stage:
+    """Model, engine and counters of one stage."""
+
+    def __init__(self, deepspeed: Any, spec: TrainSpec, rank: int, world_size: int, device: torch.device) -> None:
+        from rlhf.foreign import mixes_experts
+
+        if spec.loss.kind not in LOSSES:
+            raise ValueError(f"unknown loss {spec.loss.kind!r}: choose one of {', '.join(LOSSES)}")
+        self.spec, self.rank, self.world_size, self.device = spec, rank, world_size, device
+        self._deepspeed = deepspeed
+        torch.manual_seed(spec.seed)
+        model, self.processor, visual = _prepare(spec)
+        self.visual: Visual = Cached(visual)
+        self.moe = mixes_experts(model)
+        if self.moe and device.type == "cpu":
+            _loop_over_experts(model)
+        self.model: Any = model if spec.lora is None else _adapt(model, spec)
+        groups, self._rates = _parameter_groups(self.model, spec)
+        self._optimizer = torch.optim.AdamW(groups, lr=0.0, betas=spec.betas)
+        self.engine = deepspeed.initialize(model=self.model, optimizer=self._optimizer, config=_config(spec))[0]
+        self.steps = 0
+        parameters = list(self.model.parameters())
+        self.info = TrainInfo(
+            num_parameters=sum(_numel(p) for p in parameters),
+            num_trainable=sum(_numel(p) for p in parameters if p.requires_grad),
+            architecture=type(model).__name__,
+            moe=self.moe,
+            vocab_size=int(model.config.get_text_config().vocab_size),
+        )
+
+    def step(self, batch: Batch) -> StepStats:
+        started = time.perf_counter()
+        totals = _Totals()
+        gap: list[float] = []
+        for index, update in enumerate(batch.updates):
+            own = _Totals()
+            differences = self.accumulate(update, own)
+            self._require_finite(own)
+            totals.add(own)
+            if index == 0:
+                gap = self._gather(differences)
+            self._apply(totals)
+        metrics = totals.reduce(self.world_size)
+        return StepStats(metrics, gap, time.perf_counter() - started)
+
+    def accumulate(self, update: Update, totals: _Totals) -> list[Tensor]:
+        """Gradients of one update on this rank, reduced over ranks by DeepSpeed; |trainer − engine| log-probability
+        differences of its sampled tokens."""
+        loss_spec = self.spec.loss
+        rows = update.micro_batches[self.rank]
+        length = sum(len(s.token_ids) for mine in update.micro_batches for part in mine for s in part)
+        differences: list[Tensor] = []
+        self.engine.train()
+        for index, samples in enumerate(rows):
+            self.engine.set_gradient_accumulation_boundary(index == len(rows) - 1)
+            tensors = collate(samples, self.visual).to(self.device)
+            logprobs, entropy, out = self._forward(tensors, loss_spec)
+            loss, metrics = LOSSES[loss_spec.kind](
+                logprobs,
+                tensors.old_logprobs,
+                tensors.advantages,
+                tensors.mask,
+                loss_spec,
+                max(1, update.num_tokens),
+                max(1, update.num_rows),
+            )
+            if loss_spec.router_aux and self.moe and samples:
+                # a mean over the micro-batch's tokens; by its share of them the step's micro-batches add up to a mean
+                share = int(tensors.attention_mask.sum()) / length
+                totals.sums["router_aux"] += float(out.aux_loss.detach()) * share
+                loss = loss + loss_spec.router_aux * share * out.aux_loss
+            # every rank must run backward through the whole model, also for a dummy row without a completion
+            loss = loss + 0.0 * out.logits.sum() if not bool(tensors.completion.any()) else loss
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                totals.bad.extend(sample.key for sample in samples)
+            totals.sums["loss"] += value
+            totals.sums["entropy"] += float((entropy.double() * (tensors.mask > 0)).sum())
+            totals.collect(metrics)
+            sampled = tensors.completion & tensors.sampled[:, None]
+            differences.append((logprobs.detach() - tensors.old_logprobs)[sampled].abs())
+            # DeepSpeed averages over ranks; the loss is already divided by the step's global denominator
+            self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
+        return differences
+
+    def _forward(self, tensors: Tensors, loss: Loss) -> tuple[Tensor, Tensor, Any]:
+        """Log-probabilities and entropies [B, L − 1], 0 outside completions, and the model's output."""
+        inputs: dict[str, Any] = tensors.model_inputs()
+        if loss.router_aux and self.moe:
+            inputs["output_router_logits"] = True
+        # the head's columns that some row needs: prompts take no logits
+        columns = tensors.completion.any(0).nonzero()[:, 0]
+        columns = columns if len(columns) else torch.zeros(1, dtype=torch.long, device=self.device)
+        out = self.engine(**inputs, use_cache=False, logits_to_keep=columns)
+        chosen = tensors.completion[:, columns]
+        targets = tensors.input_ids[:, 1:][:, columns][chosen]
+        found, spread = processed_logprobs(out.logits[chosen], targets, loss.temperature, loss.masked_ids)
+        shape = tensors.completion.shape
+        logprobs = found.new_zeros(shape).masked_scatter(tensors.completion, found)
+        entropy = spread.new_zeros(shape).masked_scatter(tensors.completion, spread)
+        return logprobs, entropy, out
+
+    def _require_finite(self, totals: _Totals) -> None:
+        """Raise on every rank if a loss was not finite on any of them, before the optimizer moves."""
+        flag = torch.tensor([float(bool(totals.bad))], device=self.device)
+        torch.distributed.all_reduce(flag)
+        if not flag.item():
+            return
+        lists: list[list[str]] = [[] for _ in range(self.world_size)]
+        torch.distributed.all_gather_object(lists, totals.bad)
+        keys = [key for part in lists for key in part]
+        self.engine.optimizer.zero_grad()
+        raise FloatingPointError(
+            f"the loss of optimizer step {self.steps} of {self.spec.model} is not finite in the micro-batches of "
+            f"{', '.join(keys[:8])}{' …' if len(keys) > 8 else ''}; look at these rows and lower the learning rate"
+        )
+
+    def _apply(self, totals: _Totals) -> None:
+        share = rate(self.steps, self.spec.steps, self.spec.warmup, self.spec.schedule)
+        for group, full in zip(self._optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = full * share
+        # without ZeRO the engine clips but keeps the norm to itself
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None] if self.spec.zero_stage == 0 else []
+        norm = nn.utils.get_total_norm(grads) if grads else None
+        self.engine.step()
+        self.steps += 1
+        norm = self.engine.get_global_grad_norm() if norm is None else norm
+        totals.updates += 1
+        totals.grad_norm += float(norm)
+        totals.learning_rate = max(self._rates) * share
+
+    def _gather(self, differences: list[Tensor]) -> list[float]:
+        mine = torch.cat(differences).cpu().numpy()
+        if self.world_size == 1:
+            return [float(value) for value in mine]
+        parts: list[np.ndarray | None] = [None] * self.world_size
+        torch.distributed.all_gather_object(parts, mine)
+        return [float(value) for part in parts if part is not None for value in part]
+
+    def losses(self, batch: Batch) -> dict[str, float]:
+        totals = _Totals()
+        with self.evaluating(), torch.no_grad():
+            for update in batch.updates:
+                for samples in update.micro_batches[self.rank]:
+                    tensors = collate(samples, self.visual).to(self.device)
+                    logprobs, _, _ = self._forward(tensors, Loss())
+                    _, metrics = LOSSES["nll"](
+                        logprobs, tensors.old_logprobs, tensors.advantages, tensors.mask, Loss(), 1, 1
+                    )
+                    totals.collect(metrics)
+        reduced = totals.reduce(self.world_size)
+        return {"loss": reduced["nll"], "tokens": reduced["tokens"]}
+
+    @contextmanager
+    def evaluating(self) -> Iterator[tuple[nn.Module, Any]]:
+        """The model without dropout. A bridge keeps its training flag at the place that decides whether text-only
+        rows run a zero-weight vision pass: under ZeRO-3 every rank must run the same modules to gather them."""
+        model = self.model if self.spec.lora is None else self.model.get_base_model()
+        self.engine.eval()
+        inner = model.model
+        inner.training = True
+        try:
+            yield model, self.processor
+        finally:
+            self.engine.train()
+
+    def parts(self, bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
+        """(name, copy) of every parameter under the base model's names, in parts of about bucket_bytes; empty parts
+        on ranks other than 0. Collective under ZeRO-3."""
+        for names in _chunks(self._sources(), bucket_bytes):
+            parameters = [p for _, needed in names for p in needed]
+            with self._gathered(parameters):
+                part = [(name, self._whole(name)) for name, _ in names] if self.rank == 0 else []
+            yield part
+
+    def _sources(self) -> Iterator[tuple[str, list[nn.Parameter]]]:
+        """Base name of every parameter, and the parameters needed to compute it."""
+        for name, parameter in self.model.named_parameters():
+            if ".lora_" in name:
+                continue
+            needed = [parameter]
+            if ".base_layer." in name:
+                layer = self.model.get_submodule(name.partition(".base_layer.")[0])
+                needed += [p for key, p in layer.named_parameters() if key.startswith("lora_")]
+            yield _base_name(name), needed
+
+    def _whole(self, name: str) -> Tensor:
+        if self.spec.lora is None:
+            value = self.model.get_parameter(name)
+        else:
+            module, _, leaf = name.rpartition(".")
+            layer = self.model.get_base_model().get_submodule(module)
+            if hasattr(layer, "base_layer"):
+                value = layer.base_layer.get_parameter(leaf)
+                if leaf == "weight":
+                    value = value.detach() + layer.get_delta_weight("default")
+            else:
+                value = layer.get_parameter(leaf)
+        return value.detach().to("cpu", copy=True)
+
+    @contextmanager
+    def _gathered(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+        if self.spec.zero_stage < 3:
+            yield
+            return
+        with self._deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=None):
+            yield
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+        own = {"steps": self.steps, "random": torch.get_rng_state(), "world_size": self.world_size}
+        torch.save(own, folder / f"rank-{self.rank}.pt")
+        torch.distributed.barrier()
+
+    def restore(self, folder: Path) -> None:
+        path = folder / f"rank-{self.rank}.pt"
+        if not path.is_file():
+            raise ValueError(f"{folder} holds no checkpoint of trainer rank {self.rank}: was it another world size?")
+        own = torch.load(path, weights_only=True)
+        if own["world_size"] != self.world_size:
+            raise ValueError(
+                f"{folder} was written by {own['world_size']} trainer ranks and cannot continue on {self.world_size}: "
+                "set resources.trainer_ranks back"
+            )
+        found, _ = self.engine.load_checkpoint(str(folder), tag=_TAG)
+        if found is None:
+            raise ValueError(f"{folder} holds no DeepSpeed checkpoint")
+        self.steps = own["steps"]
+        torch.set_rng_state(own["random"])
+
+    def export(self, folder: Path) -> None:
+        if self.spec.lora is None:
+            tensors = {name: value for part in self.parts(1 << 30) for name, value in part}
+        else:
+            tensors = self._adapter()
+        if self.rank == 0:
+            self.model.save_pretrained(folder, state_dict=tensors, safe_serialization=True)
+            self.processor.save_pretrained(folder)
+        torch.distributed.barrier()
+
+    def _adapter(self) -> dict[str, Tensor]:
+        tensors = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                with self._gathered([parameter]):
+                    tensors[name] = parameter.detach().cpu().clone()
+        return tensors
+
+    def free(self) -> None:
+        self.engine.destroy()
+        del self.engine, self.model, self._optimizer, self.visual, self.processor
+
+
+class _Totals:
+    """Sums and maxima of a batch on this rank, then over ranks."""
+
+    def __init__(self) -> None:
+        self.sums: defaultdict[str, float] = defaultdict(float)
+        self.maxima: defaultdict[str, float] = defaultdict(float)
+        self.bad: list[str] = []
+        self.updates = 0
+        self.grad_norm = 0.0
+        self.learning_rate = 0.0
+
+    def collect(self, metrics: Mapping[str, Tensor]) -> None:
+        for name, value in metrics.items():
+            if name.endswith("_max"):
+                self.maxima[name] = max(self.maxima[name], float(value))
+            else:
+                self.sums[name] += float(value)
+
+    def add(self, other: _Totals) -> None:
+        for name, value in other.sums.items():
+            self.sums[name] += value
+        for name, value in other.maxima.items():
+            self.maxima[name] = max(self.maxima[name], value)
+
+    def reduce(self, world_size: int) -> dict[str, float]:
+        """Over all ranks: sums divided by the number of tokens, loss and router_aux by that of updates."""
+        sums, maxima = dict(self.sums), dict(self.maxima)
+        if world_size > 1:
+            parts: list[Any] = [None] * world_size
+            torch.distributed.all_gather_object(parts, (sums, maxima))
+            sums = {name: math.fsum(part[0].get(name, 0.0) for part in parts) for name in _keys(parts, 0)}
+            maxima = {name: max(part[1].get(name, 0.0) for part in parts) for name in _keys(parts, 1)}
+        tokens = sums.pop("tokens", 0.0)
+        result = {name: value / max(1.0, tokens) for name, value in sums.items()}
+        if self.updates:
+            result |= {name: sums[name] / self.updates for name in ("loss", "router_aux") if name in sums}
+            result["grad_norm"] = self.grad_norm / self.updates
+            result["lr"] = self.learning_rate
+        return {**result, **maxima, "tokens": tokens}
+
+
+def _keys(parts: Sequence[Any], index: int) -> list[str]:
+    return sorted({name for part in parts for name in part[index]})
+
+
+def _start(rank: int, world_size: int, address: str, threads: int, device: str, timeout: float) -> Any:
+    """Join the process group, and return deepspeed, imported in its right environment."""
+    host, _, port = address.rpartition(":")
+    os.environ.update(
+        DS_ACCELERATOR="cpu" if device == "cpu" else "cuda",
+        RANK=str(rank),
+        LOCAL_RANK="0" if device == "cpu" else str(torch.device(device).index or 0),
+        WORLD_SIZE=str(world_size),
+        MASTER_ADDR=host,
+        MASTER_PORT=port,
+        OMP_NUM_THREADS=str(threads),
+        TOKENIZERS_PARALLELISM="false",
+    )
+    if host in ("127.0.0.1", "localhost"):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.set_num_threads(threads)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+
+    deepspeed.utils.logging.logger.setLevel(logging.ERROR)
+    _need_no_compiler(deepspeed)
+    deepspeed.init_distributed(
+        dist_backend="gloo" if device == "cpu" else "nccl",
+        auto_mpi_discovery=False,
+        init_method=f"tcp://{address}",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=timeout),
+        verbose=False,
+    )
+    return deepspeed
+
+
+def _need_no_compiler(deepspeed: Any) -> None:
+    """DeepSpeed 0.19 on CPU builds its shared-memory communication op at start, which takes 40 s and fails without a
+    C++ compiler; gloo gives bit-identical weights."""
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _prepare(spec: TrainSpec) -> tuple[Any, Any, Visual]:
+    from rlhf import bridge
+    from rlhf.foreign import open_model
+
+    model, processor, visual = open_model(spec.model)
+    if (spec.upcycle or spec.reset) and not isinstance(model, bridge.BridgeForConditionalGeneration):
+        raise ValueError(f"{spec.model} is a {type(model).__name__}: `upcycle` and `reset` are for bridges only")
+    if spec.upcycle is not None:
+        model = bridge.upcycle(model, *spec.upcycle, spec.seed)
+    if spec.reset:
+        bridge.reset(model, spec.reset, spec.seed)
+    if spec.precision == "bfloat16":
+        model = model.to(torch.bfloat16)
+    return model, processor, visual
+
+
+def _loop_over_experts(model: nn.Module) -> None:
+    """On CPU a loop over experts is the fastest of transformers' implementations ("batched_mm": 55 times slower)."""
+    model.config._experts_implementation = "eager"
+    for config in (module.config for module in model.modules() if hasattr(module, "config")):
+        config._experts_implementation = "eager"
+
+
+def _adapt(model: nn.Module, spec: TrainSpec) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    assert spec.lora is not None
+    rank, alpha, targets = spec.lora
+    adapted = get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets)))
+    adapted.peft_config["default"].base_model_name_or_path = (
+        str(Path(spec.model).resolve()) if Path(spec.model).exists() else spec.model
+    )
+    return adapted
+
+
+def _base_name(name: str) -> str:
+    """The name in the model without adapters."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+
+
+def _parameter_groups(model: nn.Module, spec: TrainSpec) -> tuple[list[dict[str, Any]], list[float]]:
+    """AdamW's groups, one for each learning rate and decay, and their learning rates. Sets requires_grad. Norms and
+    biases are not decayed. With LoRA only adapters train, and globs match by the names of what they adapt."""
+    named = {name: p for name, p in model.named_parameters() if spec.lora is None or ".lora_" in name}
+    rates = assign_rates([short_name(_base_name(name)) for name in named], spec.train)
+    model.requires_grad_(False)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
+    for name, parameter in named.items():
+        learning_rate = rates.get(short_name(_base_name(name)))
+        if learning_rate is not None:
+            parameter.requires_grad_(True)
+            groups[learning_rate, spec.weight_decay if parameter.ndim > 1 else 0.0].append(parameter)
+    listed = [{"params": params, "weight_decay": decay} for (_, decay), params in groups.items()]
+    return listed, [learning_rate for learning_rate, _ in groups]
+
+
+def _config(spec: TrainSpec) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": spec.zero_stage, "overlap_comm": False}
+    if spec.offload and spec.zero_stage > 1:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": spec.clip_grad,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": spec.precision == "bfloat16"},
+        "steps_per_print": 1 << 30,
+    }
+
+
+def _chunks(
+    sources: Iterator[tuple[str, list[nn.Parameter]]], limit: int
+) -> Iterator[list[tuple[str, list[nn.Parameter]]]]:
+    """Runs of parameters of about `limit` bytes, each at least one parameter."""
+    chunk: list[tuple[str, list[nn.Parameter]]] = []
+    size = 0
+    for name, needed in sources:
+        weight = sum(4 * _numel(p) for p in needed)
+        if chunk and size + weight > limit:
+            yield chunk
+            chunk, size = [], 0
+        chunk.append((name, needed))
+        size += weight
+    if chunk:
+        yield chunk
+
+
+def _as_array(tensor: Tensor) -> np.ndarray:
+    return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    """Elements of the whole parameter; ZeRO-3 leaves an empty tensor and the number in ds_numel."""
+    return int(parameter.ds_numel) if hasattr(parameter, "ds_numel") else parameter.numel()

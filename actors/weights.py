@@ -1,0 +1,221 @@
+"""Weights on their way from the trainer to the engines: both ends of one protocol.
+
+The trainer cuts its parameters into buckets (`to_buckets`); a `Publication` carries handles to them; the rollout
+worker turns each into the update its engine takes (`transport(name).update`), between `start` and `finish`.
+
+    cpu    (name, array) pairs through Ray's object store; `CpuWeightTransferEngine` below loads them
+    ipc    vLLM's own engine: CUDA IPC handles, trainer and engine on one GPU
+    nccl   vLLM's own engine: broadcast in a process group, trainer and engine on different GPUs
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from numpy.typing import NDArray
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+Bucket = list[tuple[str, NDArray[Any]]]
+
+
+class CoverageError(RuntimeError):
+    """A publication and an engine's model do not cover each other; the message names the parameters."""
+
+
+def to_buckets(named: Iterable[tuple[str, torch.Tensor]], bucket_bytes: int) -> Iterator[Bucket]:
+    """Cut named parameters into lists of (name, array) of about `bucket_bytes` bytes, in order.
+
+    Arrays are copies, so the next optimizer step cannot change what travels. bfloat16, which numpy lacks, travels as
+    its bits in uint16. A parameter larger than a bucket has one of its own.
+    """
+    if bucket_bytes <= 0:
+        raise ValueError(f"bucket_bytes must be positive, got {bucket_bytes}")
+    bucket: Bucket = []
+    size = 0
+    for name, tensor in named:
+        value = tensor.detach().cpu()
+        array = value.view(torch.uint16).numpy() if value.dtype == torch.bfloat16 else value.numpy()
+        if bucket and size + array.nbytes > bucket_bytes:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append((name, array.copy()))
+        size += array.nbytes
+    if bucket:
+        yield bucket
+
+
+def from_array(array: NDArray[Any]) -> torch.Tensor:
+    """The tensor an array of a bucket stands for; shares its memory."""
+    with warnings.catch_warnings():
+        # arrays out of the object store are read-only; they are only read
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        tensor = torch.from_numpy(array)
+    return tensor.view(torch.bfloat16) if array.dtype == np.uint16 else tensor
+
+
+@dataclass(frozen=True)
+class Transport:
+    """How weights reach an engine. `backend` is vLLM's name; `update` makes the engine's update of one fetched bucket."""
+
+    name: str
+    backend: str
+    update: Callable[[Any, Mapping[str, tuple[int, ...]]], dict[str, Any]]
+
+
+def fetch(bucket: Any, deadline: float) -> Any:
+    """A bucket's data, of a bucket handed over as it is or as a Ray reference. Waits `deadline` seconds at most."""
+    return ray.get(bucket, timeout=deadline) if isinstance(bucket, ray.ObjectRef) else bucket
+
+
+def transport(name: str) -> Transport:
+    """The transport of that name. Raises ValueError for any but cpu, ipc and nccl."""
+    # vLLM's engines take the update their trainer side made (names, dtypes, shapes, handles), so a bucket is one.
+    known = {
+        "cpu": Transport("cpu", "cpu", lambda bucket, names: {"weights": bucket, "names": names}),
+        "ipc": Transport("ipc", "ipc", lambda bucket, names: dict(bucket)),
+        "nccl": Transport("nccl", "nccl", lambda bucket, names: dict(bucket)),
+    }
+    if name not in known:
+        raise ValueError(f"no weight transport {name!r}; choose one of {', '.join(known)}")
+    return known[name]
+
+
+@dataclass
+class CpuInit(WeightTransferInitInfo):
+    """Nothing to agree on: the object store is already there."""
+
+
+@dataclass
+class CpuUpdate(WeightTransferUpdateInfo):
+    """One bucket, and every name of the publication with its shape."""
+
+    weights: Bucket
+    names: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+class CpuWeightTransferEngine(WeightTransferEngine[CpuInit, CpuUpdate]):
+    """vLLM weight transfer from arrays in memory, in checkpoint layout, by layerwise reload.
+
+    `finish_weight_update` raises CoverageError unless the buckets held exactly the published names with their shapes
+    and these filled every parameter of the model. The model is unusable after an error: restart the worker.
+    """
+
+    init_info_cls = CpuInit
+    update_info_cls = CpuUpdate
+
+    def init_transfer_engine(self, init_info: CpuInit) -> None:
+        return None
+
+    def start_weight_update(self) -> None:
+        self._names: dict[str, tuple[int, ...]] = {}
+        self._received: dict[str, tuple[int, ...]] = {}
+        initialize_layerwise_reload(self.model)
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self.receive_weights(self.parse_update_info(update_info))
+
+    def receive_weights(self, update_info: CpuUpdate) -> None:
+        self._names.update(update_info.names)
+        for name, array in update_info.weights:
+            self._received[name] = tuple(array.shape)
+        self.model.load_weights([(name, from_array(array)) for name, array in update_info.weights])
+
+    def finish_weight_update(self) -> None:
+        check_received(self._names, self._received)
+        unfilled = list(unfilled_layers(self.model))
+        if unfilled:
+            raise CoverageError(
+                f"the published weights leave parameters of the engine's model unfilled: {_some(unfilled)}; "
+                "publish every parameter of the policy under its checkpoint name"
+            )
+        finalize_layerwise_reload(self.model, self.model_config)
+        prepack_experts(self.model)
+        prepack_tied_head(self.model)
+
+    def shutdown(self) -> None:
+        return None
+
+
+def check_received(published: Mapping[str, tuple[int, ...]], received: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise CoverageError unless the buckets held exactly the published names, each with its shape."""
+    problems = []
+    if missing := [name for name in published if name not in received]:
+        problems.append(f"missing {_some(missing)}")
+    if unexpected := [name for name in received if name not in published]:
+        problems.append(f"unexpected {_some(unexpected)}")
+    shapes = [
+        f"{name} {list(received[name])} instead of {list(shape)}"
+        for name, shape in published.items()
+        if name in received and tuple(received[name]) != tuple(shape)
+    ]
+    if shapes:
+        problems.append(f"wrong shapes {_some(shapes)}")
+    if problems:
+        raise CoverageError("the buckets are not what was published: " + "; ".join(problems))
+
+
+def unfilled_layers(model: torch.nn.Module) -> Iterator[str]:
+    """Modules of a model under layerwise reload whose parameters were not all loaded, with the elements they got.
+
+    A fused parameter (q, k and v in one) counts element by element, so one missing part shows.
+    """
+    for name, layer in model.named_modules():
+        info = get_layerwise_info(layer)
+        if not info.can_load():
+            continue
+        expected = sum(parameter.numel() for parameter in layer.parameters(recurse=False))
+        if isinstance(layer, VocabParallelEmbedding):
+            # vLLM pads the vocabulary; a checkpoint holds the unpadded rows
+            shard = layer.shard_indices
+            expected -= (shard.num_org_elements_padded - shard.num_org_elements) * layer.embedding_dim
+        if expected > 0 and info.load_numel < expected:
+            yield f"{name} ({info.load_numel} of {expected} elements)"
+
+
+def prepack_experts(model: torch.nn.Module) -> None:
+    """Pack reloaded experts for the CPU kernel, in place.
+
+    For vLLM 0.32 on CPU: packing runs on first load only, so after a layerwise reload the kernel would read raw
+    expert weights as packed ones, and nothing raises.
+    """
+    for module in model.modules():
+        kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
+        if kernel is None:
+            continue
+        before = dict(module.named_parameters(recurse=False))
+        kernel.fused_experts.process_weights_after_loading(module)
+        for name, old in before.items():
+            new = getattr(module, name)
+            if new is not old:
+                old.data.copy_(new.data)
+                delattr(module, name)
+                module.register_parameter(name, old)
+
+
+def prepack_tied_head(model: torch.nn.Module) -> None:
+    """Pack the language-model head again from its reloaded weight.
+
+    For vLLM 0.32 on CPU: a head tied to the embedding keeps the packed copy made on first load.
+    """
+    head = getattr(model, "lm_head", None)
+    if head is not None and hasattr(head, "cpu_linear"):
+        dispatch_cpu_unquantized_gemm(head, remove_weight=False)
+
+
+def _some(names: Sequence[str], shown: int = 5) -> str:
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more

@@ -1,0 +1,78 @@
+"""Is the boxed answer right?"""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+import math_verify
+
+from rewards.base import Item
+from rlhf.types import Score
+
+# Longer than any answer of a sane row; what is longer is compared as text, so that no parser runs for minutes.
+MAX_EXPRESSION = 200
+# Powers and factorials can be short and still need more memory than there is: 9^9^9^9.
+RUNAWAY = re.compile(r"(\^|\*\*)\s*\{?\s*-?(\d{3,}|\w*\s*[(\\])|(\^|\*\*).*(\^|\*\*)|!")
+NUMBER = re.compile(r"[+-]?\d{1,30}(\.\d{1,30})?")
+MATHEMATICS = re.compile(r"[\d\\^=+*/]")
+
+
+def boxed(item: Item) -> Score:
+    """1.0 when the last \\boxed{…} of the completion is the row's column `answer`, else 0.0.
+
+    A list ("3 5 8" or "3, 5, 8") must have the same elements in the same order, and is not the number 358. Numbers and
+    expressions are compared by value (math-verify), anything else as text without case and spacing.
+    Raises KeyError when the row has no `answer`.
+    """
+    answer = str(item.prompt.columns["answer"])
+    said = last_boxed(item.completion)
+    if said is None:
+        return Score("scored", 0.0, note="no boxed answer")
+    return Score("scored", 1.0 if same(said, answer) else 0.0, note=f"boxed {said!r}, right is {answer!r}")
+
+
+def last_boxed(text: str) -> str | None:
+    r"""What the last complete \boxed{…} holds, nested braces included; None without one."""
+    for start in reversed([match.end() for match in re.finditer(r"\\boxed\s*\{", text)]):
+        depth = 1
+        for place in range(start, len(text)):
+            depth += {"{": 1, "}": -1}.get(text[place], 0)
+            if depth == 0:
+                return text[start:place].strip()
+    return None
+
+
+def same(said: str, answer: str) -> bool:
+    """Whether two answers are the same list, value or text."""
+    said, answer = _plain(said), _plain(answer)
+    if said == answer:
+        return True
+    one, other = _elements(said), _elements(answer)
+    if len(one) > 1 or len(other) > 1:
+        numbers = all(NUMBER.fullmatch(part) for part in [*one, *other])
+        if numbers:
+            return len(one) == len(other) and all(Fraction(a) == Fraction(b) for a, b in zip(one, other, strict=True))
+    elif NUMBER.fullmatch(said) and NUMBER.fullmatch(answer):
+        return Fraction(said) == Fraction(answer)
+    return _mathematical(said) and _mathematical(answer) and _equal_value(said, answer)
+
+
+def _plain(text: str) -> str:
+    text = re.sub(r"\\(?:text|mathrm|mbox)\s*\{([^{}]*)\}", r"\1", text)
+    return " ".join(text.strip().strip("$").rstrip(".").casefold().split())
+
+
+def _elements(text: str) -> list[str]:
+    return [part for part in re.split(r"[,\s]+", text.strip("[]()")) if part]
+
+
+def _mathematical(text: str) -> bool:
+    return len(text) <= MAX_EXPRESSION and MATHEMATICS.search(text) is not None and RUNAWAY.search(text) is None
+
+
+def _equal_value(said: str, answer: str) -> bool:
+    # no alarm signals: rewards also run off the main thread, and the reward's process has the deadline
+    gold = math_verify.parse(f"\\boxed{{{answer}}}", parsing_timeout=None)
+    target = math_verify.parse(f"\\boxed{{{said}}}", parsing_timeout=None)
+    return bool(math_verify.verify(gold, target, timeout_seconds=None))

@@ -1,0 +1,43 @@
+"""Does the completion have the form it was asked for?"""
+
+from __future__ import annotations
+
+import re
+
+from rewards.answer import last_boxed
+from rewards.base import Item
+from rlhf.types import Score
+
+TAG = re.compile(r"</?think>")
+
+
+def think(item: Item) -> Score:
+    r"""1.0 for the asked form, else 0.0. Thinking: one <think>…</think> with words in it opens the completion, one
+    boxed answer ends it. Not thinking: no think tag, and a boxed answer at the end."""
+    fault = _fault(item.completion.strip(), item.prompt.think)
+    return Score("scored", 0.0 if fault else 1.0, note=fault)
+
+
+def has_think_block(text: str) -> bool:
+    """Whether the text opens or closes a think block, complete or not."""
+    return TAG.search(text) is not None
+
+
+def _fault(text: str, thinking: bool) -> str:
+    if not thinking:
+        return "a think tag, though not asked to think" if has_think_block(text) else _answer_fault(text)
+    if TAG.findall(text) != ["<think>", "</think>"]:
+        return "not exactly one <think>…</think>"
+    before, chain, after = TAG.split(text)
+    if before.strip():
+        return "words before <think>"
+    if not chain.strip():
+        return "an empty chain"
+    return _answer_fault(after.strip())
+
+
+def _answer_fault(text: str) -> str:
+    answer = last_boxed(text)
+    if not answer:
+        return "no boxed answer"
+    return "" if re.search(r"\}\$*\.?$", text) else "words after the boxed answer"

@@ -1,0 +1,347 @@
+"""What a model weighs, from its configuration alone: parameters, bytes of training state, bytes of KV cache.
+
+Reads a recipe's `[model.bridge]`, or a folder's config.json and safetensors headers. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from rlhf.bridge.geometry import Geometry
+from rlhf.bridge.naming import DENSE, MODEL_TYPE, MOE
+from rlhf.recipe import Lora, Model
+
+GIB = float(2**30)
+BRIDGE_SLOTS = ("vision", "encoder", "tiler", "connector", "packer", "decoder")
+SLOT_DEFAULTS: dict[str, dict[str, Any]] = {
+    "encoder": {"type": "tower"},
+    "connector": {"type": "mlp"},
+    "packer": {"type": "segments"},
+}
+# What transformers 5.19 fills in where a recipe is silent; a test compares with its own config classes.
+VISION_DEFAULTS: dict[str, dict[str, Any]] = {
+    "siglip": {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "image_size": 224,
+        "patch_size": 16,
+    },
+    "aimv2": {
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": 24,
+        "image_size": 224,
+        "patch_size": 14,
+        "qkv_bias": False,
+        "mlp_bias": False,
+        "is_native": False,
+    },
+}
+DECODER_DEFAULTS: dict[str, dict[str, Any]] = {
+    "qwen3": {
+        "hidden_size": 4096,
+        "intermediate_size": 22016,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+    },
+    "qwen3_moe": {
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "decoder_sparse_step": 1,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Everything but the weights: an engine of one architecture can serve any model of it.
+
+    spec              canonical JSON of the configuration (empty tables for a hub name)
+    stored_parameters counted in a folder's safetensors, None where there are none
+    """
+
+    name: str
+    spec: str
+    stored_parameters: int | None = None
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(f"{self.name}\n{self.spec}".encode()).hexdigest()[:16]
+
+    @cached_property
+    def tables(self) -> dict[str, dict[str, Any]]:
+        return dict(json.loads(self.spec))
+
+    @property
+    def decoder(self) -> dict[str, Any]:
+        return self.tables.get("decoder", {})
+
+    @property
+    def is_bridge(self) -> bool:
+        return self.name in (DENSE, MOE)
+
+    @property
+    def known(self) -> bool:
+        """Whether the configuration could be read; a hub name's cannot, without the network."""
+        return bool(self.decoder)
+
+    @property
+    def experts(self) -> tuple[int, int] | None:
+        """(number of experts, experts a token visits), or None for a dense decoder."""
+        number = next(
+            (self.decoder[k] for k in ("num_experts", "num_local_experts", "n_routed_experts") if self.decoder.get(k)),
+            0,
+        )
+        return (int(number), int(self.decoder.get("num_experts_per_tok", 1))) if number else None
+
+    @property
+    def image_tokens(self) -> int | None:
+        """Most placeholders one picture can become; None for models other than bridges."""
+        if not self.is_bridge:
+            return None
+        geometry = geometry_of(self.tables)
+        return geometry.tokens_per_tile * geometry.tiler.most_tiles
+
+    @property
+    def parameters(self) -> int | None:
+        """How many, tied ones once. None when neither the files nor the configuration tell."""
+        if self.stored_parameters is not None:
+            return self.stored_parameters
+        if not self.is_bridge or self.decoder["type"] not in DECODER_DEFAULTS:
+            return None
+        vision, decoder = self.tables["vision"], self.decoder
+        connector = _connector(self.tables["connector"], vision["hidden_size"], decoder["hidden_size"])
+        return _vision(vision) + connector + _decoder(decoder)
+
+    @property
+    def kv_bytes_per_token(self) -> int | None:
+        """Of one sequence, in float32."""
+        if not {"num_hidden_layers", "num_attention_heads", "hidden_size"} <= self.decoder.keys():
+            return None
+        heads = self.decoder.get("num_key_value_heads") or self.decoder["num_attention_heads"]
+        return int(2 * 4 * self.decoder["num_hidden_layers"] * heads * _head_dim(self.decoder))
+
+    def lora_parameters(self, lora: Lora) -> int | None:
+        """Parameters of the adapters on the decoder's linear layers."""
+        if not self.is_bridge or self.decoder["type"] not in DECODER_DEFAULTS:
+            return None
+        d, hidden = self.decoder, self.decoder["hidden_size"]
+        queries, keys = d["num_attention_heads"] * _head_dim(d), d["num_key_value_heads"] * _head_dim(d)
+        ends = {
+            "q_proj": hidden + queries,
+            "k_proj": hidden + keys,
+            "v_proj": hidden + keys,
+            "o_proj": queries + hidden,
+            "gate_proj": hidden + d["intermediate_size"],
+            "up_proj": hidden + d["intermediate_size"],
+            "down_proj": hidden + d["intermediate_size"],
+        }
+        return int(sum(ends.get(name, 0) for name in lora.target_modules) * lora.rank * d["num_hidden_layers"])
+
+    def upcycled(self, num_experts: int, top_k: int) -> Architecture:
+        """This dense bridge after `upcycle`. Raises ValueError where `rlhf.bridge.upcycle` would."""
+        if self.experts is not None:
+            raise ValueError(f"its decoder already has {self.experts[0]} experts; leave `upcycle` out")
+        if top_k > num_experts:
+            raise ValueError(f"top_k = {top_k} is more than num_experts = {num_experts}; lower top_k")
+        if not self.is_bridge or self.decoder["type"] != "qwen3":
+            raise ValueError("only a bridge with a dense qwen3 decoder can be upcycled; leave `upcycle` out")
+        decoder = self.decoder | {
+            "type": "qwen3_moe",
+            "num_experts": num_experts,
+            "num_experts_per_tok": top_k,
+            "moe_intermediate_size": self.decoder["intermediate_size"],
+            "decoder_sparse_step": 1,
+        }
+        return replace(self, name=MOE, spec=_canonical({**self.tables, "decoder": decoder}), stored_parameters=None)
+
+
+def architecture_of(model: Model) -> Architecture:
+    """The architecture `[model]` describes. Raises ValueError saying what to change."""
+    if model.bridge is not None:
+        return from_bridge(model.bridge, model.tokenizer.vocab_size)
+    assert model.path is not None
+    folder = Path(model.path).expanduser()
+    return from_folder(folder) if folder.is_dir() else Architecture(model.path, _canonical({}))
+
+
+def from_bridge(bridge: Mapping[str, Mapping[str, Any]], vocab_size: int) -> Architecture:
+    """The architecture of a bridge to build; its components are made, so their own errors surface here."""
+    missing = [slot for slot in ("vision", "decoder", "tiler") if slot not in bridge]
+    if missing:
+        raise ValueError(f"model.bridge needs the table {' and '.join(map(repr, missing))}")
+    unknown = sorted(bridge.keys() - set(BRIDGE_SLOTS))
+    if unknown:
+        raise ValueError(f"model.bridge has no slot {unknown[0]!r}; its slots are {', '.join(BRIDGE_SLOTS)}")
+    tables = {**SLOT_DEFAULTS, **{slot: dict(table) for slot, table in bridge.items()}}
+    for slot, defaults in (("vision", VISION_DEFAULTS), ("decoder", DECODER_DEFAULTS)):
+        kind = tables[slot].get("type")
+        if slot == "vision" and kind not in defaults:
+            raise ValueError(f"model.bridge.vision type {kind!r} is unknown; choose {' or '.join(defaults)}")
+        tables[slot] = {**defaults.get(str(kind), {}), **tables[slot]}
+    tables["decoder"].setdefault("vocab_size", vocab_size)
+    geometry_of(tables)
+    architecture = Architecture(DENSE, _canonical(tables))
+    if architecture.experts is None:
+        return architecture
+    number, visited = architecture.experts
+    if visited > number:
+        raise ValueError(
+            f"model.bridge.decoder: num_experts_per_tok = {visited} is more than num_experts = {number}; lower it"
+        )
+    return replace(architecture, name=MOE)
+
+
+def from_folder(folder: Path) -> Architecture:
+    """The architecture of a Hugging Face model folder. Raises ValueError naming the file that is missing or broken."""
+    path = folder / "config.json"
+    try:
+        config: dict[str, Any] = json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); a model folder holds config.json") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from error
+    name = str((config.get("architectures") or [config.get("model_type", "unknown")])[0])
+    text = dict(config.get("text_config") or config)
+    text["type"] = text.pop("model_type", None)
+    text.setdefault("tie_word_embeddings", bool(config.get("tie_word_embeddings", False)))
+    tables: dict[str, Any] = {"decoder": text}
+    if config.get("model_type") == MODEL_TYPE:
+        vision = dict(config["vision_config"])
+        vision["type"] = str(vision.pop("model_type", "")).removesuffix("_vision_model")
+        tables |= {"vision": vision} | {slot: config[slot] for slot in ("encoder", "tiler", "connector", "packer")}
+    elif "vision_config" in config:
+        tables["vision"] = config["vision_config"]
+    return Architecture(name, _canonical(tables), _stored(folder))
+
+
+def geometry_of(tables: Mapping[str, Mapping[str, Any]]) -> Geometry:
+    """The media contract of a bridge's tables. Raises ValueError where components do not fit together."""
+    # the packer's wrap names tokens, whose ids only a tokenizer knows; they do not change what is counted here
+    packer = {key: value for key, value in tables["packer"].items() if key != "wrap"}
+    return Geometry.of(
+        tiler=tables["tiler"],
+        encoder=tables["encoder"],
+        connector=tables["connector"],
+        packer=packer,
+        vision=tables["vision"],
+        image_token_id=0,
+    )
+
+
+def training_bytes(parameters: int, trainable: int, precision: str, zero_stage: int, ranks: int) -> int:
+    """Weights, gradients and AdamW's state of one rank (ZeRO, 1910.02054): stage 1 splits the optimizer over ranks,
+    2 the gradients too, 3 the weights too. bfloat16 keeps a float32 master copy; so does ZeRO for its own partition."""
+    width = 4 if precision == "float32" else 2
+    master = 4 if precision != "float32" or zero_stage >= 1 else 0
+    weights, gradients, optimizer = width * parameters, width * trainable, (8 + master) * trainable
+    return (
+        weights // (ranks if zero_stage >= 3 else 1)
+        + gradients // (ranks if zero_stage >= 2 else 1)
+        + optimizer // (ranks if zero_stage >= 1 else 1)
+    )
+
+
+def activation_bytes(architecture: Architecture, tokens: int) -> int:
+    """A rough upper estimate for one micro-batch in float32: what backward keeps of each layer, and the logits with
+    their gradient. 0 where the configuration is unknown."""
+    decoder = architecture.decoder
+    if not {"num_hidden_layers", "hidden_size", "vocab_size"} <= decoder.keys():
+        return 0
+    return int(4 * tokens * (16 * decoder["num_hidden_layers"] * decoder["hidden_size"] + 3 * decoder["vocab_size"]))
+
+
+def _vision(v: Mapping[str, Any]) -> int:
+    hidden, inner, layers = v["hidden_size"], v["intermediate_size"], v["num_hidden_layers"]
+    patch, image = _area(v["patch_size"]), _area(v["image_size"])
+    embedding = 3 * patch * hidden + hidden
+    positions = 0 if v.get("is_native") else image // patch * hidden
+    if v["type"] == "siglip":
+        layer = 4 * (hidden * hidden + hidden) + 2 * hidden * inner + inner + hidden + 4 * hidden
+        return int(embedding + positions + layers * layer + 2 * hidden)
+    biases = 4 * hidden * bool(v.get("qkv_bias")) + (2 * inner + hidden) * bool(v.get("mlp_bias"))
+    layer = 4 * hidden * hidden + 3 * hidden * inner + 2 * hidden + biases
+    return int(embedding + hidden + positions + layers * layer + hidden)
+
+
+def _connector(connector: Mapping[str, Any], vision: int, text: int) -> int:
+    kind, factor = connector.get("kind", "mlp2x_gelu"), connector.get("factor", 2)
+    if kind == "linear":
+        return vision * text + text
+    wide = vision * factor**2 if kind == "pixel_shuffle_mlp" else vision
+    norm = 2 * wide if kind == "pixel_shuffle_mlp" else 0
+    return int(norm + wide * text + text + text * text + text)
+
+
+def _decoder(d: Mapping[str, Any]) -> int:
+    hidden, layers = d["hidden_size"], d["num_hidden_layers"]
+    queries, keys = d["num_attention_heads"] * _head_dim(d), d["num_key_value_heads"] * _head_dim(d)
+    attention = hidden * (queries + 2 * keys) + queries * hidden + 2 * _head_dim(d)
+    attention += (queries + 2 * keys + hidden) * bool(d.get("attention_bias"))
+    dense = 3 * hidden * d["intermediate_size"]
+    total = layers * (attention + 2 * hidden)
+    if d.get("num_experts"):
+        step, only_dense = d.get("decoder_sparse_step", 1), d.get("mlp_only_layers") or []
+        sparse = sum(layer not in only_dense and (layer + 1) % step == 0 for layer in range(layers))
+        expert = 3 * hidden * d["moe_intermediate_size"]
+        total += sparse * d["num_experts"] * (expert + hidden) + (layers - sparse) * dense
+    else:
+        total += layers * dense
+    heads = 1 if d.get("tie_word_embeddings") else 2
+    return int(total + hidden + heads * d["vocab_size"] * hidden)
+
+
+def _head_dim(d: Mapping[str, Any]) -> int:
+    return int(d.get("head_dim") or d["hidden_size"] // d["num_attention_heads"])
+
+
+def _area(side: Any) -> int:
+    sides = (side, side) if isinstance(side, int) else tuple(side)
+    return int(sides[0] * sides[1])
+
+
+def _stored(folder: Path) -> int | None:
+    """Parameters in the folder's safetensors headers: 8 bytes of length, then JSON with every tensor's shape."""
+    files = sorted(folder.glob("*.safetensors"))
+    total = 0
+    for path in files:
+        with path.open("rb") as file:
+            start = file.read(8)
+            if len(start) < 8:
+                raise ValueError(f"{path}: not a safetensors file (shorter than its header); download or save it again")
+            header = json.loads(file.read(struct.unpack("<Q", start)[0]))
+        for name, tensor in header.items():
+            if name != "__metadata__":
+                total += _product(tensor["shape"])
+    return total if files else None
+
+
+def _product(shape: list[int]) -> int:
+    result = 1
+    for size in shape:
+        result *= size
+    return result
+
+
+def _canonical(tables: Mapping[str, Any]) -> str:
+    return json.dumps(tables, sort_keys=True, default=str)

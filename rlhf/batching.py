@@ -1,0 +1,266 @@
+"""From samples to the tensors of a forward pass.
+
+samples ─make_batch→ Batch: optimizer steps × ranks × micro-batches (on the driver, no torch tensors)
+one micro-batch ─collate→ Tensors (on the rank, decoding its own pixels)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import random
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from rlhf.types import Batch, Media, Sample, Update
+
+
+def make_batch(
+    samples: Sequence[Sample], updates: int, ranks: int, token_budget: int, shuffle_seed: int | None = None
+) -> Batch:
+    """Cut samples into `updates` optimizer steps of (nearly) equal row counts, each over `ranks` ranks balanced by
+    tokens, each rank into micro-batches of rows × longest row ≤ token_budget, longest first.
+
+    shuffle_seed decides which optimizer step a row falls into; None keeps the order given. Every rank has the same
+    number of micro-batches in an update; one that ran out gets empty ones. Rows of weight 0 are kept (they cost a
+    forward pass, and their place must not depend on the weight) but count in no denominator.
+    Raises ValueError naming the sample that is longer than the budget or has no completion, or if there are fewer
+    samples than updates.
+    """
+    if updates < 1 or ranks < 1:
+        raise ValueError(f"a batch needs at least one update and one rank, got {updates} and {ranks}")
+    if len(samples) < updates:
+        raise ValueError(f"{len(samples)} samples cannot fill {updates} optimizer steps; lower updates_per_batch")
+    for sample in samples:
+        _require_trainable(sample, token_budget)
+    order = list(samples)
+    if shuffle_seed is not None:
+        random.Random(shuffle_seed).shuffle(order)
+    bounds = [len(order) * index // updates for index in range(updates + 1)]
+    return Batch(tuple(_make_update(order[a:b], ranks, token_budget) for a, b in itertools.pairwise(bounds)))
+
+
+def _require_trainable(sample: Sample, token_budget: int) -> None:
+    length = len(sample.token_ids)
+    if length > token_budget:
+        raise ValueError(
+            f"sample {sample.key} has {length} tokens, more than the token budget of {token_budget}: raise "
+            "resources.token_budget or leave the row out"
+        )
+    if not 1 <= sample.prompt_length < length:
+        raise ValueError(
+            f"sample {sample.key} has a prompt of {sample.prompt_length} tokens out of {length}: "
+            "both the prompt and the completion need at least one"
+        )
+    if sample.logprobs and len(sample.logprobs) != sample.num_completion:
+        raise ValueError(
+            f"sample {sample.key} has {len(sample.logprobs)} log-probabilities for {sample.num_completion} tokens"
+        )
+
+
+def _make_update(samples: Sequence[Sample], ranks: int, token_budget: int) -> Update:
+    shares: list[list[Sample]] = [[] for _ in range(ranks)]
+    loads = [0] * ranks
+    # longest first onto the least loaded rank: within 4/3 of the best balance (Graham 1969); sort is stable
+    for sample in sorted(samples, key=_length, reverse=True):
+        rank = loads.index(min(loads))
+        shares[rank].append(sample)
+        loads[rank] += _length(sample)
+    cut = [_cut(share, token_budget) for share in shares]
+    depth = max(map(len, cut))
+    counted = [sample for sample in samples if sample.weight != 0]
+    return Update(
+        micro_batches=tuple(tuple(mine + [()] * (depth - len(mine))) for mine in cut),
+        num_tokens=sum(sample.num_completion for sample in counted),
+        num_rows=len(counted),
+    )
+
+
+def _cut(samples: Sequence[Sample], token_budget: int) -> list[tuple[Sample, ...]]:
+    """Micro-batches of samples already sorted longest first: the first row of each sets its padded length."""
+    cut: list[list[Sample]] = []
+    for sample in samples:
+        if cut and (len(cut[-1]) + 1) * _length(cut[-1][0]) <= token_budget:
+            cut[-1].append(sample)
+        else:
+            cut.append([sample])
+    return [tuple(rows) for rows in cut]
+
+
+def _length(sample: Sample) -> int:
+    return len(sample.token_ids)
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """One micro-batch of B rows padded on the right to L tokens.
+
+    input_ids       [B, L]
+    attention_mask  [B, L] 1 on tokens, 0 on padding
+    position_ids    [B, L], or None where the model computes its own
+    media           what else the model's forward takes, by its own argument names (pixel_values, num_tiles, …)
+    mask            [B, L − 1] the row's weight where token t + 1 is a completion token, 0 elsewhere
+    old_logprobs    [B, L − 1] of token t + 1 under the sampling policy; 0 where unknown
+    advantages      [B]
+    weights         [B]
+    completion      [B, L − 1] True where token t + 1 is a completion token, whatever the row's weight
+    sampled         [B] True where the row came with log-probabilities
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor | None
+    media: Mapping[str, Tensor]
+    mask: Tensor
+    old_logprobs: Tensor
+    advantages: Tensor
+    weights: Tensor
+    completion: Tensor
+    sampled: Tensor
+
+    def model_inputs(self) -> dict[str, Tensor]:
+        """Keyword arguments of the model's forward."""
+        inputs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask, **self.media}
+        return inputs if self.position_ids is None else {**inputs, "position_ids": self.position_ids}
+
+    def to(self, device: str | torch.device) -> Tensors:
+        """The same micro-batch on another device."""
+        moved: dict[str, Any] = {}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, Tensor):
+                moved[item.name] = value.to(device)
+        return replace(self, **moved, media={name: value.to(device) for name, value in self.media.items()})
+
+
+class Visual(Protocol):
+    """What differs between families of models: how media become tensors of the forward pass."""
+
+    pad_id: int
+    explicit_positions: bool
+
+    def read(self, media: Media) -> Mapping[str, Tensor]:
+        """Tensors of one media item. Raises ValueError if its bytes cannot be decoded."""
+
+    def join(self, items: Sequence[Mapping[str, Tensor]], input_ids: Tensor) -> dict[str, Tensor]:
+        """Tensors of a micro-batch from those of its items, in row order, and its input_ids [B, L]."""
+
+    def blank(self) -> Sample | None:
+        """A row with a picture to add, at weight 0, to a micro-batch without media, so that every rank runs the
+        vision tower; None for a model whose own forward sees to that."""
+
+
+class BridgeVisual:
+    """Media of a think-fusion bridge: pixel_values [tiles, 3, height, width] and num_tiles [items].
+    The model itself runs a zero-weight vision pass on text-only rows."""
+
+    explicit_positions = True
+
+    def __init__(self, processor: Any) -> None:
+        self._processor = processor
+        self.pad_id = pad_of(processor.tokenizer)
+
+    def read(self, media: Media) -> Mapping[str, Tensor]:
+        pixels = self._processor.pixel_values([media.open()])
+        return {"pixel_values": pixels, "num_tiles": torch.tensor([len(pixels)])}
+
+    def join(self, items: Sequence[Mapping[str, Tensor]], input_ids: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
+        return concatenate(items)
+
+    def blank(self) -> Sample | None:
+        return None
+
+
+class Cached:
+    """A Visual that remembers the last `size` media items by the hash of their bytes: the rollouts of a group share
+    a picture, and several optimizer steps see it again."""
+
+    def __init__(self, visual: Visual, size: int = 512) -> None:
+        self._visual = visual
+        self._size = size
+        self._items: OrderedDict[bytes, Mapping[str, Tensor]] = OrderedDict()
+        self.pad_id = visual.pad_id
+        self.explicit_positions = visual.explicit_positions
+
+    def read(self, media: Media) -> Mapping[str, Tensor]:
+        digest = hashlib.sha256(media.kind.encode() + b"\0" + media.data).digest()
+        if digest in self._items:
+            self._items.move_to_end(digest)
+            return self._items[digest]
+        item = self._visual.read(media)
+        self._items[digest] = item
+        if len(self._items) > self._size:
+            self._items.popitem(last=False)
+        return item
+
+    def join(self, items: Sequence[Mapping[str, Tensor]], input_ids: Tensor) -> dict[str, Tensor]:
+        return self._visual.join(items, input_ids)
+
+    def blank(self) -> Sample | None:
+        return self._visual.blank()
+
+
+def pad_of(tokenizer: Any) -> int:
+    """The tokenizer's padding id; end-of-text, then 0, where it has none. Never read by the model: it is masked."""
+    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token_id is not None:
+            return int(token_id)
+    return 0
+
+
+def concatenate(items: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Join tensors of the same name along their first dimension."""
+    if not items:
+        return {}
+    return {name: torch.cat([item[name] for item in items]) for name in items[0]}
+
+
+def collate(samples: Sequence[Sample], visual: Visual) -> Tensors:
+    """Tensors of one micro-batch. An empty one becomes a dummy row of weight 0, so that every rank runs the same
+    forwards. Raises ValueError naming the sample whose media cannot be read."""
+    rows = list(samples)
+    if not any(row.media for row in rows) and (blank := visual.blank()) is not None:
+        rows.append(replace(blank, weight=0.0))
+    if not rows:
+        rows.append(Sample("dummy", (visual.pad_id, visual.pad_id), prompt_length=1, weight=0.0))
+    length = max(map(_length, rows))
+    shape = (len(rows), length)
+    input_ids = torch.full(shape, visual.pad_id, dtype=torch.long)
+    attention_mask = torch.zeros(shape, dtype=torch.long)
+    completion = torch.zeros((len(rows), length - 1), dtype=torch.bool)
+    old_logprobs = torch.zeros((len(rows), length - 1))
+    for index, row in enumerate(rows):
+        end = len(row.token_ids)
+        input_ids[index, :end] = torch.tensor(row.token_ids)
+        attention_mask[index, :end] = 1
+        completion[index, row.prompt_length - 1 : end - 1] = True
+        if row.logprobs:
+            old_logprobs[index, row.prompt_length - 1 : end - 1] = torch.tensor(row.logprobs)
+    # rows added here are no part of the step: no completion token of theirs is measured
+    completion[len(samples) :] = False
+    weights = torch.tensor([row.weight for row in rows])
+    positions = torch.arange(length).expand(shape).contiguous() if visual.explicit_positions else None
+    return Tensors(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=positions,
+        media=visual.join([_read(row, item, visual) for row in rows for item in row.media], input_ids),
+        mask=completion * weights[:, None],
+        old_logprobs=old_logprobs,
+        advantages=torch.tensor([row.advantage for row in rows]),
+        weights=weights,
+        completion=completion,
+        sampled=torch.tensor([bool(row.logprobs) for row in rows]),
+    )
+
+
+def _read(row: Sample, item: Media, visual: Visual) -> Mapping[str, Tensor]:
+    try:
+        return visual.read(item)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"sample {row.key}: its {item.kind} cannot be read ({error}); fix or drop the row") from error

@@ -1,0 +1,108 @@
+"""Bridges from a recipe, and from a folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from os import PathLike
+from typing import Any
+
+import torch
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
+
+from rlhf.bridge.config import BridgeConfig, is_moe
+from rlhf.bridge.model import BridgeForConditionalGeneration, BridgeMoeForConditionalGeneration
+from rlhf.bridge.processor import BridgeImageProcessor, BridgeProcessor
+from rlhf.bridge.slots import unknown
+
+SLOTS = ("vision", "encoder", "tiler", "connector", "packer", "decoder")
+VISION_TYPES = {"siglip": "siglip_vision_model", "aimv2": "aimv2_vision_model"}
+# Read by transformers though not fields of every config class that honours them.
+MORE_KEYS = ("head_dim", "rope_theta")
+IMAGE_TOKEN = "<image>"  # noqa: S105 - a token of text
+
+
+def _config(slot: str, model_type: str, keys: Mapping[str, Any]) -> PretrainedConfig:
+    cls = CONFIG_MAPPING[model_type]
+    common = {field.name for field in dataclasses.fields(PretrainedConfig)}
+    allowed = {field.name for field in dataclasses.fields(cls)} - common | {*MORE_KEYS, "initializer_range"}
+    for key in keys:
+        if key not in allowed:
+            raise unknown(f"{slot} key", key, ["type", *allowed])
+    return cls(**keys)
+
+
+def _token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+    if token not in tokenizer.get_vocab():
+        raise ValueError(f"the tokenizer has no token {token!r}: add it as a special token first")
+    return int(tokenizer.convert_tokens_to_ids(token))
+
+
+def new(config: BridgeConfig, seed: int) -> BridgeForConditionalGeneration:
+    """A randomly initialised model; the caller's random state is left alone."""
+    cls = BridgeMoeForConditionalGeneration if is_moe(config.text_config) else BridgeForConditionalGeneration
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return cls(config)
+
+
+def build(
+    spec: Mapping[str, Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, seed: int
+) -> tuple[BridgeForConditionalGeneration, BridgeProcessor]:
+    """A randomly initialised bridge from a recipe's `[model.bridge]`.
+
+    `spec` has a table for each slot: `vision`, `decoder` and `tiler` are required. `vision` and `decoder` take a
+    `type` and any key of that transformers config; the others are read by their packages. The tokenizer holds
+    `<image>`, a pad and an eos token, and any token named in `packer.wrap`. Raises `ValueError` on an unknown key.
+    """
+    for key in spec:
+        if key not in SLOTS:
+            raise unknown("bridge slot", key, SLOTS)
+    for key in ("vision", "decoder", "tiler"):
+        if key not in spec:
+            raise ValueError(f"a bridge needs a {key!r} table")
+    vision, decoder = dict(spec["vision"]), dict(spec["decoder"])
+    vision_type, decoder_type = vision.pop("type", None), decoder.pop("type", None)
+    if vision_type not in VISION_TYPES:
+        raise unknown("vision type", vision_type, VISION_TYPES)
+    if decoder_type not in CONFIG_MAPPING:
+        raise unknown("decoder type", decoder_type, CONFIG_MAPPING.keys())
+    if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer needs a pad and an eos token")
+    ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    text = {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id} | ends | decoder
+    if text["vocab_size"] < len(tokenizer):
+        raise ValueError(f"decoder.vocab_size {text['vocab_size']} is below the tokenizer's {len(tokenizer)}")
+    packer = dict(spec.get("packer", {"type": "segments"}))
+    if packer.get("wrap") is not None:
+        packer["wrap"] = [t if isinstance(t, int) else _token_id(tokenizer, t) for t in packer["wrap"]]
+    config = BridgeConfig(
+        vision_config=_config("vision", VISION_TYPES[vision_type], vision),
+        text_config=_config("decoder", decoder_type, text),
+        tiler=dict(spec["tiler"]),
+        encoder=dict(spec.get("encoder", {"type": "tower"})),
+        connector=dict(spec.get("connector", {"type": "mlp"})),
+        packer=packer,
+        image_token_id=_token_id(tokenizer, IMAGE_TOKEN),
+        **ends,
+    )
+    return new(config, seed), BridgeProcessor(BridgeImageProcessor(config.geometry.to_dict()), tokenizer)
+
+
+def load(path: str | PathLike[str]) -> tuple[BridgeForConditionalGeneration, BridgeProcessor]:
+    """The model (in evaluation mode) and processor of a saved folder. Raises `ValueError` if the two disagree."""
+    model = AutoModelForImageTextToText.from_pretrained(path)
+    processor = AutoProcessor.from_pretrained(path)
+    if not isinstance(model, BridgeForConditionalGeneration) or not isinstance(processor, BridgeProcessor):
+        raise ValueError(  # noqa: TRY004 - the folder is wrong, not the type of an argument
+            f"{path} holds a {type(model).__name__} with a {type(processor).__name__}, not a bridge"
+        )
+    if processor.geometry != model.config.geometry:
+        raise ValueError(f"{path}: its image processor and its config.json describe different pictures")
+    return model, processor

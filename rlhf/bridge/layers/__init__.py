@@ -1,0 +1,1 @@
+"""Torch modules that the bridge's components build."""

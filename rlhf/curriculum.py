@@ -1,0 +1,370 @@
+"""Stages in order: each continues an artifact, leaves one with its lineage, and must pass its gates.
+
+    runs/NAME/
+      recipe.toml            as resolved
+      model/                 the bridge built from [model], before any stage
+      data/NAME.parquet      rows made by builders
+      stages/03-align/       inputs.json (digest of all that determines the stage), checkpoints/, steps.jsonl,
+                             artifact/ (appears when whole), eval.json, result.json (written last: the stage is done)
+      summary.json  report.html
+
+Running a finished or killed run again skips the stages whose inputs are unchanged and continues the one in progress.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rlhf import evaluation, offline, online, synthesis
+from rlhf.agreement import make_probes
+from rlhf.algorithms import losses
+from rlhf.batching import make_batch
+from rlhf.checkpoint import digest, whole, write_json
+from rlhf.data.formatting import as_sample
+from rlhf.data.rows import Rows, read, write
+from rlhf.data.sources import open_source
+from rlhf.footprint import Footprint
+from rlhf.models import build_model, load_processor, masked_ids
+from rlhf.recipe import Gate, Recipe, Rl, Sft, Stage, Synthesize
+from rlhf.roles import Actors, Engine
+from rlhf.scoring import Judge
+from rlhf.stage import Context, derive
+from rlhf.tracking import Tracker
+from rlhf.types import Loss, TrainSpec
+
+NUM_PROBES, PROBE_LENGTH = 12, 48
+
+
+class GateError(RuntimeError):
+    """A stage finished and missed a gate; the message names the metric, its value and the bound."""
+
+
+@dataclass
+class Curriculum:
+    """One run of a recipe in `folder`."""
+
+    recipe: Recipe
+    folder: Path
+    actors: Actors
+    tracker: Tracker
+    footprint: Footprint
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)
+    sources: dict[str, Rows] = field(default_factory=dict)
+    started: float = field(default_factory=time.monotonic)
+    earlier_seconds: float = 0.0
+
+    async def run(self) -> None:
+        """Run every stage that is not done yet. Raises GateError at the first failed gate."""
+        self.earlier_seconds = self._seconds_so_far()
+        self._initial_model()
+        for index, stage in enumerate(self.recipe.stages):
+            folder = self.folder / "stages" / f"{index:02d}-{stage.name}"
+            inputs = self._inputs(stage)
+            result = self._finished(folder, inputs)
+            if result is None:
+                result = await self._stage(stage, index, folder, inputs)
+            result["gates"] = [check(gate, result["metrics"]) for gate in stage.gates]
+            result["status"] = "done" if all(gate["passed"] for gate in result["gates"]) else "gate failed"
+            self.results[stage.name] = result
+            self._summarise()
+            for gate in result["gates"]:
+                if not gate["passed"]:
+                    raise GateError(explain(stage, gate))
+
+    async def _stage(self, stage: Stage, index: int, folder: Path, inputs: dict[str, Any]) -> dict[str, Any]:
+        if folder.exists() and _read(folder / "inputs.json") != inputs:
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "inputs.json", inputs)
+        spent, started = float((_read(folder / "clock.json") or {}).get("seconds", 0.0)), time.monotonic()
+        with self.tracker.stage(stage.name, stage.kind, index, len(self.recipe.stages), folder) as log:
+            context = Context(
+                recipe=self.recipe,
+                folder=folder,
+                model=self.model_before(stage),
+                processor=load_processor(self.model_before(stage)),
+                actors=self.actors,
+                rows=self.rows,
+                artifact=self.artifact,
+                log=log,
+            )
+            try:
+                metrics = await self._make(stage, context)
+                metrics |= await self._evaluate(stage, context)
+            finally:
+                seconds = spent + time.monotonic() - started
+                write_json(folder / "clock.json", {"seconds": seconds})
+            log.metrics(metrics)
+        artifact = folder / "artifact"
+        lineage = {
+            "path": str(artifact.relative_to(self.folder)) if artifact.exists() else None,
+            "digest": digest(artifact) if artifact.exists() else None,
+            "parent": inputs["parent"],
+            "recipe_digest": inputs["recipe_digest"],
+            "data_digest": inputs["data_digest"],
+        }
+        result = {"name": stage.name, "kind": stage.kind, "seconds": seconds, "metrics": metrics, "artifact": lineage}
+        write_json(folder / "manifest.json", lineage)
+        write_json(folder / "result.json", result)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        return result
+
+    async def _make(self, stage: Stage, context: Context) -> dict[str, float]:
+        """Train or synthesise, unless the artifact is there already (killed between training and evaluation)."""
+        artifact = context.folder / "artifact"
+        if artifact.exists():
+            return dict(_read(context.folder / "made.json") or {})
+        if isinstance(stage, Sft):
+            facts = await self._begin(stage, context)
+            metrics = await offline.run(stage, context)
+        elif isinstance(stage, Rl):
+            facts = await self._begin(stage, context)
+            judges = {reward.judge: self.artifact(reward.judge) for reward in stage.rewards.values() if reward.judge}
+            async with self.actors.serving({"policy": context.model, **judges}) as engines:
+                metrics = await online.run(stage, context, engines["policy"], self._judges(engines, judges))
+        elif isinstance(stage, Synthesize):
+            judges = {stage.judge: self.artifact(stage.judge)} if stage.judge else {}
+            async with self.actors.serving({"policy": context.model, **judges}) as engines:
+                judge = self._judges(engines, judges).get(stage.judge or "")
+                rows, metrics = await synthesis.run(stage, context, engines["policy"], judge)
+            with whole(artifact) as partial:
+                write(rows, partial / "rows.parquet")
+            write_json(context.folder / "made.json", metrics)
+            return metrics
+        else:
+            return {}
+        metrics |= {f"model.{name}": float(value) for name, value in facts.items()}
+        write_json(context.folder / "made.json", metrics)
+        with whole(artifact) as partial:
+            await self.actors.trainer.export(partial)
+        return metrics
+
+    async def _begin(self, stage: Sft | Rl, context: Context) -> Mapping[str, float]:
+        """Give the trainer the stage, with the probes every later publish and export is proven on."""
+        media = [m for prompt in self._probe_prompts(context) for m in prompt.media[:1]]
+        probes = make_probes(
+            len(context.tokenizer),
+            context.processor.image_token_id,
+            media,
+            NUM_PROBES,
+            PROBE_LENGTH,
+            derive(self.recipe.seed, "probes"),
+            masked_ids(context.processor),
+        )
+        spec = train_spec(self.recipe, stage, context.model, masked_ids(context.processor))
+        return await self.actors.trainer.begin(spec, probes)
+
+    def _probe_prompts(self, context: Context) -> list[Any]:
+        source = self.recipe.evaluation.data or next(iter(self.recipe.data))
+        return evaluation.held_out(context, source, NUM_PROBES // 2, think=False)
+
+    async def _evaluate(self, stage: Stage, context: Context) -> dict[str, float]:
+        if stage.evaluate == "none":
+            return {}
+        if stage.evaluate == "loss":
+            return {f"eval.{name}": value for name, value in (await self._held_out_loss(stage, context)).items()}
+        artifact = context.folder / "artifact"
+        model = artifact if isinstance(stage, Sft | Rl) else context.model
+        async with self.actors.serving({"policy": model}) as engines:
+            engine = engines["policy"]
+            if stage.evaluate == "judge":
+                assert stage.eval_data is not None
+                report = await evaluation.judge_quality(
+                    context, engine, stage.eval_data, self.recipe.evaluation.prompts
+                )
+            else:
+                report = await evaluation.both_modes(context, engine, self._earlier_report(stage))
+                if stage.eval_data is not None:
+                    report.metrics.update(await evaluation.extra(context, engine, stage.eval_data))
+                if stage.kind == "evaluate":
+                    report.metrics.update(await evaluation.temperatures(context, engine, stage.temperatures))
+        write_json(context.folder / "eval.json", dataclasses.asdict(report))
+        return report.metrics
+
+    async def _held_out_loss(self, stage: Stage, context: Context) -> Mapping[str, float]:
+        assert stage.eval_data is not None
+        rows = self.rows(stage.eval_data)
+        samples = [
+            as_sample(rows[i], stage.eval_data, i, context.processor, None, self.recipe.chat)
+            for i in range(min(len(rows), self.recipe.evaluation.prompts))
+        ]
+        resources = self.recipe.resources
+        return await self.actors.trainer.losses(
+            make_batch(samples, 1, resources.trainer_ranks, resources.token_budget, 0)
+        )
+
+    def _judges(self, engines: Mapping[str, Engine], models: Mapping[str, Path]) -> dict[str, Judge]:
+        return {name: Judge(engines[name], load_processor(path).tokenizer) for name, path in models.items()}
+
+    def rows(self, name: str) -> Rows:
+        """Rows of a [data] source, or of an earlier synthesize stage."""
+        if name not in self.sources:
+            if name in self.recipe.data:
+                source = self.recipe.data[name]
+                self.sources[name] = open_source(name, source, self.recipe.seed, self.folder / "data")
+            else:
+                self.sources[name] = read(self.artifact(name) / "rows.parquet")
+        return self.sources[name]
+
+    def artifact(self, stage: str) -> Path:
+        """Folder of what an earlier stage left."""
+        return self.folder / str(self.results[stage]["artifact"]["path"])
+
+    def model_before(self, stage: Stage) -> Path:
+        """The model a stage continues: the one it names, or the policy as the stages before it left it."""
+        name = parent_of(self.recipe, stage)
+        if name is not None:
+            return self.artifact(name)
+        return self.folder / "model" if self.recipe.model.path is None else Path(self.recipe.model.path)
+
+    def _initial_model(self) -> None:
+        if self.recipe.model.bridge is not None and not (self.folder / "model").exists():
+            with whole(self.folder / "model") as partial:
+                build_model(self.recipe, {name: self.rows(name) for name in self.recipe.data}, partial)
+
+    def _inputs(self, stage: Stage) -> dict[str, Any]:
+        """Everything that determines a stage's artifact, as digests: a change here makes the stage run again."""
+        parent = parent_of(self.recipe, stage)
+        data = {name: self.rows(name).digest for name in sources_of(stage, self.recipe)}
+        judges = {name: self.results[name]["artifact"]["digest"] for name in judges_of(stage)}
+        shared = self.recipe.model_dump(mode="json", include={"seed", "chat", "evaluation", "model"})
+        config = stage.model_dump(mode="json", exclude={"gates", "budget_minutes", "checkpoint_every"})
+        return {
+            "parent": self.results[parent]["artifact"]["digest"] if parent else "model",
+            "recipe_digest": _digest({"stage": config, "shared": shared, "judges": judges}),
+            "data_digest": _digest(data),
+        }
+
+    def _finished(self, folder: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:
+        result = _read(folder / "result.json")
+        if result is None or _read(folder / "inputs.json") != inputs:
+            return None
+        return result
+
+    def _earlier_report(self, stage: Stage) -> evaluation.Report | None:
+        name = parent_of(self.recipe, stage)
+        if name is None:
+            return None
+        index = next(i for i, other in enumerate(self.recipe.stages) if other.name == name)
+        found = _read(self.folder / "stages" / f"{index:02d}-{name}" / "eval.json")
+        return evaluation.Report(**found) if found is not None else None
+
+    def _seconds_so_far(self) -> float:
+        return float((_read(self.folder / "summary.json") or {}).get("wall_seconds", 0.0))
+
+    def _summarise(self) -> None:
+        write_json(
+            self.folder / "summary.json",
+            {
+                "name": self.recipe.name,
+                "seed": self.recipe.seed,
+                "wall_seconds": self.earlier_seconds + time.monotonic() - self.started,
+                "peak_rss_gib": self.footprint.peak_gib,
+                "engine_cold_starts": self.actors.cold_starts,
+                "stages": list(self.results.values()),
+                **self.footprint.machine(),
+            },
+        )
+
+
+def train_spec(recipe: Recipe, stage: Sft | Rl, model: Path, masked: tuple[int, ...]) -> TrainSpec:
+    """What the trainer needs to know of a stage. The clip belongs to the algorithm unless the recipe gives one."""
+    if isinstance(stage, Rl):
+        moe = is_moe(model) if stage.algorithm == "auto" else False
+        kind = losses.choose(stage.algorithm, moe)
+        low, high = losses.defaults(kind)
+        loss = Loss(
+            kind=kind,
+            normalise="token",
+            clip_low=stage.clip_low or low,
+            clip_high=stage.clip_high or high,
+            temperature=stage.temperature,
+            masked_ids=masked,
+            router_aux=stage.router_aux,
+        )
+        updates, reset, upcycle = stage.updates_per_batch, (), None
+    else:
+        loss = Loss(kind="nll", normalise=stage.normalise, router_aux=stage.router_aux)
+        updates, reset = 1, tuple(stage.reset)
+        upcycle = (stage.upcycle.num_experts, stage.upcycle.top_k) if stage.upcycle else None
+    resources = recipe.resources
+    return TrainSpec(
+        model=str(model),
+        seed=derive(recipe.seed, stage.name, "trainer") % 2**31,
+        loss=loss,
+        train=stage.train or {"*": stage.lr},
+        steps=stage.steps * updates,
+        schedule=stage.schedule,
+        warmup=stage.warmup,
+        weight_decay=stage.weight_decay,
+        betas=stage.betas,
+        clip_grad=stage.clip_grad,
+        zero_stage=resources.zero_stage,
+        offload=resources.offload,
+        precision=resources.precision,
+        reset=reset,
+        upcycle=upcycle,
+        lora=(stage.lora.rank, stage.lora.alpha, tuple(stage.lora.target_modules)) if stage.lora else None,
+    )
+
+
+def is_moe(model: Path) -> bool:
+    """Whether the folder's decoder is a mixture of experts, read from its config.json."""
+    config = json.loads((model / "config.json").read_text())
+    return bool(config.get("text_config", config).get("num_experts"))
+
+
+def parent_of(recipe: Recipe, stage: Stage) -> str | None:
+    """Name of the stage whose model `stage` continues; None for [model]. A judge is nobody's default parent."""
+    if stage.start is not None:
+        return stage.start
+    before = recipe.stages[: [other.name for other in recipe.stages].index(stage.name)]
+    makers = [other.name for other in before if isinstance(other, Sft | Rl) and other.evaluate != "judge"]
+    return makers[-1] if makers else None
+
+
+def sources_of(stage: Stage, recipe: Recipe) -> list[str]:
+    """Names of all rows a stage reads, evaluation included."""
+    names = list(getattr(stage, "data", {}))
+    if stage.evaluate == "modes" and recipe.evaluation.data is not None:
+        names.append(recipe.evaluation.data)
+    return names + ([stage.eval_data] if stage.eval_data is not None else [])
+
+
+def judges_of(stage: Stage) -> list[str]:
+    if isinstance(stage, Rl):
+        return [reward.judge for reward in stage.rewards.values() if reward.judge is not None]
+    return [stage.judge] if isinstance(stage, Synthesize) and stage.judge is not None else []
+
+
+def check(gate: Gate, metrics: Mapping[str, float]) -> dict[str, Any]:
+    """A gate beside its value; a metric that was not measured fails."""
+    value = metrics.get(gate.metric)
+    passed = value is not None and (gate.min is None or value >= gate.min) and (gate.max is None or value <= gate.max)
+    return {"metric": gate.metric, "min": gate.min, "max": gate.max, "value": value, "passed": passed}
+
+
+def explain(stage: Stage, gate: Mapping[str, Any]) -> str:
+    if gate["value"] is None:
+        return f"stage {stage.name!r}: its gate wants {gate['metric']!r}, which the stage does not measure"
+    bound = f"at least {gate['min']:g}" if gate["min"] is not None else f"at most {gate['max']:g}"
+    return (
+        f"stage {stage.name!r} missed its gate: {gate['metric']} is {gate['value']:.4g}, wanted {bound}. "
+        "Its artifact is kept; change the stage (more steps, another rate) or the gate, and run the same command again"
+    )
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text()) if path.exists() else None

@@ -1,0 +1,348 @@
+"""Chains of thought about digits: written from the truth, corrupted in known ways, and verified by a program.
+
+A chain reads the digits, takes the steps its category needs, and concludes; the boxed answer follows:
+
+    <think>i see 3, 5 and 8. 3 + 5 = 8. 8 + 8 = 16. so 16.</think>\\boxed{16}
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+KINDS = {
+    "read": "perception",
+    "count": "perception",
+    "sum": "reasoning",
+    "difference": "reasoning",
+    "larger": "reasoning",
+    "sorted": "reasoning",
+}
+CATEGORIES = tuple(KINDS)
+CORRUPTIONS = ("wrong_digit", "wrong_arithmetic", "wrong_conclusion")
+
+CONCLUSIONS = {
+    "read": ("so {}.", "they read {}."),
+    "count": ("so {}.", "there are {}."),
+    "sum": ("so {}.", "the sum is {}.", "total {}."),
+    "difference": ("so {}.", "the difference is {}."),
+    "larger": ("so {}.", "the largest is {}."),
+    "sorted": ("so {}.", "in order {}."),
+}
+
+# what a weak reader of handwriting takes each digit for
+CONFUSED = ((6, 8), (7, 4), (7, 3), (5, 8), (9, 1), (3, 9), (0, 8), (1, 2), (3, 6), (4, 5))
+
+
+@dataclass(frozen=True)
+class Chain:
+    """What a chain will say. digits: those it reads. slip: the index of the step that goes wrong. concluded and
+    boxed: said instead of what the steps give."""
+
+    category: str
+    digits: tuple[int, ...]
+    target: int | None = None
+    slip: int | None = None
+    concluded: str | None = None
+    boxed: str | None = None
+
+
+@dataclass(frozen=True)
+class ChainCheck:
+    """sound: every step is true of the image and follows. reason: the first fault, empty when sound."""
+
+    sound: bool
+    reason: str = ""
+
+
+def answer_of(category: str, digits: Sequence[int], target: int | None = None) -> str:
+    """The true answer, as it stands in the box: a number, or digits with a space between them."""
+    match category:
+        case "read":
+            return " ".join(map(str, digits))
+        case "count":
+            return str(len(digits) if target is None else list(digits).count(target))
+        case "sum":
+            return str(sum(digits))
+        case "difference":
+            return str(max(digits) - min(digits))
+        case "larger":
+            return str(max(digits))
+        case "sorted":
+            return " ".join(map(str, sorted(digits)))
+    raise ValueError(f"no category {category!r}; the categories are {', '.join(CATEGORIES)}")
+
+
+def write_chain(chain: Chain, rng: random.Random) -> str:
+    """The chain in one of its phrasings, think tags and boxed answer included."""
+    steps, result = _steps(chain, rng)
+    concluded = result if chain.concluded is None else chain.concluded
+    boxed = concluded if chain.boxed is None else chain.boxed
+    conclusion = rng.choice(CONCLUSIONS[chain.category]).format(concluded)
+    return f"<think>{' '.join([_reading(chain.digits, rng), *steps, conclusion])}</think>\\boxed{{{boxed}}}"
+
+
+def corrupt(chain: Chain, rng: random.Random) -> tuple[str, Chain]:
+    """One of CORRUPTIONS and the sound `chain` with it, as a weak model would write it: a digit misread, left out or
+    seen double and everything after consistent with it; one false step, everything after consistent; or an answer
+    that does not follow."""
+    possible = [kind for kind in CORRUPTIONS if kind != "wrong_arithmetic" or _slippable(chain)]
+    kind = rng.choice(possible)
+    if kind == "wrong_digit":
+        return kind, replace(chain, digits=_misread(chain, rng))
+    if kind == "wrong_arithmetic":
+        return kind, replace(chain, slip=rng.choice(_slippable(chain)))
+    wrong = _other_answer(chain.category, answer_of(chain.category, chain.digits, chain.target), rng)
+    return kind, replace(chain, concluded=wrong) if rng.random() < 0.5 else replace(chain, boxed=wrong)
+
+
+def check_chain(category: str, digits: Sequence[int], text: str, answer: str, target: int | None = None) -> ChainCheck:
+    """Verify a free-form `<think>…</think>\\boxed{…}` against the image's true digits, step by step.
+
+    Sound means: it reads exactly `digits` in order; every step is true and uses the digits or the running result,
+    each once; it concludes what the last step gave; the box holds that, and it is `answer`. `target` is the digit
+    counted by "how many sevens". What cannot be parsed is unsound, with the reason.
+    """
+    outer = re.fullmatch(r"\s*<think>([^<>]*)</think>\s*\\boxed\{([^{}]*)\}\s*", text)
+    if outer is None:
+        return ChainCheck(False, "not of the form <think>…</think>\\boxed{…}")
+    sentences = [" ".join(part.split()).lower() for part in outer[1].split(".")]
+    sentences = [sentence for sentence in sentences if sentence]
+    if len(sentences) < 2:
+        return ChainCheck(False, "the chain needs at least a reading and a conclusion")
+    seen = _parse_reading(sentences[0])
+    if seen is None:
+        return ChainCheck(False, f"cannot parse the reading {sentences[0]!r}")
+    if seen != list(digits):
+        return ChainCheck(False, f"reads {_listed(seen)}, the image has {_listed(digits)}")
+    try:
+        result = _verify_steps(category, list(digits), sentences[1:-1], target)
+    except _FaultError as fault:
+        return ChainCheck(False, str(fault))
+    concluded = _parse_conclusion(category, sentences[-1])
+    if concluded is None:
+        return ChainCheck(False, f"cannot parse the conclusion {sentences[-1]!r}")
+    if concluded != result:
+        return ChainCheck(False, f"concludes {concluded}, the steps give {result}")
+    boxed = _numbers_text(outer[2])
+    if boxed != concluded:
+        return ChainCheck(False, f"boxes {outer[2].strip()!r}, the conclusion is {concluded}")
+    if boxed != _numbers_text(answer):
+        return ChainCheck(False, f"answers {boxed}, the right answer is {answer}")
+    return ChainCheck(True)
+
+
+def _reading(digits: Sequence[int], rng: random.Random) -> str:
+    words = [str(digit) for digit in digits]
+    spoken = " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else words[0]
+    return rng.choice(
+        (
+            f"i see {spoken}.",
+            f"the digits are {', '.join(words)}.",
+            f"reading {' '.join(words)}.",
+            f"first {', then '.join(words)}.",
+        )
+    )
+
+
+def _steps(chain: Chain, rng: random.Random) -> tuple[list[str], str]:
+    """The sentences between reading and conclusion, and the result they lead to."""
+    digits, slip = chain.digits, chain.slip
+    match chain.category:
+        case "sum":
+            total, steps = digits[0], []
+            for i, digit in enumerate(digits[1:]):
+                result = total + digit if i != slip else int(_other_answer("sum", str(total + digit), rng))
+                steps.append(f"{total} + {digit} = {result}.")
+                total = result
+            return steps, str(total)
+        case "difference":
+            high, low = max(digits), min(digits)
+            gap = high - low if slip is None else int(_other_answer("difference", str(high - low), rng))
+            return [f"{high} - {low} = {gap}."], str(gap)
+        case "larger":
+            best, steps = digits[0], []
+            form = rng.choice(("{} or {}: {}.", "of {} and {}, {}."))
+            for i, digit in enumerate(digits[1:]):
+                winner = max(best, digit) if i != slip else min(best, digit)
+                steps.append(form.format(best, digit, winner))
+                best = winner
+            return steps, str(best)
+        case "sorted":
+            order = sorted(digits)
+            if slip is not None:
+                order[slip], order[slip + 1] = order[slip + 1], order[slip]
+            return [f"{rng.choice(('smallest', 'start with'))} {', then '.join(map(str, order))}."], _listed(order)
+        case "count" if chain.target is not None:
+            hits = [(digit == chain.target) != (i == slip) for i, digit in enumerate(digits)]
+            said = [f"{digit} {'yes' if hit else 'no'}" for digit, hit in zip(digits, hits, strict=True)]
+            return [f"{', '.join(said)}."], str(sum(hits))
+    return [], answer_of(chain.category, digits, chain.target)
+
+
+def _slippable(chain: Chain) -> list[int]:
+    """The steps that can go wrong: where the wrong choice differs from the right one."""
+    digits = chain.digits
+    match chain.category:
+        case "sum":
+            return list(range(len(digits) - 1))
+        case "difference":
+            return [0]
+        case "larger":
+            return [i for i in range(len(digits) - 1) if max(digits[: i + 1]) != digits[i + 1]]
+        case "sorted":
+            order = sorted(digits)
+            return [i for i in range(len(order) - 1) if order[i] != order[i + 1]]
+        case "count" if chain.target is not None:
+            return list(range(len(digits)))
+    return []
+
+
+def _misread(chain: Chain, rng: random.Random) -> tuple[int, ...]:
+    digits = list(chain.digits)
+    place = rng.randrange(len(digits))
+    draw = rng.random()
+    # a difference has exactly two digits, and a sum of one digit would have no step
+    least, most = (2, 2) if chain.category == "difference" else (1 if KINDS[chain.category] == "perception" else 2, 4)
+    if draw < 0.15 and len(digits) > least:
+        del digits[place]
+    elif draw < 0.3 and len(digits) < most:
+        digits.insert(place, rng.choice((digits[place], rng.randrange(10))))
+    else:
+        others = CONFUSED[digits[place]] if rng.random() < 0.7 else [d for d in range(10) if d != digits[place]]
+        digits[place] = rng.choice(others)
+    return tuple(digits)
+
+
+def _other_answer(category: str, right: str, rng: random.Random) -> str:
+    """A wrong answer close to the right one; only a sum can be above 9."""
+    numbers = [int(word) for word in right.split()]
+    if len(numbers) > 1 and len(set(numbers)) > 1 and rng.random() < 0.5:
+        first, second = rng.choice([(i, j) for i in range(len(numbers)) for j in range(i) if numbers[i] != numbers[j]])
+        numbers[first], numbers[second] = numbers[second], numbers[first]
+        return _listed(numbers)
+    place = rng.randrange(len(numbers))
+    steps = (-10, -2, -1, 1, 2, 10) if numbers[place] > 9 else (-2, -1, 1, 2)
+    limit = 99 if category == "sum" else 9
+    numbers[place] = rng.choice([n for n in (numbers[place] + step for step in steps) if 0 <= n <= limit])
+    return _listed(numbers)
+
+
+class _FaultError(Exception):
+    """A step that is false, missing or not understood."""
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return " ".join(map(str, numbers))
+
+
+def _numbers_text(text: str) -> str | None:
+    words = text.replace(",", " ").split()
+    return _listed([int(word) for word in words]) if words and all(re.fullmatch(r"\d{1,4}", w) for w in words) else None
+
+
+def _parse_list(text: str) -> list[int] | None:
+    """Digits between spaces, commas, `and` or `then`."""
+    words = re.split(r",? and |,? then |, | ", text)
+    return [int(word) for word in words] if all(re.fullmatch(r"\d", word) for word in words) else None
+
+
+def _parse_reading(sentence: str) -> list[int] | None:
+    match = re.fullmatch(r"(?:i see|the digits are|reading|first) (.+)", sentence)
+    return _parse_list(match[1]) if match else None
+
+
+def _parse_conclusion(category: str, sentence: str) -> str | None:
+    openings = "|".join(form.partition(" {}")[0] for form in CONCLUSIONS[category])
+    match = re.fullmatch(rf"(?:{openings}|the answer is|so the answer is) ([\d ,]+)", sentence)
+    return _numbers_text(match[1]) if match else None
+
+
+def _verify_steps(category: str, digits: list[int], steps: list[str], target: int | None) -> str:
+    """The result the steps lead to. Raises _FaultError at the first that is not right."""
+    match category:
+        case "sum":
+            return str(_verify_sum(digits, steps))
+        case "larger":
+            return str(_verify_larger(digits, steps))
+        case "difference":
+            match = re.fullmatch(r"(\d+) - (\d+) = (\d+)", _only(steps))
+            if match is None:
+                raise _FaultError(f"cannot parse the step {steps[0]!r}")
+            high, low, gap = map(int, match.groups())
+            if [high, low] != sorted(digits, reverse=True):
+                raise _FaultError(
+                    f"{steps[0]!r} does not subtract the smaller from the larger digit of {_listed(digits)}"
+                )
+            if high - low != gap:
+                raise _FaultError(f"{steps[0]!r} is false")
+            return str(gap)
+        case "sorted":
+            match = re.fullmatch(r"(?:smallest|start with) (.+)", _only(steps))
+            order = _parse_list(match[1]) if match else None
+            if order is None:
+                raise _FaultError(f"cannot parse the step {steps[0]!r}")
+            if order != sorted(digits):
+                raise _FaultError(f"{steps[0]!r} is not {_listed(digits)} in order")
+            return _listed(order)
+        case "count" if target is not None:
+            said = re.findall(r"(\d) (yes|no)(?:, |$)", _only(steps))
+            if ", ".join(f"{digit} {word}" for digit, word in said) != steps[0]:
+                raise _FaultError(f"cannot parse the step {steps[0]!r}")
+            if said != [(str(digit), "yes" if digit == target else "no") for digit in digits]:
+                raise _FaultError(f"{steps[0]!r} does not say which of {_listed(digits)} is a {target}")
+            return str(sum(word == "yes" for _, word in said))
+        case "read" | "count":
+            if steps:
+                raise _FaultError(f"cannot parse the step {steps[0]!r}")
+            return answer_of(category, digits)
+    raise _FaultError(f"no rules for category {category!r}")
+
+
+def _only(steps: list[str]) -> str:
+    if len(steps) != 1:
+        raise _FaultError(f"{len(steps)} steps between reading and conclusion, one is needed")
+    return steps[0]
+
+
+def _verify_sum(digits: list[int], steps: list[str]) -> int:
+    left = Counter(digits)
+    total: int | None = None
+    for step in steps:
+        match = re.fullmatch(r"(\d+(?: \+ \d+)+) = (\d+)", step)
+        if match is None:
+            raise _FaultError(f"cannot parse the step {step!r}")
+        terms = Counter(int(term) for term in match[1].split(" + "))
+        if total is not None:
+            if not terms[total]:
+                raise _FaultError(f"{step!r} does not go on from {total}")
+            terms[total] -= 1
+        if terms - left:
+            raise _FaultError(f"{step!r} adds a digit that is not left of {_listed(digits)}")
+        left = left - terms
+        total = sum(terms.elements()) + (total or 0)
+        if total != int(match[2]):
+            raise _FaultError(f"{step!r} is false")
+    if total is None or left:
+        raise _FaultError(f"the steps leave out {_listed(sorted(left.elements()))}")
+    return total
+
+
+def _verify_larger(digits: list[int], steps: list[str]) -> int:
+    best, rest = digits[0], digits[1:]
+    if len(steps) != len(rest):
+        raise _FaultError(f"{len(steps)} comparisons of {len(digits)} digits, {len(rest)} are needed")
+    for step, digit in zip(steps, rest, strict=True):
+        match = re.fullmatch(r"(\d) or (\d): (\d)", step) or re.fullmatch(r"of (\d) and (\d), (\d)", step)
+        if match is None:
+            raise _FaultError(f"cannot parse the step {step!r}")
+        one, other, winner = map(int, match.groups())
+        if sorted((one, other)) != sorted((best, digit)):
+            raise _FaultError(f"{step!r} does not compare {best} with {digit}")
+        if winner != max(one, other):
+            raise _FaultError(f"{step!r} is false")
+        best = winner
+    return best

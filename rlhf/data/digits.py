@@ -1,0 +1,280 @@
+"""Questions about real handwritten digits: pictures of 1,797 scans (scikit-learn's load_digits), 2 × 2 to an image.
+
+The scans are split once, for every seed and table: a held-out scan is never in a training row. Chains of thought are
+written from the true digits, and `rlhf.data.chains.check_chain` verifies such chains.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import io
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from rlhf.data.chains import CATEGORIES, KINDS, Chain, ChainCheck, answer_of, check_chain, corrupt, write_chain
+from rlhf.data.judging import judge_question
+from rlhf.data.rows import DataError, Row
+
+__all__ = ["ChainCheck", "Options", "Puzzle", "build", "check_chain", "render", "scans"]
+
+CELL = 24
+NUM_TRAIN = 1400
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+PLURALS = (*(f"{word}s" for word in WORDS[:6]), "sixes", *(f"{word}s" for word in WORDS[7:]))
+
+QUESTIONS: Mapping[str, tuple[str, ...]] = {
+    "read": ("read the digits.", "which digits are these?", "what do you read?"),
+    "count": ("how many digits are there?", "count the digits."),
+    "sum": ("what is the sum?", "add the digits.", "what is the total?"),
+    "difference": ("what is the difference?", "how far apart are they?", "larger minus smaller?"),
+    "larger": ("which is the largest?", "what is the largest digit?", "find the largest."),
+    "sorted": ("sort the digits.", "put the digits in order.", "order from small to large."),
+}
+COUNT_OF = ("how many {} are there?", "count the {}.")
+
+
+@dataclass(frozen=True)
+class Options:
+    """min_digits to max_digits a picture (1 to 4); categories asked; augmentation 0 (centred, upright size) to 1;
+    reading: a judge first says which digits it sees itself."""
+
+    min_digits: int = 1
+    max_digits: int = 4
+    categories: tuple[str, ...] = CATEGORIES
+    augmentation: float = 1.0
+    reading: bool = False
+
+
+@dataclass(frozen=True)
+class Puzzle:
+    """One question with its truth. target: the digit to count, for "how many sevens"; scans: indices of load_digits."""
+
+    category: str
+    question: str
+    digits: tuple[int, ...]
+    target: int | None
+    scans: tuple[int, ...]
+
+    @property
+    def answer(self) -> str:
+        return answer_of(self.category, self.digits, self.target)
+
+
+def build(table: str, rows: int, split: str, seed: int, options: Mapping[str, Any]) -> list[Row]:
+    """`rows` rows of one table, the same for the same arguments.
+
+    text        no image: the digits in words or numerals; half chains, half direct answers
+    single      one digit, read
+    perception  read and count, direct
+    direct      every category, direct
+    chains      every category, thinking
+    prompts     every category, no answer (for reinforcement learning)
+    judge       a reply to be judged beside the image: half sound, half corrupted; the answer is yes or no
+    judge_text  the same, the digits given in the text
+
+    split "heldout" makes any of them from held-out scans, with a third of the augmentation. Columns: answer, category,
+    kind, digits, target, question, think, scans; judge tables add sound and corruption.
+    Raises DataError for an unknown table or option.
+    """
+    makers: dict[str, Callable[[random.Random, Options, str, int], Row]] = {
+        "text": _text_row,
+        "single": _single_row,
+        "perception": _direct_row,
+        "direct": _direct_row,
+        "chains": _chain_row,
+        "prompts": _prompt_row,
+        "judge": _judge_row,
+        "judge_text": _judge_text_row,
+    }
+    if table not in makers:
+        raise DataError(f"digits has no table {table!r}{_nearest(table, list(makers))}; it has {', '.join(makers)}")
+    if split not in {"train", "heldout"}:
+        raise DataError(f"split {split!r}; the splits are train and heldout")
+    chosen = _options(table, options)
+    rng = random.Random(f"digits/{table}/{split}/{seed}")
+    # exact halves (sound or not, chain or direct), in random order
+    turns = list(range(rows))
+    rng.shuffle(turns)
+    return [makers[table](rng, chosen, split, turn) for turn in turns]
+
+
+@functools.cache
+def scans(split: str) -> tuple[int, ...]:
+    """Indices into load_digits of one split: 1,400 for training, 397 held out; fixed for ever."""
+    order = list(range(len(_scans()[1])))
+    random.Random("thinkfusion digits: which scans are held out").shuffle(order)
+    return tuple(order[:NUM_TRAIN] if split == "train" else order[NUM_TRAIN:])
+
+
+def render(indices: tuple[int, ...], rng: random.Random, augmentation: float) -> bytes:
+    """PNG, 48 × 48 RGB: the scans in reading order, light ink on dark, each 18 to 22 pixels in its 24-pixel cell."""
+    canvas = np.zeros((2 * CELL, 2 * CELL), dtype=np.uint8)
+    images, _ = _scans()
+    for place, index in enumerate(indices):
+        size = round(20 + rng.uniform(-2, 2) * augmentation)
+        slack = (CELL - size) / 2
+        left, top = (round(slack + rng.uniform(-slack, slack) * augmentation) for _ in range(2))
+        contrast = 1 - rng.uniform(0, 0.3) * augmentation
+        scan = Image.fromarray(np.uint8(images[index] * (255 / 16) * contrast))
+        row, column = divmod(place, 2)
+        y, x = row * CELL + top, column * CELL + left
+        canvas[y : y + size, x : x + size] = np.asarray(scan.resize((size, size), Image.Resampling.BILINEAR))
+    buffer = io.BytesIO()
+    Image.fromarray(canvas).convert("RGB").save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@functools.cache
+def _scans() -> tuple[npt.NDArray[np.float64], tuple[int, ...]]:
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    return data.images, tuple(int(label) for label in data.target)
+
+
+def _options(table: str, given: Mapping[str, Any]) -> Options:
+    known = [field.name for field in fields(Options)]
+    for key in given:
+        if key not in known:
+            raise DataError(f"digits has no option {key!r}{_nearest(key, known)}; it has {', '.join(known)}")
+    chosen = Options(**{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})
+    if not 1 <= chosen.min_digits <= chosen.max_digits <= 4:
+        raise DataError(f"min_digits {chosen.min_digits}, max_digits {chosen.max_digits}: 1 ≤ min ≤ max ≤ 4 is needed")
+    if not 0 <= chosen.augmentation <= 1:
+        raise DataError(f"augmentation {chosen.augmentation}: from 0 to 1")
+    for category in chosen.categories:
+        if category not in CATEGORIES:
+            raise DataError(f"digits has no category {category!r}{_nearest(category, list(CATEGORIES))}")
+    asked = [c for c in chosen.categories if table != "perception" or KINDS[c] == "perception"]
+    fitting = tuple(category for category in asked if _sizes(category, chosen))
+    if not fitting:
+        raise DataError(
+            f"no category of {list(chosen.categories)} fits table {table!r} with {chosen.min_digits} to "
+            f"{chosen.max_digits} digits; difference takes two digits, sum, larger and sorted take two or more"
+        )
+    return replace(chosen, categories=fitting)
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(word, known, 1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def _sizes(category: str, options: Options) -> list[int]:
+    low, high = {"read": (1, 4), "count": (1, 4), "difference": (2, 2)}.get(category, (2, 4))
+    return list(range(max(low, options.min_digits), min(high, options.max_digits) + 1))
+
+
+def _puzzle(rng: random.Random, options: Options, split: str) -> Puzzle:
+    category = rng.choice(options.categories)
+    indices = tuple(rng.sample(scans(split), rng.choice(_sizes(category, options))))
+    digits = tuple(_scans()[1][index] for index in indices)
+    target = None
+    question = rng.choice(QUESTIONS[category])
+    if category == "count" and rng.random() < 0.5:
+        # mostly a digit that is there, or "none" would be the safe guess
+        target = rng.choice(digits) if rng.random() < 0.75 else rng.randrange(10)
+        question = rng.choice(COUNT_OF).format(PLURALS[target])
+    return Puzzle(category, question, digits, target, indices)
+
+
+def _row(puzzle: Puzzle, asked: str, reply: str | None, think: bool, image: bytes | None) -> Row:
+    shown = [] if image is None else [{"type": "image"}]
+    messages = [{"role": "user", "content": [*shown, {"type": "text", "text": asked}]}]
+    if reply is not None:
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": reply}]})
+    return {
+        "messages": messages,
+        "images": [] if image is None else [{"bytes": image, "path": None}],
+        "answer": puzzle.answer,
+        "category": puzzle.category,
+        "kind": KINDS[puzzle.category],
+        "digits": list(puzzle.digits),
+        "target": puzzle.target,
+        "question": puzzle.question,
+        "think": think,
+        "scans": list(puzzle.scans),
+    }
+
+
+def _picture(puzzle: Puzzle, rng: random.Random, options: Options, split: str) -> bytes:
+    return render(puzzle.scans, rng, options.augmentation * (1 if split == "train" else 1 / 3))
+
+
+def _told(puzzle: Puzzle, rng: random.Random) -> str:
+    """The digits in the words of the question instead of in a picture."""
+    names = [WORDS[digit] for digit in puzzle.digits] if rng.random() < 0.5 else [str(digit) for digit in puzzle.digits]
+    return f"digits: {' '.join(names)}."
+
+
+def _sound_chain(puzzle: Puzzle, rng: random.Random) -> str:
+    return write_chain(Chain(puzzle.category, puzzle.digits, puzzle.target), rng)
+
+
+def _direct(puzzle: Puzzle) -> str:
+    return f"\\boxed{{{puzzle.answer}}}"
+
+
+def _text_row(rng: random.Random, options: Options, split: str, turn: int) -> Row:
+    puzzle = _puzzle(rng, options, split)
+    think = turn % 2 == 0
+    reply = _sound_chain(puzzle, rng) if think else _direct(puzzle)
+    return _row(puzzle, f"{_told(puzzle, rng)} {puzzle.question}", reply, think, None)
+
+
+def _single_row(rng: random.Random, options: Options, split: str, _turn: int) -> Row:
+    index = rng.choice(scans(split))
+    question = rng.choice(("which digit is this?", *QUESTIONS["read"]))
+    puzzle = Puzzle("read", question, (_scans()[1][index],), None, (index,))
+    return _row(puzzle, question, _direct(puzzle), False, _picture(puzzle, rng, options, split))
+
+
+def _direct_row(rng: random.Random, options: Options, split: str, _turn: int) -> Row:
+    puzzle = _puzzle(rng, options, split)
+    return _row(puzzle, puzzle.question, _direct(puzzle), False, _picture(puzzle, rng, options, split))
+
+
+def _chain_row(rng: random.Random, options: Options, split: str, _turn: int) -> Row:
+    puzzle = _puzzle(rng, options, split)
+    return _row(puzzle, puzzle.question, _sound_chain(puzzle, rng), True, _picture(puzzle, rng, options, split))
+
+
+def _prompt_row(rng: random.Random, options: Options, split: str, _turn: int) -> Row:
+    puzzle = _puzzle(rng, options, split)
+    return _row(puzzle, puzzle.question, None, True, _picture(puzzle, rng, options, split))
+
+
+def _judged(rng: random.Random, options: Options, split: str, sound: bool) -> tuple[Puzzle, str, str, str]:
+    """A puzzle, the reply to judge, the kind of corruption, and the judge's answer."""
+    puzzle = _puzzle(rng, options, split)
+    truth = Chain(puzzle.category, puzzle.digits, puzzle.target)
+    kind, chain = ("none", truth) if sound else corrupt(truth, rng)
+    verdict = "yes" if sound else "no"
+    reading = " ".join(str(digit) for digit in puzzle.digits)
+    return puzzle, write_chain(chain, rng), kind, f"{reading} . {verdict}" if options.reading else verdict
+
+
+def _verdict_columns(row: Row, sound: bool, corruption: str) -> Row:
+    return {**row, "answer": "yes" if sound else "no", "sound": sound, "corruption": corruption}
+
+
+def _judge_row(rng: random.Random, options: Options, split: str, turn: int) -> Row:
+    sound = turn % 2 == 0
+    puzzle, chain, corruption, reply = _judged(rng, options, split, sound)
+    image = _picture(puzzle, rng, options, split)
+    row = _row(puzzle, judge_question(puzzle.question, chain), reply, False, image)
+    return _verdict_columns(row, sound, corruption)
+
+
+def _judge_text_row(rng: random.Random, options: Options, split: str, turn: int) -> Row:
+    sound = turn % 2 == 0
+    puzzle, chain, corruption, reply = _judged(rng, options, split, sound)
+    asked = f"{_told(puzzle, rng)} {judge_question(puzzle.question, chain)}"
+    return _verdict_columns(_row(puzzle, asked, reply, False, None), sound, corruption)

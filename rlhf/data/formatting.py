@@ -1,0 +1,143 @@
+"""From a row to what a model sees: a Prompt to be answered, a Sample to be learned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.data.rows import DataError, Row
+from rlhf.recipe import Chat
+from rlhf.types import Media, Prompt, Sample
+
+
+class Processor(Protocol):
+    """What formatting asks of the bridge's processor (or of any Hugging Face one wrapped alike)."""
+
+    tokenizer: PreTrainedTokenizerBase
+
+    def expand(self, token_ids: list[int], sizes: list[tuple[int, int]]) -> list[int]:
+        """token_ids with each placeholder repeated as its image (width, height) needs."""
+        ...
+
+
+def as_prompt(
+    row: Mapping[str, Any], source: str, index: int, tokenizer: PreTrainedTokenizerBase, think: bool, chat: Chat
+) -> Prompt:
+    """The row as a question: a trailing assistant message is left out, the thinking suffix added to the last user
+    text when `think`, and the generation prompt appended. Ids are un-expanded.
+
+    Raises DataError naming source and row for a row without a user message, or whose image marks and images differ.
+    """
+    where = f"source {source!r}, row {index}"
+    messages = _asked(row["messages"])
+    media = tuple(row.get("images") or ())
+    messages = _with_images(messages, media, where)
+    question = _question(messages, where)
+    if think:
+        messages = _with_suffix(messages, chat.think_suffix)
+    text = _render(tokenizer, messages, generate=True)
+    ids = _ids(tokenizer, text)
+    _check_placeholders(tokenizer, ids, media, where)
+    columns = {name: value for name, value in row.items() if name not in {"messages", "images"}}
+    key = f"{source}/{index}" + ("#think" if think else "")
+    return Prompt(key, source, question, ids, media, think, columns)
+
+
+def as_sample(
+    row: Mapping[str, Any], source: str, index: int, processor: Processor, think: bool | None, chat: Chat
+) -> Sample:
+    """The row as a question and the answer to learn: the last assistant message, end token included.
+
+    think None takes the row's boolean column `think` (False where there is none). Prompt and answer are tokenised
+    apart and joined as ids, as in generation. Raises DataError as `as_prompt`, and when no answer ends the row.
+    """
+    messages = row["messages"]
+    where = f"source {source!r}, row {index}"
+    if not messages or messages[-1]["role"] != "assistant":
+        raise DataError(f"{where}: no assistant message at the end, so there is nothing to learn; add the answer")
+    tokenizer = processor.tokenizer
+    with_think = bool(row.get("think") or False) if think is None else think
+    prompt = as_prompt(row, source, index, tokenizer, with_think, chat)
+    completion = _completion(tokenizer, _text(messages[-1]), where)
+    expanded = tuple(processor.expand(list(prompt.token_ids), [media.size for media in prompt.media]))
+    return Sample(prompt.key, expanded + completion, len(expanded), prompt.media)
+
+
+def _asked(messages: list[Row]) -> list[Row]:
+    if messages and messages[-1]["role"] == "assistant":
+        return messages[:-1]
+    return messages
+
+
+def _with_images(messages: list[Row], media: tuple[Media, ...], where: str) -> list[Row]:
+    marks = sum(part["type"] == "image" for m in messages if not isinstance(m["content"], str) for part in m["content"])
+    if marks == len(media):
+        return messages
+    if marks:
+        raise DataError(f"{where}: {marks} image marks in the messages, but {len(media)} images; make them equal")
+    # the ecosystem's short form: images given, no marks; they stand before the first user text
+    first = next((i for i, message in enumerate(messages) if message["role"] == "user"), None)
+    if first is None:
+        raise DataError(f"{where}: images, but no user message that could show them")
+    pictures = [{"type": "image"} for _ in media]
+    shown = {"role": "user", "content": [*pictures, *_parts(messages[first]["content"])]}
+    return [*messages[:first], shown, *messages[first + 1 :]]
+
+
+def _question(messages: list[Row], where: str) -> str:
+    if not messages or messages[-1]["role"] != "user":
+        raise DataError(f"{where}: the question must end in a user message")
+    return _text(messages[-1])
+
+
+def _with_suffix(messages: list[Row], suffix: str) -> list[Row]:
+    parts = _parts(messages[-1]["content"])
+    last = max((i for i, part in enumerate(parts) if part["type"] == "text"), default=None)
+    if last is None:
+        parts = [*parts, {"type": "text", "text": suffix}]
+    else:
+        parts[last] = {"type": "text", "text": f"{parts[last]['text']} {suffix}"}
+    return [*messages[:-1], {"role": "user", "content": parts}]
+
+
+def _parts(content: Any) -> list[Row]:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+
+
+def _text(message: Row) -> str:
+    return "".join(part["text"] for part in _parts(message["content"]) if part["type"] == "text")
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Row], generate: bool) -> str:
+    # text-only templates of other models know strings only
+    plain = [
+        {**m, "content": _text(m)} if all(p["type"] == "text" for p in _parts(m["content"])) else m for m in messages
+    ]
+    return str(tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=generate))
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _completion(tokenizer: PreTrainedTokenizerBase, answer: str, where: str) -> tuple[int, ...]:
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise DataError(f"{where}: the tokenizer has no end token (eos_token); set one, it ends every answer")
+    ids = _ids(tokenizer, answer)
+    if end in ids:
+        raise DataError(f"{where}: the answer spells the end token {tokenizer.eos_token!r}; remove it, it is added")
+    return (*ids, int(end))
+
+
+def _check_placeholders(
+    tokenizer: PreTrainedTokenizerBase, ids: tuple[int, ...], media: tuple[Media, ...], where: str
+) -> None:
+    placeholder = getattr(tokenizer, "image_token_id", None)
+    if placeholder is not None and ids.count(placeholder) != len(media):
+        raise DataError(
+            f"{where}: {ids.count(placeholder)} image placeholders after rendering, but {len(media)} images; "
+            f"the text may spell {tokenizer.convert_ids_to_tokens(placeholder)!r} itself: remove it"
+        )

@@ -1,0 +1,72 @@
+"""A small byte-level BPE tokenizer, trained on the recipe's own text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from rlhf.recipe import Chat
+
+PAD, EOS, IMAGE, THINK, END_THINK = "<pad>", "<eos>", "<image>", "<think>", "</think>"
+ROLES = ("system", "user", "assistant")
+SPECIAL = (PAD, EOS, IMAGE, THINK, END_THINK, *(f"<{role}>" for role in ROLES))
+
+# No white space of its own: every token of the template costs positions in every row.
+TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{{- '<' + message['role'] + '>' -}}"
+    "{%- if message['content'] is string -%}{{- message['content'] -}}"
+    "{%- else -%}{%- for part in message['content'] -%}"
+    "{%- if part['type'] == 'image' -%}{{- '<image>' -}}{%- else -%}{{- part['text'] -}}{%- endif -%}"
+    "{%- endfor -%}{%- endif -%}"
+    "{%- if message['role'] == 'assistant' -%}{{- '<eos>' -}}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<assistant>' -}}{%- endif -%}"
+)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, chat: Chat) -> PreTrainedTokenizerFast:
+    """Learn byte-level BPE merges from `texts` (and from the thinking suffix, as if every second text had it).
+
+    No token holds more than one digit; a space may lead one. Special tokens: <pad>, <eos> (ends the assistant's
+    turn: the stop token), <image>, <think>, </think> and a mark for each role. The chat template travels with the
+    tokenizer. The result has at most `vocab_size` tokens. Raises ValueError if that is less than bytes and special
+    tokens need.
+    """
+    least = 256 + len(SPECIAL)
+    if vocab_size < least:
+        raise ValueError(
+            f"model.tokenizer.vocab_size = {vocab_size}: 256 bytes and {len(SPECIAL)} marks need at least {least}"
+        )
+    texts = list(texts)
+    bodies = [*texts, *[chat.think_suffix] * (len(texts) // 2)]
+    marks = re.compile("|".join(re.escape(token) for token in SPECIAL))
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r" ?\p{N}"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    # marks are cut out first: they are tokens of their own and must not teach merges
+    core.train_from_iterator((piece for body in bodies for piece in marks.split(body)), trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token=PAD,
+        eos_token=EOS,
+        additional_special_tokens=[THINK, END_THINK, *(f"<{role}>" for role in ROLES)],
+        extra_special_tokens={"image_token": IMAGE},
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer

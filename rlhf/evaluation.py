@@ -1,0 +1,213 @@
+"""What a model can do: accuracy with and without thinking on the same held-out questions, and a judge's quality.
+
+Accuracy is avg@k: the mean over k samples at a temperature; pass@k and greedy stand beside it. Intervals are 95 %
+bootstrap intervals over questions; a difference to an earlier stage is paired on the questions.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from rewards.format import has_think_block
+from rewards.judge import verdict
+from rlhf.data.formatting import as_prompt
+from rlhf.recipe import Evaluation
+from rlhf.roles import Engine
+from rlhf.stage import Context, derive
+from rlhf.types import Group, Prompt, Sampling, Score
+
+FORMAT = "rewards.format:think"
+
+
+@dataclass(frozen=True)
+class Report:
+    """metrics: flat names to numbers; correct: mode → question key → share of right samples; examples for people."""
+
+    metrics: dict[str, float]
+    correct: dict[str, dict[str, float]] = field(default_factory=dict)
+    examples: list[dict[str, Any]] = field(default_factory=list)
+
+
+async def both_modes(context: Context, engine: Engine, earlier: Report | None = None) -> Report:
+    """Ask [evaluation].data in both modes; `earlier` (same questions) adds paired differences."""
+    settings = context.recipe.evaluation
+    assert settings.data is not None
+    metrics: dict[str, float] = {}
+    correct: dict[str, dict[str, float]] = {}
+    examples: list[dict[str, Any]] = []
+    for mode in ("think", "direct"):
+        prompts = held_out(context, settings.data, settings.prompts, think=mode == "think")
+        found, shares, shown = await _mode(context, engine, prompts, settings)
+        metrics |= {f"eval.{mode}.{name}": value for name, value in found.items()}
+        correct[mode] = shares
+        examples += shown
+        if earlier is not None and earlier.correct.get(mode, {}).keys() == shares.keys():
+            gains = np.array([shares[key] - earlier.correct[mode][key] for key in shares])
+            low, high = bootstrap(gains, settings.bootstrap)
+            metrics |= {
+                f"eval.{mode}.gain": float(gains.mean()),
+                f"eval.{mode}.gain.low": low,
+                f"eval.{mode}.gain.high": high,
+            }
+    return Report(metrics, correct, examples)
+
+
+async def temperatures(context: Context, engine: Engine, values: Sequence[float]) -> dict[str, float]:
+    """avg@k with thinking at several temperatures: {"eval.think.accuracy@0.3": …}, and the best of them."""
+    settings = context.recipe.evaluation
+    assert settings.data is not None
+    prompts = held_out(context, settings.data, settings.prompts, think=True)
+    found = {}
+    for value in values:
+        metrics, _, _ = await _mode(context, engine, prompts, settings.model_copy(update={"temperature": value}))
+        found[f"eval.think.accuracy@{value:g}"] = metrics["accuracy"]
+    return found | {"eval.think.accuracy.best": max(found.values())}
+
+
+async def extra(context: Context, engine: Engine, source: str) -> dict[str, float]:
+    """Greedy accuracy on questions of another source, asked directly: {"eval.extra.accuracy": …}."""
+    settings = context.recipe.evaluation
+    prompts = held_out(context, source, settings.prompts, think=False)
+    groups = await engine.generate(prompts, Sampling(temperature=0.0, max_tokens=settings.max_tokens))
+    answers = await context.actors.rewards.score(settings.answer, groups)
+    return {"eval.extra.accuracy": float(np.mean([_value(row[0]) for row in answers]))}
+
+
+async def judge_quality(context: Context, engine: Engine, source: str, limit: int) -> Report:
+    """Precision, recall, κ and the specificity for each kind of corruption, on rows with columns `sound` and
+    `corruption`. "Positive" is a verdict of sound."""
+    prompts = held_out(context, source, limit, think=False)
+    groups = await engine.generate(prompts, Sampling(temperature=0.0, max_tokens=context.recipe.evaluation.max_tokens))
+    said = [verdict(group.rollouts[0].text) for group in groups]
+    truth = [bool(group.prompt.columns["sound"]) for group in groups]
+    metrics = agreement(said, truth, "judge")
+    by_kind: dict[str, list[Score]] = defaultdict(list)
+    for group, score in zip(groups, said, strict=True):
+        by_kind[str(group.prompt.columns["corruption"])].append(score)
+    for kind, scores in sorted(by_kind.items()):
+        if kind != "none":
+            answered = [score.value for score in scores if score.outcome == "scored"]
+            metrics[f"judge.specificity.{kind}"] = sum(value == 0.0 for value in answered) / max(len(answered), 1)
+    examples = [
+        record(group, 0, {"judge": score}, 0)
+        for group, score in list(zip(groups, said, strict=True))[: context.recipe.tracking.rollout_samples]
+    ]
+    return Report(metrics, {}, examples)
+
+
+def agreement(said: Sequence[Score], truth: Sequence[bool], prefix: str) -> dict[str, float]:
+    """Precision, recall, Cohen's κ of verdicts against the truth, and the share of replies that did not parse."""
+    pairs = [(score.value == 1.0, true) for score, true in zip(said, truth, strict=True) if score.outcome == "scored"]
+    count = max(len(pairs), 1)
+    both = sum(verdict_ and true for verdict_, true in pairs)
+    positive, sound = sum(verdict_ for verdict_, _ in pairs), sum(true for _, true in pairs)
+    agreed = sum(verdict_ == true for verdict_, true in pairs) / count
+    chance = (positive * sound + (count - positive) * (count - sound)) / count**2
+    return {
+        f"{prefix}.precision": both / max(positive, 1),
+        f"{prefix}.recall": both / max(sound, 1),
+        f"{prefix}.kappa": (agreed - chance) / (1 - chance) if chance < 1 else 1.0,
+        f"{prefix}.accuracy": agreed,
+        f"{prefix}.failed": 1 - len(pairs) / max(len(said), 1),
+        f"{prefix}.rows": float(len(said)),
+    }
+
+
+def held_out(context: Context, source: str, limit: int, think: bool) -> list[Prompt]:
+    """The first `limit` rows of a source as prompts: the same questions for every stage."""
+    rows = context.rows(source)
+    return [
+        as_prompt(rows[index], source, index, context.tokenizer, think, context.recipe.chat)
+        for index in range(min(limit, len(rows)))
+    ]
+
+
+def bootstrap(values: np.ndarray, resamples: int, level: float = 0.95) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean of values [N]; seeded, so a report can be repeated."""
+    draws = np.random.default_rng(0).integers(0, len(values), (resamples, len(values)))
+    low, high = np.quantile(values[draws].mean(1), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def record(group: Group, rollout: int, parts: Mapping[str, Score], step: int) -> dict[str, Any]:
+    """One rollout as the report shows it, image included."""
+    prompt, sampled = group.prompt, group.rollouts[rollout]
+    score = group.scores[rollout] if group.scores else None
+    outcomes = [part.outcome for part in parts.values() if part.outcome != "scored"]
+    columns = prompt.columns
+    return {
+        "step": step,
+        "key": prompt.key,
+        "category": columns.get("category"),
+        "question": prompt.question,
+        "think": prompt.think,
+        "image": _data_url(prompt),
+        "completion": sampled.text,
+        "answer": columns.get("answer"),
+        "parts": dict(score.parts) if score else {name: part.value for name, part in parts.items()},
+        "outcome": score.outcome if score else (outcomes[0] if outcomes else "scored"),
+        "value": score.value if score else None,
+        "note": score.note if score else " ".join(part.note for part in parts.values() if part.note),
+        "verdict": columns.get("sound"),
+    }
+
+
+async def _mode(
+    context: Context, engine: Engine, prompts: Sequence[Prompt], settings: Evaluation
+) -> tuple[dict[str, float], dict[str, float], list[dict[str, Any]]]:
+    seed = derive(context.recipe.seed, "evaluation", settings.temperature)
+    sampling = Sampling(settings.samples, settings.temperature, settings.max_tokens, seed)
+    sampled = await engine.generate(prompts, sampling)
+    greedy = await engine.generate(prompts, dataclasses.replace(sampling, num=1, temperature=0.0))
+    score = context.actors.rewards.score
+    answers, greedy_answers = await score(settings.answer, sampled), await score(settings.answer, greedy)
+    formats = await score(FORMAT, sampled)
+    right = np.array([[_value(score) for score in row] for row in answers])  # [N, k]
+    texts = [rollout.text for group in sampled for rollout in group.rollouts]
+    low, high = bootstrap(right.mean(1), settings.bootstrap)
+    metrics = {
+        "accuracy": float(right.mean()),
+        "accuracy.low": low,
+        "accuracy.high": high,
+        f"pass@{settings.samples}": float(right.max(1).mean()),
+        "greedy": float(np.mean([_value(row[0]) for row in greedy_answers])),
+        "format_rate": float(np.mean([_value(score) for row in formats for score in row])),
+        "think_rate": float(np.mean([has_think_block(text) for text in texts])),
+        "tokens": float(np.mean([len(rollout.token_ids) for group in sampled for rollout in group.rollouts])),
+        "truncated": float(np.mean([r.finish == "length" for group in sampled for r in group.rollouts])),
+    }
+    for category in sorted({str(prompt.columns.get("category")) for prompt in prompts}):
+        rows = [i for i, prompt in enumerate(prompts) if str(prompt.columns.get("category")) == category]
+        metrics[f"accuracy.{category}"] = float(right[rows].mean())
+    parts = {"answer": greedy_answers, "format": await score(FORMAT, greedy)}
+    if settings.soundness is not None and prompts and prompts[0].think:
+        sound = await score(settings.soundness, sampled)
+        verdicts = np.array([[_value(score) for score in row] for row in sound])
+        metrics["soundness"] = float(verdicts.mean())
+        metrics["right_but_unsound"] = float((right * (1 - verdicts)).sum() / max(right.sum(), 1))
+        parts["sound"] = await score(settings.soundness, greedy)
+    shown = [
+        record(group, 0, {name: scores[g][0] for name, scores in parts.items()}, 0)
+        for g, group in enumerate(greedy[: context.recipe.tracking.rollout_samples])
+    ]
+    return metrics, dict(zip((p.key for p in prompts), right.mean(1).tolist(), strict=True)), shown
+
+
+def _value(score: Score) -> float:
+    """An evaluation may not lose a question: a verifier that fails here is an error, not a wrong answer."""
+    if score.value is None:
+        raise RuntimeError(f"a verifier failed during evaluation: {score.note}")
+    return score.value
+
+
+def _data_url(prompt: Prompt) -> str | None:
+    if not prompt.media:
+        return None
+    return "data:image/png;base64," + base64.b64encode(prompt.media[0].data).decode()

@@ -1,0 +1,266 @@
+"""Why a recipe cannot run, in sentences that say what to change. Each check looks at one thing and yields problems."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from rlhf.recipe import Recipe, Rl, Sft, Stage, Synthesize
+
+# GSPO's ratio is a geometric mean over a row's tokens: it moves by 1e-4 to 1e-3 a step (2507.18071 clips at 3e-4, 4e-4)
+GSPO_CLIP_LIMIT = 0.01
+BUILDERS = ("digits",)
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def parent_of(recipe: Recipe, stage: Stage) -> str | None:
+    """Name of the stage whose model `stage` continues; None for [model]. A judge is nobody's default parent."""
+    if stage.start is not None:
+        return stage.start
+    makers = [
+        other.name for other in before(recipe, stage) if isinstance(other, Sft | Rl) and other.evaluate != "judge"
+    ]
+    return makers[-1] if makers else None
+
+
+def judges_of(stage: Stage) -> tuple[str, ...]:
+    """The stages whose models judge this one's rollouts, in order, each once."""
+    if isinstance(stage, Rl):
+        return tuple(dict.fromkeys(part.judge for part in stage.rewards.values() if part.judge))
+    return (stage.judge,) if isinstance(stage, Synthesize) and stage.judge else ()
+
+
+def before(recipe: Recipe, stage: Stage) -> list[Stage]:
+    """The stages that come before this one."""
+    return recipe.stages[: next(i for i, other in enumerate(recipe.stages) if other is stage)]
+
+
+def problems(recipe: Recipe) -> Iterator[str]:
+    """Everything wrong with names, data, stages and gates; nothing about machines."""
+    yield from _names(recipe)
+    yield from _model(recipe)
+    yield from _sources(recipe)
+    yield from _evaluation(recipe)
+    for stage in recipe.stages:
+        for problem in _stage(recipe, stage):
+            yield f"stage {stage.name!r}: {problem}"
+    yield from _budget(recipe)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """What to suggest for an unknown name: the nearest known one, or all of them."""
+    names = list(known)
+    near = difflib.get_close_matches(name, names, 1)
+    if near:
+        return f"did you mean {near[0]!r}?"
+    return f"there are {', '.join(names)}" if names else "there are none"
+
+
+def _names(recipe: Recipe) -> Iterator[str]:
+    names = [stage.name for stage in recipe.stages]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield f"two stages are called {name!r}; stage names are folders and must differ, so rename one"
+    for stage in recipe.stages:
+        if stage.kind == "synthesize" and stage.name in recipe.data:
+            yield f"{stage.name!r} is both a [data] source and a synthesize stage, whose rows go by its name; rename one"
+
+
+def _model(recipe: Recipe) -> Iterator[str]:
+    if recipe.model.bridge is not None and recipe.model.implementation == "vllm":
+        yield 'model.implementation = "vllm": vLLM has no bridge of its own; use "transformers" or "auto"'
+    path = recipe.model.path
+    if path is None or Path(path).expanduser().is_dir():
+        return
+    # a name such as org/model may come from the hub, unless org is a folder here, where a typing error is likelier
+    if not HUB_NAME.fullmatch(path) or Path(path).parent.is_dir():
+        yield f"model.path = {path!r}: no such folder; give a model folder, or a hub name such as Qwen/Qwen3-VL-2B-Instruct"
+
+
+def _sources(recipe: Recipe) -> Iterator[str]:
+    for name, source in recipe.data.items():
+        if source.path is not None and not Path(source.path).expanduser().exists():
+            yield f"data.{name}.path = {source.path!r}: no such file or folder; correct the path or make the file first"
+        if source.builder is not None and ":" not in source.builder and source.builder not in BUILDERS:
+            yield (
+                f"data.{name}.builder = {source.builder!r} is unknown, {nearest(source.builder, BUILDERS)} "
+                'Your own is written "module:function"'
+            )
+
+
+def _evaluation(recipe: Recipe) -> Iterator[str]:
+    data = recipe.evaluation.data
+    askers = [stage.name for stage in recipe.stages if stage.evaluate == "modes"]
+    if data is None:
+        if askers:
+            yield f"evaluation.data is not given, but stage {askers[0]!r} evaluates both modes; name a held-out [data] source"
+        return
+    if data not in recipe.data:
+        yield f"evaluation.data = {data!r} is no [data] source; {nearest(data, recipe.data)}"
+        return
+    source = recipe.data[data]
+    if askers and source.builder is not None and recipe.evaluation.prompts > source.rows:
+        yield (
+            f"evaluation.prompts = {recipe.evaluation.prompts}, but data.{data} has {source.rows} rows; "
+            f"lower the one or raise data.{data}.rows"
+        )
+    for stage in recipe.stages:
+        if isinstance(stage, Sft | Rl) and data in stage.data:
+            yield f"stage {stage.name!r} trains on {data!r}, the held-out questions of [evaluation]; use another source"
+
+
+def _stage(recipe: Recipe, stage: Stage) -> Iterator[str]:
+    earlier = before(recipe, stage)
+    yield from _links(recipe, stage, earlier)
+    yield from _data(recipe, stage, earlier)
+    if stage.evaluate == "none" and stage.kind == "evaluate":
+        yield 'it measures nothing; set evaluate = "modes"'
+    if isinstance(stage, Sft):
+        yield from _sft(recipe, stage)
+    if isinstance(stage, Rl):
+        yield from _rl(recipe, stage)
+    if isinstance(stage, Synthesize) and stage.method == "difficulty" and stage.judge:
+        yield 'a difficulty filter asks no judge; leave `judge` out, or use method = "rejection"'
+    yield from _lengths(recipe, stage)
+    for gate in stage.gates:
+        yield from _gate(recipe, stage, gate.metric)
+
+
+def _links(recipe: Recipe, stage: Stage, earlier: list[Stage]) -> Iterator[str]:
+    kinds = {other.name: other.kind for other in recipe.stages}
+    made = [other.name for other in earlier if isinstance(other, Sft | Rl)]
+    for role, name in (("start", stage.start), *(("judge", judge) for judge in judges_of(stage))):
+        if name is None or name in made:
+            continue
+        if name not in kinds:
+            yield f"{role} = {name!r} is no stage; {nearest(name, made)}"
+        elif kinds[name] not in ("sft", "rl"):
+            yield f"{role} = {name!r} is a {kinds[name]} stage, which makes no model; name an sft or rl stage"
+        elif name == stage.name:
+            yield f"{role} = {name!r} is the stage itself; name an earlier one"
+        else:
+            yield f"{role} = {name!r} comes later; move it before this stage"
+
+
+def _data(recipe: Recipe, stage: Stage, earlier: list[Stage]) -> Iterator[str]:
+    synthesized = [other.name for other in earlier if other.kind == "synthesize"]
+    later = [o.name for o in recipe.stages if o.kind == "synthesize" and o.name not in synthesized]
+    known = [*recipe.data, *synthesized]
+    wanted = [] if stage.kind == "evaluate" else [("data", name) for name in stage.data]
+    if stage.eval_data is not None:
+        wanted.append(("eval_data", stage.eval_data))
+    if stage.kind != "evaluate" and not stage.data:
+        yield "data is empty; name at least one source with its weight"
+    for key, name in wanted:
+        if name in known:
+            continue
+        if name == stage.name:
+            yield f"{key} {name!r} is what this stage makes; it cannot be its own input"
+        elif name in later:
+            yield f"{key} {name!r} is made by a later stage; move stage {name!r} before this one"
+        else:
+            yield f"{key} {name!r} is no [data] source and no earlier synthesize stage; {nearest(name, known)}"
+    if stage.evaluate in ("judge", "loss") and stage.eval_data is None:
+        yield f'evaluate = "{stage.evaluate}" needs eval_data: the source to measure on'
+
+
+def _sft(recipe: Recipe, stage: Sft) -> Iterator[str]:
+    ranks = recipe.resources.trainer_ranks
+    if stage.batch_size < ranks:
+        yield f"batch_size = {stage.batch_size} gives some of {ranks} trainer ranks no row; use at least {ranks}"
+    if stage.upcycle is not None and stage.lora is not None:
+        yield "upcycle makes experts that a LoRA adapter would leave frozen copies of one another; use one of the two"
+
+
+def _rl(recipe: Recipe, stage: Rl) -> Iterator[str]:
+    ranks, updates = recipe.resources.trainer_ranks, stage.updates_per_batch
+    rollouts = stage.prompts_per_step * stage.group_size
+    if rollouts < ranks * updates:
+        yield (
+            f"prompts_per_step × group_size = {rollouts} rollouts cannot fill {updates} updates on {ranks} trainer "
+            f"ranks; sample at least {ranks * updates}"
+        )
+    elif rollouts % (ranks * updates):
+        yield (
+            f"prompts_per_step × group_size = {rollouts} rollouts do not divide into updates_per_batch = {updates} "
+            f"times trainer_ranks = {ranks}; change prompts_per_step to a multiple of {_multiple(stage, ranks)}"
+        )
+    if not stage.rewards:
+        yield "rewards is empty, so there is nothing to learn from; add [stages.rewards.NAME] with a function or a judge"
+    for name, part in stage.rewards.items():
+        if part.function is not None:
+            yield from _function(f"rewards.{name}.function", part.function)
+
+
+def _multiple(stage: Rl, ranks: int) -> int:
+    whole, prompts = ranks * stage.updates_per_batch, 1
+    while prompts * stage.group_size % whole:
+        prompts += 1
+    return prompts
+
+
+def _function(key: str, spec: str) -> Iterator[str]:
+    home, colon, name = spec.rpartition(":")
+    if not colon or not home or not name.isidentifier():
+        yield f'{key} = {spec!r} is not written "module:function" or "path/file.py:function"'
+    elif home.endswith(".py") and not Path(home).expanduser().is_file():
+        yield f"{key} = {spec!r}: no such file {home}; correct the path"
+
+
+def _lengths(recipe: Recipe, stage: Stage) -> Iterator[str]:
+    limit = recipe.resources.max_model_len
+    if isinstance(stage, Rl | Synthesize) and stage.max_tokens >= limit:
+        yield (
+            f"max_tokens = {stage.max_tokens} leaves no room for a prompt in resources.max_model_len = {limit}; "
+            "lower the one or raise the other"
+        )
+    if stage.evaluate in ("modes", "judge") and recipe.evaluation.max_tokens >= limit:
+        yield (
+            f"evaluation.max_tokens = {recipe.evaluation.max_tokens} leaves no room for a prompt in "
+            f"resources.max_model_len = {limit}; lower the one or raise the other"
+        )
+
+
+def _gate(recipe: Recipe, stage: Stage, metric: str) -> Iterator[str]:
+    """Refuse a metric this stage cannot produce, before hours are spent finding out."""
+    makers = {
+        "eval.think.": (stage.evaluate == "modes", 'set evaluate = "modes"'),
+        "eval.direct.": (stage.evaluate == "modes", 'set evaluate = "modes"'),
+        "eval.extra.": (
+            stage.evaluate == "modes" and stage.eval_data is not None,
+            'set evaluate = "modes" and eval_data',
+        ),
+        "eval.loss": (stage.evaluate == "loss", 'set evaluate = "loss" and eval_data'),
+        "judge.own.": (
+            isinstance(stage, Synthesize) and stage.judge is not None and recipe.evaluation.soundness is not None,
+            "use a synthesize stage with a judge, and give evaluation.soundness",
+        ),
+        "judge.": (stage.evaluate == "judge", 'set evaluate = "judge" and eval_data'),
+        "synthesis.": (stage.kind == "synthesize", "move it to a synthesize stage"),
+        "train.": (stage.kind == "sft", "move it to an sft stage"),
+        "rl.": (stage.kind == "rl", "move it to an rl stage"),
+        "logprob_gap.": (stage.kind == "rl", "move it to an rl stage"),
+        "sync": (stage.kind == "rl", "move it to an rl stage"),
+        "model.": (stage.kind in ("sft", "rl"), "move it to an sft or rl stage"),
+    }
+    prefix = next((known for known in makers if metric.startswith(known)), None)
+    if prefix is None:
+        yield f"gate on {metric!r}, which no stage measures; names begin with {', '.join(makers)}"
+        return
+    possible, advice = makers[prefix]
+    if not possible:
+        yield f"gate on {metric!r}, which this stage does not measure; {advice}"
+    elif metric.endswith(("soundness", "right_but_unsound")) and recipe.evaluation.soundness is None:
+        yield f"gate on {metric!r}, but evaluation.soundness names no function; give one"
+    elif (asked := re.search(r"\.pass@(\d+)$", metric)) and int(asked[1]) != recipe.evaluation.samples:
+        yield f"gate on {metric!r}, but evaluation.samples = {recipe.evaluation.samples}; only that k is measured"
+
+
+def _budget(recipe: Recipe) -> Iterator[str]:
+    spent = sum(stage.budget_minutes or 0.0 for stage in recipe.stages)
+    if recipe.budget_minutes is not None and spent > recipe.budget_minutes:
+        yield (
+            f"the stages' budgets add up to {spent:g} minutes, more than budget_minutes = {recipe.budget_minutes:g}; "
+            "lower one or raise the total"
+        )

@@ -1,0 +1,77 @@
+"""Open any vision-language model for training: a think-fusion bridge, or an ordinary Hugging Face one."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+
+from rlhf import bridge
+from rlhf.batching import BridgeVisual, Visual, concatenate, pad_of
+from rlhf.types import Media, Sample
+
+
+def open_model(path: str) -> tuple[PreTrainedModel, Any, Visual]:
+    """(model, processor, visual) of a model folder or hub name. A folder in peft's format opens as its base model
+    with the adapter merged in. Raises ValueError if the folder holds no vision-language model."""
+    folder = Path(path)
+    if (folder / "adapter_config.json").is_file():
+        from peft import PeftModel
+
+        base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+        model, processor, visual = open_model(base)
+        return PeftModel.from_pretrained(model, path).merge_and_unload(), processor, visual
+    if AutoConfig.from_pretrained(path).model_type == bridge.MODEL_TYPE:
+        own, own_processor = bridge.load(path)
+        return own, own_processor, BridgeVisual(own_processor)
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
+    except ValueError as error:
+        raise ValueError(f"{path} holds no vision-language model that transformers can load: {error}") from error
+    processor = AutoProcessor.from_pretrained(path)
+    return model, processor, ForeignVisual(model, processor)
+
+
+def mixes_experts(model: PreTrainedModel) -> bool:
+    """Whether the decoder is a mixture of experts."""
+    text = model.config.get_text_config().to_dict()
+    return any(text.get(name) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+
+
+class ForeignVisual:
+    """Media of an ordinary Hugging Face model, through its own image processor. The model computes its own positions
+    (M-RoPE) and runs its vision tower only when there is a picture, so text-only micro-batches get a blank one."""
+
+    explicit_positions = False
+
+    def __init__(self, model: PreTrainedModel, processor: Any) -> None:
+        self._processor = processor
+        self._image_token_id = int(model.config.image_token_id)
+        self._token_types = "mm_token_type_ids" in inspect.signature(model.forward).parameters
+        self.pad_id = pad_of(processor.tokenizer)
+
+    def read(self, media: Media) -> Mapping[str, Tensor]:
+        found = self._processor.image_processor(images=[media.open()], return_tensors="pt")
+        return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+
+    def join(self, items: Sequence[Mapping[str, Tensor]], input_ids: Tensor) -> dict[str, Tensor]:
+        if not self._token_types:
+            return concatenate(items)
+        # a model with M-RoPE places its pictures by this: 1 at image placeholders, 0 elsewhere
+        return {**concatenate(items), "mm_token_type_ids": (input_ids == self._image_token_id).long()}
+
+    def blank(self) -> Sample | None:
+        picture = Image.new("RGB", (64, 64))
+        buffer = io.BytesIO()
+        picture.save(buffer, "PNG")
+        text = self._processor(text=[self._processor.image_token], images=[picture], return_tensors="pt")
+        ids = tuple(int(token) for token in text["input_ids"][0])
+        return Sample("blank", (*ids, self.pad_id), len(ids), (Media(buffer.getvalue(), picture.size),), weight=0.0)

@@ -1,0 +1,51 @@
+"""Opening and building models on the driver: folders only, no weights in memory longer than it takes to write them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoProcessor
+
+import rlhf.bridge
+from rlhf.data.rows import Rows
+from rlhf.data.tokenizer import train_tokenizer
+from rlhf.recipe import Recipe
+from rlhf.stage import derive
+
+TOKENIZER_ROWS = 2000  # rows of each source the tokenizer is trained on
+
+
+def build_model(recipe: Recipe, sources: Mapping[str, Rows], folder: Path) -> None:
+    """Train the tokenizer on the recipe's rows, build the bridge of [model] from random weights, save both."""
+    assert recipe.model.bridge is not None
+    tokenizer = train_tokenizer(
+        (text for rows in sources.values() for text in texts(rows)), recipe.model.tokenizer.vocab_size, recipe.chat
+    )
+    seed = derive(recipe.seed, "model") % 2**31
+    model, processor = rlhf.bridge.build(recipe.model.bridge, tokenizer, seed)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def texts(rows: Rows) -> Iterator[str]:
+    """Every piece of text in the messages of the first rows."""
+    for index in range(min(len(rows), TOKENIZER_ROWS)):
+        for message in rows[index]["messages"]:
+            content = message["content"]
+            if isinstance(content, str):
+                yield content
+            else:
+                yield from (part["text"] for part in content if part.get("text"))
+
+
+def load_processor(folder: Path) -> Any:
+    """The processor of a bridge folder or of any Hugging Face vision-language model."""
+    return AutoProcessor.from_pretrained(str(folder))
+
+
+def masked_ids(processor: Any) -> tuple[int, ...]:
+    """Token ids a policy may never sample: the media placeholder and padding."""
+    ids = {processor.image_token_id, processor.tokenizer.pad_token_id}
+    return tuple(sorted(ids - {None, processor.tokenizer.eos_token_id}))

@@ -1,0 +1,75 @@
+"""The loop of supervised stages: SFT, bridge pretraining, judge training."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from rlhf.batching import make_batch
+from rlhf.checkpoint import Checkpoint, finish, latest, prune, whole
+from rlhf.data.formatting import as_sample
+from rlhf.data.stream import Stream
+from rlhf.recipe import Sft
+from rlhf.roles import Trainer
+from rlhf.stage import Context, derive
+from rlhf.types import Batch
+
+
+async def run(stage: Sft, context: Context) -> dict[str, float]:
+    """Train for `stage.steps` optimizer steps, from the latest checkpoint if there is one."""
+    trainer, stream = context.actors.trainer, context.stream(stage.data, stage.name)
+    checkpoints = context.folder / "checkpoints"
+    step = await resume(trainer, {"stream": stream}, latest(checkpoints))
+    batch = asyncio.create_task(asyncio.to_thread(_next_batch, stage, context, stream, step))
+    last: Mapping[str, float] = {}
+    while step < stage.steps:
+        waited = time.perf_counter()
+        ready, cursor = await batch
+        if step + 1 < stage.steps:  # the next batch is made while the trainer works on this one
+            batch = asyncio.create_task(asyncio.to_thread(_next_batch, stage, context, stream, step + 1))
+        started = time.perf_counter()
+        stats = await trainer.step(ready)
+        step, last = step + 1, stats.metrics
+        seconds = {"data": started - waited, "train": time.perf_counter() - started}
+        if step % stage.checkpoint_every == 0 and step < stage.steps:
+            seconds["checkpoint"] = await save(trainer, checkpoints, step, {"stream": cursor})
+        context.log.log(step, stats.metrics, seconds)
+    return {f"train.{name}": value for name, value in last.items()}
+
+
+class Restorable(Protocol):
+    def restore(self, state: Mapping[str, Any]) -> None: ...
+
+
+async def resume(trainer: Trainer, parts: Mapping[str, Restorable], found: Checkpoint | None) -> int:
+    """Put the trainer and the named parts of the loop back to a checkpoint; returns the step to go on from."""
+    if found is None:
+        return 0
+    await trainer.restore(found.trainer)
+    for name, part in parts.items():
+        part.restore(found.state[name])
+    return found.step
+
+
+async def save(trainer: Trainer, checkpoints: Path, step: int, state: Mapping[str, Any]) -> float:
+    """Write a whole checkpoint; returns the seconds it took."""
+    started = time.perf_counter()
+    with whole(checkpoints / f"step-{step:06d}") as partial:
+        await trainer.save(partial / "trainer")
+        finish(partial, step, state)
+    prune(checkpoints)
+    return time.perf_counter() - started
+
+
+def _next_batch(stage: Sft, context: Context, stream: Stream, step: int) -> tuple[Batch, Mapping[str, Any]]:
+    """One batch, and the stream's position after it (the stream itself may already be ahead)."""
+    samples = [
+        as_sample(row, source, index, context.processor, None, context.recipe.chat)
+        for source, index, row in stream.take(stage.batch_size)
+    ]
+    resources = context.recipe.resources
+    seed = derive(context.recipe.seed, stage.name, "batch", step)
+    return make_batch(samples, 1, resources.trainer_ranks, resources.token_budget, seed), stream.state()

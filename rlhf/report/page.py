@@ -1,0 +1,523 @@
+"""The page: sections in the order a stranger asks. What is this, what happened, how well does it work, can I see it,
+can I trust it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from rlhf.report.charts import Axis, Series, lanes, line_chart, number, percent, smooth, sparkline
+from rlhf.report.run import RunView, StageView
+from rlhf.report.samples import card, followed, gallery, is_right, watch
+from rlhf.tracking import duration
+
+_KINDS = {
+    "sft": "learns from worked examples",
+    "rl": "practises and is rewarded",
+    "synthesize": "makes its own training data",
+    "evaluate": "sits an exam",
+    "merge": "averages models",
+}
+_STATES = {
+    "done": ("✓", "done"),
+    "failed": ("✗", "failed"),
+    "running": ("◐", "in progress"),
+    "pending": ("○", "not started"),
+}
+_PHASES = ("rollout", "reward", "train", "sync", "proof", "checkpoint")
+_MODES = (("think", "thinking first"), ("direct", "answering at once"))
+_TONES = ("part1", "part2", "part3", "part4", "part5")
+_THEME_SCRIPT = (
+    "document.getElementById('theme').onclick=function(){var r=document.documentElement,"
+    "d=r.dataset.theme||(matchMedia('(prefers-color-scheme: dark)').matches?'dark':'light');"
+    "r.dataset.theme=d==='dark'?'light':'dark'}"
+)
+
+
+def render(run: RunView) -> str:
+    """The whole page as one HTML document that loads nothing."""
+    style = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
+    sections = [
+        ("curriculum", "Curriculum", "The curriculum", _curriculum(run)),
+        ("accuracy", "Accuracy", "How well it answers", _accuracy(run)),
+        ("watch", "Watch", "Watch one question through the stages", _watch(run)),
+        ("curves", "Curves", "Learning curves", _curves(run)),
+        ("trust", "Trust", "Can the numbers be trusted?", _trust(run)),
+        ("time", "Time", "Where the time went", _time(run)),
+        ("stages", "Gates", "Stages and their gates", _table(run)),
+        ("lineage", "Lineage", "Which model came from which", _lineage(run)),
+        ("samples", "Samples", "In its own words", _samples(run)),
+    ]
+    shown = [section for section in sections if section[-1]]
+    links = "".join(f'<a href="#{key}">{short}</a>' for key, short, _, _ in shown)
+    bodies = "".join(f'<section id="{key}"><h2>{title}</h2>{body}</section>' for key, _, title, body in shown)
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
+        "style-src 'unsafe-inline'; script-src 'unsafe-inline'\">"
+        f'<link rel="icon" href="data:,"><title>{escape(run.name)} · thinkfusion</title><style>{style}</style></head><body>'
+        f'<header class="top"><span class="brand">think<b>fusion</b></span><nav aria-label="Sections">{links}</nav>'
+        '<button id="theme" type="button" aria-label="Switch between light and dark">◐</button></header>'
+        f"<main>{_hero(run)}{bodies}</main>{_footer(run)}<script>{_THEME_SCRIPT}</script></body></html>"
+    )
+
+
+def story(run: RunView) -> list[str]:
+    """The run in plain sentences, each only if its numbers are known."""
+    done = [stage for stage in run.stages if stage.state == "done"]
+    told = [f"This run trains a model that looks at pictures and answers questions about them, {_count(len(run.stages), 'lesson')} "
+            "in a row, each starting from what the one before it made."]  # fmt: skip
+    if len(run.stages) == 1:
+        told = ["This run trains a model that looks at pictures and answers questions about them, in a single lesson."]
+    lessons = [
+        f"{_count(sum(stage.kind == kind for stage in run.stages), 'time')} it {what}"
+        for kind, what in _KINDS.items()
+        if any(stage.kind == kind for stage in run.stages)
+    ]
+    if len(lessons) > 1:
+        told.append(f"{_join(lessons)}.".capitalize())
+    examined = [stage for stage in run.stages if stage.metric("eval.think.accuracy") is not None]
+    if len(examined) > 1:
+        first, last = examined[0], examined[-1]
+        told.append(
+            f"On held-out questions it never trained on, asked to think out loud first, it was right {_accuracy_of(first, 'think')} "
+            f"of the time after <em>{escape(first.name)}</em> and {_accuracy_of(last, 'think')} after <em>{escape(last.name)}</em>"
+            + (
+                f"; asked to answer at once, {_accuracy_of(first, 'direct')} and {_accuracy_of(last, 'direct')}."
+                if first.metric("eval.direct.accuracy") is not None and last.metric("eval.direct.accuracy") is not None
+                else "."
+            )
+        )
+    elif examined:
+        told.append(
+            f"On held-out questions it never trained on, thinking out loud first, it is right "
+            f"{_accuracy_of(examined[0], 'think')} of the time."
+        )
+    failed = next((stage for stage in run.stages if stage.state == "failed"), None)
+    running = next((stage for stage in run.stages if stage.state == "running"), None)
+    if failed is not None:
+        broken = [gate for gate in failed.gates if gate.get("passed") is False]
+        why = f": {_gate_text(broken[0])}" if broken else ""
+        told.append(f"<strong>It stopped at <em>{escape(failed.name)}</em>{why}.</strong>")
+    elif running is not None:
+        told.append(f"It is now at <em>{escape(running.name)}</em>, {len(done)} of {len(run.stages)} stages are done.")
+    elif run.state == "done" and run.wall_seconds:
+        gates = [gate for stage in run.stages for gate in stage.gates]
+        passed = f", and passed all {len(gates)} of its quality gates" if gates else ""
+        told.append(f"It took {duration(run.wall_seconds)}{passed}.")
+    return told
+
+
+def _hero(run: RunView) -> str:
+    icon, word = _STATES[run.state]
+    seed = f"seed {run.seed}" if run.seed is not None else ""
+    description = f'<p class="description">{escape(run.description)}</p>' if run.description else ""
+    best = _best_example(run)
+    figure = (
+        f"<figure><figcaption>A question it had never seen, after <em>{escape(best[0].name)}</em></figcaption>"
+        f"{card(best[1])}</figure>"
+        if best
+        else ""
+    )
+    return (
+        f'<div class="hero"><div><p class="eyebrow"><span class="pill {run.state}"><b aria-hidden="true">{icon}</b> {word}</span>'
+        f'<span>{seed}</span></p><h1>{escape(run.name)}</h1>{description}<p class="story">{" ".join(story(run))}</p>'
+        f"{_tiles(run)}</div>{figure}</div>"
+    )
+
+
+def _best_example(run: RunView) -> tuple[StageView, dict[str, object]] | None:
+    """The latest thinking answer that is right; preferably to the question followed below."""
+    for stage in reversed(run.stages):
+        followed_keys = [key for key, _ in followed(run.stages)]
+        right = [record for record in stage.examples if record.get("think") and is_right(record)]
+        right.sort(key=lambda record: str(record.get("key")).partition("#")[0] not in followed_keys[:1])
+        if right:
+            return stage, dict(right[0])
+    return None
+
+
+def _tiles(run: RunView) -> str:
+    tiles = []
+    for mode, label in _MODES:
+        found = [value for stage in run.stages if (value := stage.metric(f"eval.{mode}.accuracy")) is not None]
+        if found:
+            change = f"from {percent(found[0])}" if len(found) > 1 else "of held-out questions"
+            tiles.append((percent(found[-1]), f"right, {label}", change, mode))
+    precision = next((v for stage in run.stages if (v := stage.metric("judge.precision")) is not None), None)
+    if precision is not None:
+        tiles.append((percent(precision), "judge precision", "when it calls a chain sound", ""))
+    gates = [gate for stage in run.stages for gate in stage.gates]
+    if gates:
+        tiles.append((f"{sum(bool(gate.get('passed')) for gate in gates)}/{len(gates)}", "gates passed", "", ""))
+    if run.wall_seconds:
+        memory = f"{run.peak_rss_gib:.1f} GiB at most" if run.peak_rss_gib else ""
+        tiles.append((duration(run.wall_seconds), "start to end", memory, ""))
+    return '<dl class="tiles">' + "".join(
+        f'<div class="{tone}"><dd>{value}</dd><dt>{label}</dt><small>{more}</small></div>'
+        for value, label, more, tone in tiles
+    ) + "</dl>"  # fmt: skip
+
+
+def _curriculum(run: RunView) -> str:
+    total = sum(stage.seconds or 0 for stage in run.stages) or 1.0
+    bar = "".join(
+        f'<i class="kind-{escape(stage.kind)} {stage.state}" style="flex-grow:{max((stage.seconds or 0) / total, 0.004):.4f}" '
+        f'title="{escape(stage.name)}: {_time_of(stage)}"></i>'
+        for stage in run.stages
+    )
+    cards = "".join(
+        f'<li class="{stage.state}"><span class="num kind-{escape(stage.kind)}">{stage.number}</span>'
+        f"<b>{escape(stage.name)}</b><span>{_KINDS.get(stage.kind, escape(stage.kind))}</span>"
+        f'<span class="foot">{_state_mark(stage)}<span>{_time_of(stage)}</span></span></li>'
+        for stage in run.stages
+    )
+    kinds = [kind for kind in _KINDS if any(stage.kind == kind for stage in run.stages)]
+    legend = "".join(f'<span><i class="kind-{kind}"></i>{kind}: {_KINDS[kind]}</span>' for kind in kinds)
+    return f'<div class="strip" aria-hidden="true">{bar}</div><div class="legend">{legend}</div><ol class="cards">{cards}</ol>'
+
+
+def _accuracy(run: RunView) -> str:
+    examined = [s for s in run.stages if any(s.metric(f"eval.{mode}.accuracy") is not None for mode, _ in _MODES)]
+    if not examined:
+        return ""
+    series = []
+    for mode, label in _MODES:
+        points, band, greedy = [], [], []
+        for index, stage in enumerate(examined):
+            value = stage.metric(f"eval.{mode}.accuracy")
+            low, high = (stage.metric(f"eval.{mode}.accuracy.{end}") for end in ("low", "high"))
+            best = stage.metric(f"eval.{mode}.greedy")
+            if value is not None:
+                points.append((float(index), value))
+                if low is not None and high is not None:
+                    band.append((float(index), low, high))
+            if best is not None:
+                greedy.append((float(index), best))
+        if points:
+            series.append(Series(label, mode, points, band))
+        if greedy:
+            series.append(Series(f"{label}, greedy", mode, greedy, style="dots"))
+    summary = "Share of held-out questions answered right after each stage. " + "; ".join(
+        f"{line.label}: " + ", ".join(f"{examined[int(x)].name} {percent(v)}" for x, v in line.points)
+        for line in series
+        if line.style != "dots"
+    )
+    axis = Axis("answers that are right", percent, 0.0, 1.0)
+    names = [stage.name for stage in examined]
+    wide = line_chart(series, axis, summary=summary, x_names=names, size=(900, 340))
+    narrow = line_chart(series, axis, summary=summary, x_names=names, size=(380, 340))
+    return (
+        "<p>The same held-out questions are asked after a stage in two ways: with a request to think first, and without. "
+        "Each question is asked several times; the shaded interval is the 95 % confidence, hollow circles are the single most "
+        f"likely (greedy) answer.</p>{_legend(series)}"
+        f'<div class="wide">{wide}</div><div class="narrow">{narrow}</div>'
+    )
+
+
+def _watch(run: RunView) -> str:
+    body = watch(run.stages)
+    return (
+        "<p>The same picture and question, never used for training, asked again after each stage. Pick another picture to "
+        f"follow that one.</p>{body}"
+        if body
+        else ""
+    )
+
+
+def _curves(run: RunView) -> str:
+    figures = []
+    for stage in run.stages:
+        names = stage.step_names()
+        if not names:
+            continue
+        series, axis = _main_curve(stage, names)
+        if not series:
+            continue
+        last = stage.steps[-1]["step"]
+        sparks = "".join(
+            f"<li><span>{escape(name)}</span>{sparkline(points, 'muted', name)}<b>{number(points[-1][1])}</b></li>"
+            for name in names
+            if (points := stage.curve(name))
+        )
+        chart = line_chart(series, axis, summary=f"{axis.label} of stage {stage.name} over {last} steps")
+        figures.append(
+            f"<figure><figcaption><b>{stage.number}. {escape(stage.name)}</b><span>{_count(int(last), 'step')}</span></figcaption>"
+            f"{_legend(series)}{chart}<details><summary>all {len(names)} metrics</summary>"
+            f'<ul class="sparks">{sparks}</ul></details></figure>'
+        )
+    if not figures:
+        return ""
+    return (
+        "<p>Stages that learn from examples push the <em>loss</em> down (how surprised the model is by the right words); "
+        "stages that practise push the <em>reward</em> up. Thin lines are single steps, bold lines their running mean.</p>"
+        f'<div class="figures">{"".join(figures)}</div>'
+    )
+
+
+def _main_curve(stage: StageView, names: Sequence[str]) -> tuple[list[Series], Axis]:
+    def first(*wanted: str) -> str | None:
+        return next((name for name in wanted if name in names and stage.curve(name)), None)
+
+    reward = first("reward", "reward.mean", "rl.reward", "rl.reward.mean", "reward.value")
+    loss = first("loss", "train.loss", "nll", "sft.loss", "rl.loss")
+    main = (reward if stage.kind == "rl" else loss) or loss or reward or first(*names)
+    if main is None:
+        return [], Axis("", number)
+    points = stage.curve(main)
+    bold = smooth(points)
+    if main != reward:
+        series = [Series(main, "muted", points, style="faint"), Series(main, "main", bold)]
+        held = first("eval.loss", "heldout.loss")
+        if held and held != main:
+            series.append(Series("held-out loss", "direct", stage.curve(held), style="dots"))
+        return series, Axis(
+            "loss (nats a token)" if main == loss else main, number, None if min(v for _, v in points) < 0 else 0.0
+        )
+    parts = [
+        name
+        for name in names
+        if name.startswith("reward.") and name != main and not name.endswith((".std", ".max", ".min"))
+    ]
+    series = [Series(main, "muted", points, style="faint")]
+    for tone, name in zip(_TONES, parts, strict=False):
+        series.append(Series(name.removeprefix("reward."), tone, smooth(stage.curve(name)), style="thin"))
+    series.append(Series("reward, all parts", "main", bold))
+    for mode, label in _MODES:
+        if evaluated := stage.curve(f"eval.{mode}.accuracy"):
+            series.append(Series(f"held-out, {label}", mode, evaluated, style="dots"))
+    return series, Axis("mean reward", number)
+
+
+def _trust(run: RunView) -> str:
+    panels = []
+    for stage in run.stages:
+        scores = [(name, stage.metric(f"judge.{name}")) for name in ("precision", "recall", "kappa")]
+        known = [(name, value) for name, value in scores if value is not None]
+        if known:
+            meters = "".join(
+                f'<li><span>{name}</span><span class="meter"><i style="width:{100 * min(max(value, 0), 1):.0f}%"></i></span>'
+                f"<b>{number(value)}</b></li>"
+                for name, value in known
+            )
+            panels.append(
+                f"<figure><figcaption><b>The judge</b><span>{escape(stage.name)}</span></figcaption>"
+                "<p>A second model reads each chain of thought and says whether it is sound. Precision: of the chains it calls sound, "
+                "how many are. Recall: of the sound ones, how many it finds. Kappa: agreement beyond chance.</p>"
+                f'<ul class="meters">{meters}</ul></figure>'
+            )
+    panels += _engine_panels(run)
+    return f'<div class="figures">{"".join(panels)}</div>' if panels else ""
+
+
+def _engine_panels(run: RunView) -> list[str]:
+    panels = []
+    gaps = _by_stage(run, "logprob_gap.p999")
+    finals = _facts(run)
+    if gaps or finals:
+        chart = (
+            _legend(gaps)
+            + line_chart(
+                gaps,
+                Axis("nats (log scale)", number, log=True),
+                summary="Log-probability gap, 99.9th percentile, over steps",
+            )
+            if gaps
+            else ""
+        )
+        panels.append(
+            "<figure><figcaption><b>Do the two engines agree?</b></figcaption><p>One program writes the answers, another "
+            "learns from them. Both compute the probability of every word; the gap between them should stay tiny.</p>"
+            f"{chart}{finals}</figure>"
+        )
+    syncs = [
+        Series(stage.name, tone, points)
+        for tone, stage in zip(
+            _TONES, [s for s in run.stages if any(v for _, v in s.curve("sync", "seconds"))], strict=False
+        )
+        if (points := stage.curve("sync", "seconds"))
+    ]
+    if syncs:
+        panels.append(
+            "<figure><figcaption><b>Handing over new weights</b></figcaption><p>After each step the writer gets the learner's "
+            f"weights; this is how long that took.</p>{_legend(syncs)}"
+            + line_chart(syncs, Axis("seconds", number, 0.0), summary="Seconds of each weight sync over steps")
+            + "</figure>"
+        )
+    return panels
+
+
+def _facts(run: RunView) -> str:
+    """A small table of the engine's final measures, a column a stage that has any."""
+    labels = {
+        "logprob_gap.p999": "gap, 99.9th percentile",
+        "logprob_gap.share_above_1e-4": "tokens above 10⁻⁴",
+        "sync_probe.max": "worst probe after a sync",
+        "rl.clip_fraction": "clipped tokens",
+    }
+    stages = [stage for stage in run.stages if any(stage.metric(name) is not None for name in labels)]
+    if not stages:
+        return ""
+    rows = []
+    for name, label in labels.items():
+        values = [stage.metric(name) for stage in stages]
+        if any(value is not None for value in values):
+            cells = "".join(f"<td>{'–' if value is None else number(value)}</td>" for value in values)
+            rows.append(f'<tr><th scope="row">{label}</th>{cells}</tr>')
+    heads = "".join(f'<th scope="col">{escape(stage.name)}</th>' for stage in stages)
+    return f'<table class="facts"><thead><tr><td></td>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+
+
+def _by_stage(run: RunView, name: str) -> list[Series]:
+    found = [(stage.name, points) for stage in run.stages if (points := stage.curve(name))]
+    return [Series(stage, tone, points) for tone, (stage, points) in zip(_TONES, found, strict=False)]
+
+
+def _time(run: RunView) -> str:
+    rows = []
+    seen: set[str] = set()
+    for stage in run.stages:
+        names = stage.step_names("seconds")
+        spent = {name: sum(value for _, value in stage.curve(name, "seconds")) for name in names}
+        total = sum(spent.values())
+        if not total:
+            continue
+        ordered = [name for name in (*_PHASES, *(n for n in names if n not in _PHASES)) if spent.get(name)]
+        seen.update(ordered)
+        bars = "".join(
+            f'<i class="phase-{escape(name) if name in _PHASES else "other"}" style="flex-grow:{spent[name] / total:.4f}" '
+            f'title="{escape(name)}: {spent[name]:.1f} s, {percent(spent[name] / total)}"></i>'
+            for name in ordered
+        )
+        text = ", ".join(f"{name} {percent(spent[name] / total)}" for name in ordered)
+        rows.append(
+            f'<li><span>{escape(stage.name)}</span><div class="stack" role="img" aria-label="{escape(text)}">{bars}</div>'
+            f"<b>{duration(total)}</b></li>"
+        )
+    if not rows:
+        return ""
+    legend = "".join(
+        f'<span><i class="phase-{escape(n) if n in _PHASES else "other"}"></i>{escape(n)}</span>' for n in seen
+    )
+    return f'<div class="legend">{legend}</div><ul class="shares">{"".join(rows)}</ul>'
+
+
+def _table(run: RunView) -> str:
+    rows = []
+    for stage in run.stages:
+        gates = "".join(
+            f'<li class="{"yes" if gate.get("passed") else "no"}"><b aria-hidden="true">{"✓" if gate.get("passed") else "✗"}</b> '
+            f"{_gate_text(gate)}</li>"
+            for gate in stage.gates
+        )
+        cells = "".join(f"<td>{_interval(stage, mode)}</td>" for mode, _ in _MODES)
+        rows.append(
+            f'<tr class="{stage.state}"><td>{stage.number}</td><th scope="row"><i class="kind-{escape(stage.kind)}"></i>'
+            f"{escape(stage.name)}</th><td>{escape(stage.kind)}</td><td>{_state_mark(stage)}</td><td>{_time_of(stage)}</td>"
+            f'{cells}<td><ul class="gates">{gates}</ul></td></tr>'
+        )
+    return (
+        "<p>A gate is a bound a stage must meet; if it does not, the run stops there instead of building on it.</p>"
+        '<div class="scroll"><table><thead><tr><th></th><th>stage</th><th>kind</th><th>status</th><th>time</th>'
+        f"<th>right, thinking</th><th>right, at once</th><th>gates</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _lineage(run: RunView) -> str:
+    made = [stage for stage in run.stages if stage.artifact.get("digest")]
+    if len(made) < 2:
+        return ""
+    rows = {str(stage.artifact["digest"]): index for index, stage in enumerate(made)}
+    parents = [rows.get(str(stage.artifact.get("parent"))) for stage in made]
+    # a parent can only be an earlier row; anything else would draw a loop
+    parents = [parent if parent is not None and parent < index else None for index, parent in enumerate(parents)]
+    graph, width = lanes(parents, [f"kind-{stage.kind}" for stage in made])
+    items = "".join(
+        f'<li><b>{escape(stage.name)}</b><code title="{escape(str(stage.artifact["digest"]))}">{escape(str(stage.artifact["digest"])[:12])}</code>'
+        f"<span>{_parent_text(stage, parent, made)}</span></li>"
+        for stage, parent in zip(made, parents, strict=True)
+    )
+    return (
+        "<p>Everything a stage makes is named by a digest of its content, its settings, its data and its parent. Change a stage, and "
+        "only what grew from it is made again.</p>"
+        f'<div class="lineage" style="--lanes:{width}px">{graph}<ol>{items}</ol></div>'
+    )
+
+
+def _parent_text(stage: StageView, parent: int | None, made: Sequence[StageView]) -> str:
+    if parent is not None:
+        return f"from {escape(made[parent].name)}"
+    digest = stage.artifact.get("parent")
+    return f"from {escape(str(digest)[:12])}" if digest else "from the starting weights"
+
+
+def _samples(run: RunView) -> str:
+    body = gallery(run.stages)
+    if not body:
+        return ""
+    return (
+        "<p>What the model wrote, with each part of its reward. A reward that failed or timed out is never counted as a zero; that "
+        f"row is left out of training.</p>{body}"
+    )
+
+
+def _footer(run: RunView) -> str:
+    facts = "".join(
+        f"<span>{escape(str(key))} <b>{escape(str(value))}</b></span>"
+        for key, value in (*run.machine.items(), *run.versions.items())
+    )
+    return f'<footer><div class="machine">{facts}</div><p>Made by <b>rlhf report</b>. This page is one file and loads nothing.</p></footer>'
+
+
+def _legend(series: Sequence[Series]) -> str:
+    shown = [line for line in series if line.style != "faint"]
+    if len(shown) < 2:
+        return ""
+    return '<div class="legend">' + "".join(
+        f'<span><i class="key {line.style} tone-{line.tone}"></i>{escape(line.label)}</span>' for line in shown
+    ) + "</div>"  # fmt: skip
+
+
+def _state_mark(stage: StageView) -> str:
+    icon, word = _STATES[stage.state]
+    # the run's own word where it says more than ours
+    said = word if stage.word in {"done", "failed", "running", word} else escape(stage.word)
+    return f'<span class="state {stage.state}"><b aria-hidden="true">{icon}</b> {said}</span>'
+
+
+def _time_of(stage: StageView) -> str:
+    return duration(stage.seconds) if stage.seconds else "–"
+
+
+def _interval(stage: StageView, mode: str) -> str:
+    value = stage.metric(f"eval.{mode}.accuracy")
+    if value is None:
+        return '<span class="none">–</span>'
+    low, high = (stage.metric(f"eval.{mode}.accuracy.{end}") for end in ("low", "high"))
+    around = f" <small>{100 * low:.0f} to {100 * high:.0f}</small>" if low is not None and high is not None else ""
+    return f"<b>{percent(value)}</b>{around}"
+
+
+def _accuracy_of(stage: StageView, mode: str) -> str:
+    value = stage.metric(f"eval.{mode}.accuracy")
+    return f"<b>{percent(value)}</b>" if value is not None else "an unknown share"
+
+
+def _gate_text(gate: object) -> str:
+    assert isinstance(gate, dict)
+    bounds = [f"{sign} {number(gate[end])}" for sign, end in (("≥", "min"), ("≤", "max")) if gate.get(end) is not None]
+    value = gate.get("value")
+    was = number(value) if isinstance(value, (int, float)) else "not measured"
+    return f"{escape(str(gate.get('metric')))} {was}, wanted {' and '.join(bounds)}"
+
+
+def _count(count: int, word: str) -> str:
+    if word == "time":
+        return {1: "once", 2: "twice"}.get(count, f"{count} times")
+    return f"{count} {word}" + ("" if count == 1 else "s")
+
+
+def _join(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]

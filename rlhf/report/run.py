@@ -1,0 +1,169 @@
+"""A run folder, read leniently: any file may be missing, none may be broken."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+State = Literal["done", "failed", "running", "pending"]
+Record = Mapping[str, Any]
+
+_DONE = {"done", "passed", "ok", "finished", "complete", "completed", "reused", "skipped"}
+
+
+class ReportError(ValueError):
+    """A run folder that cannot be shown; the message names the file and what to do."""
+
+
+@dataclass(frozen=True)
+class StageView:
+    """One stage, with whatever is known of it. number counts from 1; word is its status as the run calls it."""
+
+    number: int
+    name: str
+    kind: str
+    state: State
+    word: str
+    seconds: float | None = None
+    gates: tuple[Record, ...] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    artifact: Record = field(default_factory=dict)
+    steps: tuple[Record, ...] = ()
+    rollouts: tuple[Record, ...] = ()
+    examples: tuple[Record, ...] = ()
+
+    def metric(self, name: str) -> float | None:
+        value = self.metrics.get(name)
+        return float(value) if isinstance(value, (int, float)) else None
+
+    def curve(self, name: str, table: str = "metrics") -> list[tuple[float, float]]:
+        """(step, value) of a step metric, without the steps that lack it."""
+        found = ((line["step"], line.get(table, {}).get(name)) for line in self.steps)
+        return [(float(step), float(value)) for step, value in found if isinstance(value, (int, float))]
+
+    def step_names(self, table: str = "metrics") -> list[str]:
+        names: dict[str, None] = {}
+        for line in self.steps:
+            names |= dict.fromkeys(line.get(table, {}))
+        return list(names)
+
+
+@dataclass(frozen=True)
+class RunView:
+    name: str
+    description: str
+    seed: int | None
+    wall_seconds: float | None
+    peak_rss_gib: float | None
+    stages: tuple[StageView, ...]
+    machine: Record
+    versions: Record
+
+    @property
+    def state(self) -> State:
+        states = {stage.state for stage in self.stages}
+        if "failed" in states:
+            return "failed"
+        return "done" if states == {"done"} else "running"
+
+
+def read(run_folder: Path) -> RunView:
+    """Read a run folder. Raises ReportError naming the file that is broken, or the folder if it holds no run."""
+    summary = _json(run_folder / "summary.json")
+    recipe = _toml(run_folder / "recipe.toml")
+    folders = sorted(path for path in (run_folder / "stages").glob("[0-9]*-*") if path.is_dir())
+    if not (summary or recipe or folders):
+        raise ReportError(f"{run_folder}: no recipe.toml, summary.json or stages/ here; give the folder of a run")
+    declared = {str(stage["name"]): stage for stage in recipe.get("stages", [])}
+    finished = {str(stage["name"]): stage for stage in summary.get("stages", [])}
+    started = {path.name.partition("-")[2]: path for path in folders}
+    names = list(dict.fromkeys([*declared, *finished, *started]))
+    return RunView(
+        name=str(summary.get("name") or recipe.get("name") or run_folder.resolve().name),
+        description=str(recipe.get("description", "")),
+        seed=summary.get("seed", recipe.get("seed")),
+        wall_seconds=summary.get("wall_seconds"),
+        peak_rss_gib=summary.get("peak_rss_gib"),
+        stages=tuple(
+            _stage(number, name, declared.get(name, {}), finished.get(name), started.get(name))
+            for number, name in enumerate(names, 1)
+        ),
+        machine=summary.get("machine") or {},
+        versions=summary.get("versions") or {},
+    )
+
+
+def _stage(number: int, name: str, declared: Record, finished: Record | None, folder: Path | None) -> StageView:
+    evaluation = _json(folder / "eval.json") if folder else {}
+    manifest = _json(folder / "manifest.json") if folder else {}
+    found = finished or {}
+    steps = tuple(_jsonl(folder / "steps.jsonl")) if folder else ()
+    gates = tuple(found.get("gates") or ())
+    word = str(found.get("status") or ("done" if manifest else "in progress" if folder else "not started"))
+    return StageView(
+        number=number,
+        name=name,
+        kind=str(found.get("kind") or declared.get("kind") or "stage"),
+        state=_state(word, gates, folder is not None),
+        word=word,
+        seconds=found.get("seconds") or sum(sum(_numbers(line.get("seconds"))) for line in steps) or None,
+        gates=gates,
+        metrics={**(evaluation.get("metrics") or {}), **(found.get("metrics") or {})},
+        artifact=found.get("artifact") or manifest,
+        steps=steps,
+        rollouts=tuple(_jsonl(folder / "rollouts.jsonl")) if folder else (),
+        examples=tuple(evaluation.get("examples") or ()),
+    )
+
+
+def _state(word: str, gates: tuple[Record, ...], started: bool) -> State:
+    if "fail" in word or "error" in word or any(gate.get("passed") is False for gate in gates):
+        return "failed"
+    if word in _DONE:
+        return "done"
+    return "running" if started or word == "running" else "pending"
+
+
+def _numbers(table: Any) -> list[float]:
+    return [float(value) for value in (table or {}).values() if isinstance(value, (int, float))]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ReportError(f"{path}: not valid JSON ({error}); repair it or remove it, then write the report") from error
+    if not isinstance(value, dict):
+        raise ReportError(f"{path}: holds no object; repair it or remove it, then write the report")
+    return value
+
+
+def _jsonl(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    records = []
+    # what follows the last newline is still being written, or was cut by a kill
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], 1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise ReportError(f"{path}:{number}: not valid JSON; remove that line, then write the report") from error
+        if not isinstance(record, dict) or "step" not in record:
+            raise ReportError(f"{path}:{number}: not a record with a step; remove that line, then write the report")
+        records.append(record)
+    return records
+
+
+def _toml(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ReportError(f"{path}: not valid TOML ({error}); repair it, then write the report") from error

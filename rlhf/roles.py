@@ -1,0 +1,91 @@
+"""What the loops ask of the processes they drive. `actors` plays these roles for real, the tests with fakes.
+
+Every method may be awaited concurrently and ends by its own deadline: a role never waits for ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from rlhf.types import Batch, Group, Probe, Prompt, Sampling, Score, StepStats, TrainSpec
+
+
+@dataclass(frozen=True)
+class SyncReport:
+    """One publish: seconds of the transfer, seconds of its proof, and what the proof measured (sync_probe.*)."""
+
+    version: int
+    seconds: float
+    proof_seconds: float
+    metrics: Mapping[str, float]
+
+
+class SyncError(RuntimeError):
+    """The engine does not compute what the trainer computes; the message names the parameter group."""
+
+
+class Engine(Protocol):
+    """One model served by one or more rollout workers."""
+
+    async def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
+        """Sample `sampling.num` rollouts of every prompt, in the order of the prompts."""
+        ...
+
+
+class Trainer(Protocol):
+    """The policy's optimiser, over all its ranks."""
+
+    async def begin(self, spec: TrainSpec, probes: Sequence[Probe]) -> Mapping[str, float]:
+        """Load the model and make it ready to train; returns its facts (num_parameters, num_trainable, moe). Every
+        publish and export is proven on `probes`."""
+        ...
+
+    async def step(self, batch: Batch) -> StepStats: ...
+
+    async def losses(self, batch: Batch) -> Mapping[str, float]:
+        """Held-out loss: {"loss": …}, no gradient."""
+        ...
+
+    async def publish(self, engine: Engine, version: int) -> SyncReport:
+        """Send the weights to the engine as `version` and prove that they arrived. Raises SyncError."""
+        ...
+
+    async def save(self, folder: Path) -> None: ...
+
+    async def restore(self, folder: Path) -> None: ...
+
+    async def export(self, folder: Path) -> None:
+        """Write the model as a Hugging Face folder (peft's format with LoRA) with its probe scores."""
+        ...
+
+    async def end(self) -> None: ...
+
+
+class Rewards(Protocol):
+    """Reward functions in processes of their own."""
+
+    async def score(self, function: str, groups: Sequence[Group]) -> list[list[Score]]:
+        """One Score a rollout, for each group. A crash or a missed deadline costs its own sample only."""
+        ...
+
+
+class Actors(Protocol):
+    """Everything that is running for a job."""
+
+    @property
+    def trainer(self) -> Trainer: ...
+
+    @property
+    def rewards(self) -> Rewards: ...
+
+    def serving(self, models: Mapping[str, Path]) -> AbstractAsyncContextManager[Mapping[str, Engine]]:
+        """Engines for these models (role → artifact folder) while the context lasts; an engine of the same
+        architecture is reused with new weights, proven against the artifact's probe scores."""
+        ...
+
+    @property
+    def cold_starts(self) -> int: ...

@@ -1,0 +1,77 @@
+"""From rollouts to scores: the parts of a reward, each from a function or a judge, combined into one Score."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from rewards import judge as judging
+from rewards.mixture import combine
+from rlhf.recipe import Reward
+from rlhf.roles import Engine, Rewards
+from rlhf.types import Group, Sampling, Score
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A vision-language model that reads image, question and chain, and answers yes or no."""
+
+    engine: Engine
+    tokenizer: object
+    max_tokens: int = 24
+
+    async def score(self, groups: Sequence[Group]) -> list[list[Score]]:
+        """One verdict a rollout: 1.0 sound, 0.0 unsound; a reply that does not parse is a failure."""
+        asked = [judging.ask(group, self.tokenizer) for group in groups]
+        prompts = [prompt for row in asked for prompt in row if prompt is not None]
+        replies = iter(await self.engine.generate(prompts, Sampling(temperature=0.0, max_tokens=self.max_tokens)))
+        return [
+            [
+                judging.without_chain() if prompt is None else judging.verdict(next(replies).rollouts[0].text)
+                for prompt in row
+            ]
+            for row in asked
+        ]
+
+
+async def score(
+    groups: Sequence[Group], parts: Mapping[str, Reward], rewards: Rewards, judges: Mapping[str, Judge]
+) -> list[Group]:
+    """The groups with one combined Score a rollout; `parts` are the recipe's reward table."""
+
+    async def part(reward: Reward) -> list[list[Score]]:
+        if reward.judge is not None:
+            return await judges[reward.judge].score(groups)
+        assert reward.function is not None
+        return await rewards.score(reward.function, groups)
+
+    columns = dict(zip(parts, await asyncio.gather(*map(part, parts.values())), strict=True))
+    weights = {name: reward.weight for name, reward in parts.items()}
+    return [
+        dataclasses.replace(
+            group,
+            scores=tuple(
+                combine({name: columns[name][g][r] for name in parts}, weights) for r in range(len(group.rollouts))
+            ),
+        )
+        for g, group in enumerate(groups)
+    ]
+
+
+def failure_rate(groups: Sequence[Group]) -> float:
+    """Share of rollouts whose reward failed or timed out."""
+    scores = [score for group in groups for score in group.scores]
+    return sum(score.outcome != "scored" for score in scores) / max(len(scores), 1)
+
+
+def part_means(groups: Sequence[Group]) -> dict[str, float]:
+    """Mean of every reward part over the scored rollouts: {"reward": …, "reward.answer": …}."""
+    scored = [score for group in groups for score in group.scores if score.outcome == "scored"]
+    if not scored:
+        return {}
+    means = {"reward": sum(score.value or 0.0 for score in scored) / len(scored)}
+    for name in scored[0].parts:
+        means[f"reward.{name}"] = sum(score.parts[name] for score in scored) / len(scored)
+    return means

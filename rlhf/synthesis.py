@@ -1,0 +1,102 @@
+"""Data made with a model: the difficulty filter before an RL stage, and rejection sampling after it (SAIL-VL2 §5)."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+from rlhf.data.formatting import as_prompt
+from rlhf.evaluation import agreement, record
+from rlhf.recipe import Synthesize
+from rlhf.roles import Engine
+from rlhf.scoring import Judge
+from rlhf.stage import Context, derive
+from rlhf.types import Group, Sampling, Score
+
+CHUNK = 128  # prompts a call: small enough to show progress, large enough to fill the engine
+
+
+async def run(
+    stage: Synthesize, context: Context, engine: Engine, judge: Judge | None
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """The rows kept, in the form the next stage reads, and what was counted on the way."""
+    stream = context.stream(stage.data, stage.name)
+    drawn = stream.take(stage.prompts)
+    asked = [
+        (row, as_prompt(row, source, index, context.tokenizer, True, context.recipe.chat))
+        for source, index, row in drawn
+    ]
+    sampling = Sampling(
+        stage.samples, stage.temperature, stage.max_tokens, derive(context.recipe.seed, stage.name, "sampling")
+    )
+    kept: list[dict[str, Any]] = []
+    groups: list[Group] = []
+    answers: list[list[Score]] = []
+    verdicts: list[list[Score]] = []
+    for step, start in enumerate(range(0, len(asked), CHUNK)):
+        chunk = asked[start : start + CHUNK]
+        sampled = await engine.generate([prompt for _, prompt in chunk], sampling)
+        scored = await context.actors.rewards.score(stage.answer, sampled)
+        judged = await judge.score(sampled) if judge is not None else []
+        for g, (row, _) in enumerate(chunk):
+            if stage.method == "difficulty":
+                kept += _by_difficulty(stage, row, scored[g])
+            else:
+                kept += _accepted(stage, row, sampled[g], scored[g], judged[g] if judged else None)
+        groups, answers, verdicts = groups + sampled, answers + scored, verdicts + judged
+        context.log.log(step, {"prompts": float(len(groups)), "kept": float(len(kept))}, {})
+        if step == 0:
+            context.log.rollouts(
+                step,
+                [
+                    record(g, 0, {"answer": s[0]} | ({"judge": judged[i][0]} if judged else {}), step)
+                    for i, (g, s) in enumerate(zip(sampled, scored, strict=True))
+                ][: context.recipe.tracking.rollout_samples],
+            )
+    metrics = _counts(stage, asked, answers) | {"synthesis.kept": float(len(kept))}
+    if verdicts and context.recipe.evaluation.soundness is not None:
+        sound = await context.actors.rewards.score(context.recipe.evaluation.soundness, groups)
+        flat = list(itertools.chain.from_iterable(sound))
+        metrics |= agreement(
+            list(itertools.chain.from_iterable(verdicts)), [score.value == 1.0 for score in flat], "judge.own"
+        )
+    if len(kept) < stage.min_rows:
+        raise ValueError(
+            f"stage {stage.name!r} kept {len(kept)} of {len(asked)} prompts, fewer than min_rows = {stage.min_rows}: "
+            "ask more prompts, or start from a model whose answers vary more"
+        )
+    return kept, metrics
+
+
+def _by_difficulty(stage: Synthesize, row: dict[str, Any], scores: list[Score]) -> list[dict[str, Any]]:
+    right = sum(score.value == 1.0 for score in scores)
+    rules = stage.drop.get(str(row.get(stage.category)), stage.drop.get("*", []))
+    dropped = ("none_right" in rules and right == 0) or ("all_right" in rules and right == len(scores))
+    return [] if dropped else [row | {"right": right, "asked": len(scores)}]
+
+
+def _accepted(
+    stage: Synthesize, row: dict[str, Any], group: Group, answers: list[Score], verdicts: list[Score] | None
+) -> list[dict[str, Any]]:
+    good = [
+        rollout
+        for i, rollout in enumerate(group.rollouts)
+        if answers[i].value == 1.0 and rollout.finish == "stop" and (verdicts is None or verdicts[i].value == 1.0)
+    ]
+    unique = list({rollout.text: rollout for rollout in good}.values())[: stage.per_prompt]
+    question = [message for message in row["messages"] if message["role"] != "assistant"]
+    return [
+        row | {"messages": [*question, {"role": "assistant", "content": rollout.text}], "think": True}
+        for rollout in unique
+    ]
+
+
+def _counts(stage: Synthesize, asked: list[tuple[dict[str, Any], Any]], answers: list[list[Score]]) -> dict[str, float]:
+    rights = [sum(score.value == 1.0 for score in row) for row in answers]
+    total = max(len(rights), 1)
+    return {
+        "synthesis.prompts": float(len(asked)),
+        "synthesis.accuracy": sum(rights) / max(total * stage.samples, 1),
+        "synthesis.none_right": sum(right == 0 for right in rights) / total,
+        "synthesis.all_right": sum(right == stage.samples for right in rights) / total,
+    }

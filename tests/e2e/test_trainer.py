@@ -1,0 +1,379 @@
+"""TrainerRank on real DeepSpeed and gloo: two ranks against one, resume, weights, export.
+
+The ranks are processes that run this very file and take method calls through a pipe; they serve all tests.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import random
+import select
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from rlhf import bridge
+from rlhf.batching import make_batch
+from rlhf.types import Batch, Loss, Media, Sample, TrainSpec, Update
+
+ROOT = Path(__file__).resolve().parents[2]
+DEADLINE = 100.0
+IMAGE = 3
+
+pytestmark = pytest.mark.timeout(170)
+
+
+def serve(rank: int, world_size: int, address: str) -> None:
+    """Answer pickled (method, arguments) from stdin with (ok, result); vendors' prints go to stderr."""
+    import os
+
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    from deepspeed.utils import safe_get_full_grad
+
+    from actors.trainer import TrainerRank
+
+    class Spy(TrainerRank):
+        """Keeps every parameter's gradient as the first optimizer step sees it."""
+
+        def begin(self, spec: TrainSpec) -> Any:
+            info = super().begin(spec)
+            self.grads: dict[str, np.ndarray] = {}
+            stage = self._begun
+            apply = stage._apply
+
+            def spied(totals: Any) -> None:
+                if not self.grads:
+                    for name, parameter in stage.model.named_parameters():
+                        if parameter.requires_grad:
+                            self.grads[name] = safe_get_full_grad(parameter).float().numpy().copy()
+                apply(totals)
+
+            stage._apply = spied  # type: ignore[method-assign]
+            return info
+
+        def first_gradients(self) -> dict[str, np.ndarray]:
+            return self.grads
+
+    trainer = Spy(rank, world_size, address, threads=1, timeout=60)
+    while True:
+        method, args = pickle.load(sys.stdin.buffer)  # noqa: S301
+        if method == "close":
+            trainer.close()
+            return
+        try:
+            answer = (True, getattr(trainer, method)(*args))
+        except Exception as error:  # noqa: BLE001 - the test sees it
+            answer = (False, f"{type(error).__name__}: {error}")
+        pickle.dump(answer, answers)
+        answers.flush()
+
+
+class Ranks:
+    """A trainer of `world_size` rank processes; calls reach all of them and return rank 0's result."""
+
+    def __init__(self, world_size: int) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, __file__, str(rank), str(world_size), address],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                cwd=ROOT,
+            )
+            for rank in range(world_size)
+        ]
+
+    def all(self, method: str, *args: Any) -> list[tuple[bool, Any]]:
+        for process in self.processes:
+            assert process.stdin is not None
+            pickle.dump((method, args), process.stdin)
+            process.stdin.flush()
+        answers = []
+        for rank, process in enumerate(self.processes):
+            assert process.stdout is not None
+            ready, _, _ = select.select([process.stdout], [], [], DEADLINE)
+            assert ready, f"rank {rank} did not answer {method} within {DEADLINE} s"
+            answers.append(pickle.load(process.stdout))
+        return answers
+
+    def __getattr__(self, method: str) -> Any:
+        def call(*args: Any) -> Any:
+            answers = self.all(method, *args)
+            for ok, result in answers:
+                assert ok, result
+            return answers[0][1]
+
+        return call
+
+    def stop(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait(10)
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.close()
+            process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def one():
+    ranks = Ranks(1)
+    yield ranks
+    ranks.stop()
+
+
+@pytest.fixture(scope="module")
+def two():
+    ranks = Ranks(2)
+    yield ranks
+    ranks.stop()
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = ["<pad>", "<eos>", "<unk>", "<image>", *(f"w{i}" for i in range(60))]
+    model = models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+    inner = Tokenizer(model)
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        additional_special_tokens=["<image>"],
+    )
+
+
+def save_bridge(folder: Path, moe: bool) -> str:
+    decoder: dict[str, Any] = {
+        "type": "qwen3",
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "tie_word_embeddings": True,
+    }
+    if moe:
+        decoder |= {
+            "type": "qwen3_moe",
+            "moe_intermediate_size": 24,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": True,
+        }
+    spec = {
+        "vision": {
+            "type": "siglip",
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 16,
+            "patch_size": 8,
+        },
+        "tiler": {"type": "single", "size": [16, 16]},
+        "decoder": decoder,
+    }
+    model, processor = bridge.build(spec, tokenizer(), seed=0)
+    # the default initialisation leaves gradients too small to compare at 1e-5
+    with torch.no_grad():
+        torch.manual_seed(0)
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.15)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory):
+    return save_bridge(tmp_path_factory.mktemp("sparse"), moe=True)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    return save_bridge(tmp_path_factory.mktemp("dense"), moe=False)
+
+
+def picture(seed: int) -> Media:
+    buffer = io.BytesIO()
+    pixels = np.random.RandomState(seed).randint(0, 255, (16, 16, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return Media(buffer.getvalue(), (16, 16))
+
+
+def rows(num: int, image: bool, seed: int = 0, logprobs: bool = False) -> list[Sample]:
+    pick = random.Random(seed)
+    made = []
+    for i in range(num):
+        # 16 × 16 pixels in patches of 8: four placeholders
+        prompt = [IMAGE] * 4 * image + [pick.randrange(4, 60) for _ in range(3)]
+        completion = [pick.randrange(4, 60) for _ in range(pick.randrange(2, 9))]
+        made.append(
+            Sample(
+                key=f"{'image' if image else 'text'}/{seed}/{i}",
+                token_ids=(*prompt, *completion),
+                prompt_length=len(prompt),
+                media=(picture(seed + i),) if image else (),
+                advantage=pick.uniform(-1, 1) if logprobs else 1.0,
+                logprobs=tuple(pick.uniform(-5, -3) for _ in completion) if logprobs else (),
+            )
+        )
+    return made
+
+
+def lopsided(step: int) -> tuple[Batch, Batch]:
+    """The same rows for two ranks, the second with text only and one micro-batch fewer, and for one rank."""
+    images, texts = rows(4, True, step * 10), rows(3, False, step * 10)
+    tokens = sum(sample.num_completion for sample in images + texts)
+    split = (tuple(images[:1]), tuple(images[1:])), (tuple(texts), ())
+    together = (tuple(images + texts),)
+    return Batch((Update(split, tokens, 7),)), Batch((Update((together,), tokens, 7),))
+
+
+def spec_of(model: str, **changes: Any) -> TrainSpec:
+    values: dict[str, Any] = {"seed": 0, "loss": Loss(), "train": {"*": 1e-3}, "steps": 10, **changes}
+    return TrainSpec(model, **values)
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_two_ranks_train_as_one(one, two, sparse, zero_stage):
+    one.begin(spec_of(sparse))
+    two.begin(spec_of(sparse, zero_stage=zero_stage))
+    for step in range(10):
+        split, together = lopsided(step)
+        expected, found = one.step(together).metrics, two.step(split).metrics
+        assert found["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+        assert found["tokens"] == expected["tokens"]
+        assert found["grad_norm"] == pytest.approx(expected["grad_norm"], abs=1e-4)
+    expected_grads, grads = one.first_gradients(), two.first_gradients()
+    assert set(grads) == set(expected_grads)
+    for name, gradient in grads.items():
+        assert np.abs(gradient - expected_grads[name]).max() <= 1e-5, name
+    moved = [name for name, gradient in grads.items() if np.abs(gradient).max() > 1e-4]
+    assert any("vision" in name for name in moved)
+    assert any("experts" in name for name in moved)
+    held_out = lopsided(99)
+    # ten optimizer steps of Adam apart, so no longer equal to rounding
+    assert two.losses(held_out[0])["loss"] == pytest.approx(one.losses(held_out[1])["loss"], abs=1e-3)
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_resume_is_bit_exact(two, sparse, tmp_path, zero_stage):
+    spec = spec_of(sparse, zero_stage=zero_stage, loss=Loss("gspo"))
+    batches = [make_batch(rows(6, True, i, True) + rows(2, False, i, True), 2, 2, 40, i) for i in range(3)]
+    two.begin(spec)
+    two.step(batches[0])
+    two.save(str(tmp_path / "checkpoint"))
+    straight = [two.step(batch).metrics for batch in batches[1:]]
+    weights = two.weights(1 << 12)
+    two.begin(spec)
+    two.restore(str(tmp_path / "checkpoint"))
+    assert [two.step(batch).metrics for batch in batches[1:]] == straight
+    for part, again in zip(weights, two.weights(1 << 12), strict=True):
+        for (name, value), (other, resumed) in zip(part, again, strict=True):
+            assert name == other
+            assert value.tobytes() == resumed.tobytes(), name
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_weights_and_export_are_the_model(two, sparse, tmp_path, zero_stage):
+    two.begin(spec_of(sparse, zero_stage=zero_stage))
+    two.step(lopsided(0)[0])
+    buckets = two.weights(1 << 12)
+    weights = dict(pair for bucket in buckets for pair in bucket)
+    assert len(buckets) > 3
+    two.export(str(tmp_path))
+    model, _ = bridge.load(tmp_path)
+    named = dict(model.named_parameters())
+    assert set(weights) == set(named)
+    for name, parameter in named.items():
+        assert np.array_equal(weights[name], parameter.detach().numpy()), name
+
+
+def test_lora_leaves_the_base_alone(one, dense, tmp_path):
+    before = (Path(dense) / "model.safetensors").read_bytes()
+    info = one.begin(spec_of(dense, lora=(4, 8.0, ("q_proj", "v_proj")), train={"*": 1e-2}))
+    assert 0 < info.num_trainable < info.num_parameters / 4
+    batch = lopsided(0)[1]
+    first = one.step(batch).metrics["loss"]
+    one.step(batch)
+    weights = dict(pair for bucket in one.weights(1 << 20) for pair in bucket)
+    loss = one.losses(batch)["loss"]
+    assert loss < first
+    one.export(str(tmp_path))
+    assert (Path(dense) / "model.safetensors").read_bytes() == before
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+    base = dict(bridge.load(dense)[0].named_parameters())
+    changed = {name for name, value in weights.items() if not np.array_equal(value, base[name].detach().numpy())}
+    assert set(weights) == set(base)
+    assert {name.split(".")[-2] for name in changed} == {"q_proj", "v_proj"}
+    # the exported adapter opens as the merged model
+    one.begin(spec_of(str(tmp_path)))
+    assert one.losses(batch)["loss"] == pytest.approx(loss, abs=1e-6)
+
+
+def test_a_loss_that_is_not_finite_stops_every_rank_and_names_the_row(two, sparse):
+    import dataclasses
+
+    two.begin(spec_of(sparse, loss=Loss("dapo")))
+    good = rows(4, True, 0, True)
+    spoilt = [*good[:3], dataclasses.replace(good[3], advantage=float("nan"), key="spoilt/7")]
+    before = two.weights(1 << 30)
+    answers = two.all("step", make_batch(spoilt, 1, 2, 64))
+    assert [ok for ok, _ in answers] == [False, False]
+    assert all("spoilt/7" in message and "step 0" in message for _, message in answers)
+    for (name, old), (_, new) in zip(before[0], two.weights(1 << 30)[0], strict=True):
+        assert np.array_equal(old, new), name
+    assert np.isfinite(two.step(make_batch(good, 1, 2, 64)).metrics["grad_norm"])
+
+
+def test_gap_is_the_distance_to_the_engine_in_the_first_update_only(one, sparse):
+    one.begin(spec_of(sparse, loss=Loss("dapo", masked_ids=(0, IMAGE), temperature=0.7)))
+    stats = one.step(make_batch(rows(6, True, 0, True), 2, 1, 64))
+    first = make_batch(rows(6, True, 0, True), 2, 1, 64).updates[0]
+    assert len(stats.gap) == first.num_tokens
+    model, processor = bridge.load(sparse)
+    expected = []
+    for sample in (s for part in first.micro_batches[0] for s in part):
+        ids = torch.tensor([sample.token_ids])
+        pixels = processor.pixel_values([item.open() for item in sample.media])
+        with torch.no_grad():
+            logits = model(input_ids=ids, pixel_values=pixels).logits[0].float() / 0.7
+        logits[:, [0, IMAGE]] = -torch.inf
+        found = logits.log_softmax(-1)
+        for t, engine in enumerate(sample.logprobs, sample.prompt_length):
+            expected.append(abs(float(found[t - 1, sample.token_ids[t]]) - engine))
+    assert sorted(stats.gap) == pytest.approx(sorted(expected), abs=1e-5)
+
+
+def test_globs_choose_what_trains(one, dense):
+    info = one.begin(spec_of(dense, train={"connector.*": 1e-2}, reset=("connector.*",)))
+    before = dict(pair for bucket in one.weights(1 << 30) for pair in bucket)
+    one.step(lopsided(0)[1])
+    after = dict(pair for bucket in one.weights(1 << 30) for pair in bucket)
+    changed = {name for name in after if not np.array_equal(before[name], after[name])}
+    assert changed == {name for name in after if "connector" in name}
+    assert info.num_trainable == sum(after[name].size for name in changed)
+    ok, message = one.all("begin", spec_of(dense, train={"conector.*": 1e-2}))[0]
+    assert not ok
+    assert "connector.*" in message
+
+
+if __name__ == "__main__":
+    serve(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -1,0 +1,156 @@
+"""Every row once, no micro-batch over the budget, every rank in step; tensors as a reader would fill them."""
+
+from __future__ import annotations
+
+import io
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+
+from rlhf.batching import Cached, collate, concatenate, make_batch
+from rlhf.types import Media, Sample
+
+
+def rows(num: int, seed: int = 0) -> list[Sample]:
+    pick = random.Random(seed)
+    return [
+        Sample(f"row/{i}", tuple(pick.randrange(1, 50) for _ in range(pick.randrange(4, 40))), prompt_length=2)
+        for i in range(num)
+    ]
+
+
+def keys(update) -> list[str]:
+    return [sample.key for mine in update.micro_batches for part in mine for sample in part]
+
+
+@pytest.mark.parametrize(("num", "updates", "ranks"), [(1, 1, 1), (40, 1, 2), (41, 3, 2), (64, 4, 4), (3, 1, 4)])
+def test_batch_holds_every_row_once_within_the_budget(num, updates, ranks):
+    samples = rows(num)
+    batch = make_batch(samples, updates, ranks, 100, shuffle_seed=1)
+    assert len(batch.updates) == updates
+    assert sorted(key for update in batch.updates for key in keys(update)) == sorted(s.key for s in samples)
+    for update in batch.updates:
+        assert len(update.micro_batches) == ranks
+        assert len({len(mine) for mine in update.micro_batches}) == 1
+        for part in (part for mine in update.micro_batches for part in mine if part):
+            assert len(part) * max(len(s.token_ids) for s in part) <= 100
+        found = [s for mine in update.micro_batches for part in mine for s in part]
+        assert update.num_tokens == sum(len(s.token_ids) - 2 for s in found)
+        assert update.num_rows == len(found)
+    assert max(u.num_rows for u in batch.updates) - min(u.num_rows for u in batch.updates) <= 1
+
+
+def test_ranks_are_balanced_by_tokens():
+    update = make_batch(rows(200), 1, 4, 400).updates[0]
+    loads = [sum(len(s.token_ids) for part in mine for s in part) for mine in update.micro_batches]
+    assert max(loads) - min(loads) <= 40
+
+
+def test_order_decides_updates_unless_shuffled():
+    samples = rows(20)
+    plain = make_batch(samples, 2, 1, 100)
+    assert set(keys(plain.updates[0])) == {s.key for s in samples[:10]}
+    shuffled = [make_batch(samples, 2, 1, 100, shuffle_seed=seed) for seed in (1, 1, 2)]
+    assert shuffled[0] == shuffled[1]
+    assert shuffled[0] != shuffled[2]
+
+
+def test_rows_of_weight_zero_stay_but_count_for_nothing():
+    samples = rows(4)
+    update = make_batch([*samples[:3], replace(samples[3], weight=0.0)], 1, 1, 400).updates[0]
+    assert len(keys(update)) == 4
+    assert update.num_rows == 3
+    assert update.num_tokens == sum(s.num_completion for s in samples[:3])
+
+
+def test_errors_name_the_sample():
+    good = rows(3)
+    with pytest.raises(ValueError, match="row/long has 70 tokens"):
+        make_batch([*good, Sample("row/long", (1,) * 70, 3)], 1, 1, 60)
+    with pytest.raises(ValueError, match="row/bare"):
+        make_batch([*good, Sample("row/bare", (1, 2, 3), 3)], 1, 1, 60)
+    with pytest.raises(ValueError, match="row/odd has 1 log-probabilities for 2"):
+        make_batch([*good, Sample("row/odd", (1, 2, 3), 1, logprobs=(-1.0,))], 1, 1, 60)
+    with pytest.raises(ValueError, match="3 samples cannot fill 4"):
+        make_batch(good, 4, 1, 60)
+
+
+class Grey:
+    """A visual whose picture becomes its mean grey; counts what it decodes."""
+
+    pad_id = 9
+    explicit_positions = True
+    blank_row: Sample | None = None
+
+    def __init__(self) -> None:
+        self.decoded = 0
+
+    def read(self, media):
+        self.decoded += 1
+        return {"pixel_values": torch.tensor([float(media.open().getpixel((0, 0))[0])])}
+
+    def join(self, items, input_ids):
+        return concatenate(items)
+
+    def blank(self):
+        return self.blank_row
+
+
+def picture(grey: int) -> Media:
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4), (grey,) * 3).save(buffer, "PNG")
+    return Media(buffer.getvalue(), (4, 4))
+
+
+def test_collate_by_hand():
+    samples = [
+        Sample("a", (1, 2, 3, 4, 5), 3, (picture(10), picture(20)), 0.5, -2.0, (-0.1, -0.2)),
+        Sample("b", (6, 7), 1, (picture(30),)),
+    ]
+    found = collate(samples, Grey())
+    assert found.input_ids.tolist() == [[1, 2, 3, 4, 5], [6, 7, 9, 9, 9]]
+    assert found.attention_mask.tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
+    assert found.position_ids.tolist() == [[0, 1, 2, 3, 4]] * 2
+    assert found.mask.tolist() == [[0, 0, 0.5, 0.5], [1, 0, 0, 0]]
+    assert found.completion.tolist() == [[False, False, True, True], [True, False, False, False]]
+    assert found.old_logprobs[0].tolist() == pytest.approx([0, 0, -0.1, -0.2])
+    assert found.advantages.tolist() == [-2.0, 1.0]
+    assert found.sampled.tolist() == [True, False]
+    assert found.media["pixel_values"].tolist() == [10, 20, 30]
+    assert set(found.model_inputs()) == {"input_ids", "attention_mask", "position_ids", "pixel_values"}
+
+
+def test_an_empty_micro_batch_is_a_dummy_row_of_weight_zero():
+    found = collate((), Grey())
+    assert found.input_ids.shape == (1, 2)
+    assert found.mask.sum() == 0
+    assert not found.completion.any()
+    assert found.media == {}
+
+
+def test_a_blank_picture_joins_rows_without_any():
+    visual = Grey()
+    visual.blank_row = Sample("blank", (3, 9), 1, (picture(0),))
+    text = Sample("b", (6, 7, 8), 1)
+    found = collate([text], visual)
+    assert found.input_ids.tolist() == [[6, 7, 8], [3, 9, 9]]
+    assert found.completion.tolist() == [[True, True], [False, False]]
+    assert found.mask.tolist() == [[1, 1], [0, 0]]
+    assert len(found.media["pixel_values"]) == 1
+    assert len(collate([text, replace(text, media=(picture(1),))], visual).input_ids) == 2
+
+
+def test_pictures_are_decoded_once_and_forgotten_in_order_of_use():
+    inner = Grey()
+    visual = Cached(inner, size=2)
+    for grey, decoded in ((1, 1), (1, 1), (2, 2), (1, 2), (3, 3), (1, 3), (2, 4)):
+        assert visual.read(picture(grey))["pixel_values"].tolist() == [grey]
+        assert inner.decoded == decoded
+
+
+def test_an_unreadable_picture_names_the_sample():
+    with pytest.raises(ValueError, match="sample x/3: its image cannot be read"):
+        collate([Sample("x/3", (1, 2), 1, (Media(b"not a picture", (4, 4)),))], Grey())

@@ -1,0 +1,90 @@
+"""The trainers other people wrote take the bridge as it is: PEFT, TRL."""
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+
+from tests.unit.test_bridge_build import MOE, picture, tiny
+
+# Vendors warn about each other's versions and devices while they step; that is theirs to mend.
+pytestmark = pytest.mark.filterwarnings("default")
+
+TEMPLATE = (
+    "{% for message in messages %}{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}{% if message['role'] == 'assistant' %}<eos>{% endif %}{% endfor %}"
+)
+
+
+def settings(tmp_path, **more):
+    return {
+        "output_dir": str(tmp_path),
+        "max_steps": 1,
+        "report_to": [],
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "use_cpu": True,
+        "bf16": False,
+        "learning_rate": 1e-2,
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+    } | more
+
+
+def test_lora_wraps_and_merges():
+    model, processor = tiny()
+    inputs = processor(text=["<image>?"], images=[[picture(0)]], return_tensors="pt")
+    with torch.no_grad():
+        before = model(**inputs).logits
+    wrapped = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"], r=2, task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        assert torch.equal(wrapped(**inputs).logits, before)
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+        adapted = wrapped(**inputs).logits
+        merged = wrapped.merge_and_unload()(**inputs).logits
+    assert (adapted - before).abs().max() > 1e-2
+    torch.testing.assert_close(merged, adapted, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("decoder", [{}, {"decoder": MOE}])
+def test_trl_sft_takes_a_step(tmp_path, decoder):
+    from trl import SFTConfig, SFTTrainer
+
+    model, processor = tiny(loud=False, **decoder)
+    rows = Dataset.from_dict(
+        {"text": ["<image>one<eos>", "<image>two<eos>"], "images": [[picture(0, 40, 24)], [picture(1, 16, 16)]]}
+    )
+    arguments = SFTConfig(**settings(tmp_path, per_device_train_batch_size=2, max_length=None))
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    trainer = SFTTrainer(model=model, args=arguments, train_dataset=rows, processing_class=processor)
+    trainer.train()
+    assert [name for name, value in model.named_parameters() if torch.equal(value, before[name])] == []
+
+
+def test_trl_grpo_takes_a_step(tmp_path):
+    from trl import GRPOConfig, GRPOTrainer
+
+    model, processor = tiny(loud=False)
+    processor.chat_template = TEMPLATE
+    rows = Dataset.from_dict(
+        {
+            "prompt": [[{"role": "user", "content": "what?"}]] * 2,
+            "images": [[picture(0, 40, 24)], [picture(1, 16, 16)]],
+        }
+    )
+    arguments = GRPOConfig(
+        **settings(tmp_path, per_device_train_batch_size=4, num_generations=2, max_completion_length=4, temperature=1.0)
+    )
+
+    def reward(completions, **columns):
+        return [float(i % 2) for i in range(len(completions))]
+
+    before = model.model.connector[2].weight.clone()
+    trainer = GRPOTrainer(
+        model=model, args=arguments, train_dataset=rows, processing_class=processor, reward_funcs=reward
+    )
+    trainer.train()
+    assert not torch.equal(model.model.connector[2].weight, before)
