@@ -19,6 +19,8 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayActorError
+from ray.util.placement_group import placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.artifacts import architecture, read_probes, read_weights, write_probes
 from actors.jobs import ray_environment
@@ -27,7 +29,9 @@ from actors.rollout import EngineSettings, RolloutWorker
 from actors.trainer import TrainerRank
 from rewards.base import Item
 from rlhf.agreement import compare, localise
-from rlhf.recipe import Deadlines, Recipe, Resources
+from rlhf.models import load_processor, masked_ids
+from rlhf.plan import Plan
+from rlhf.recipe import Deadlines, Recipe
 from rlhf.roles import SyncError, SyncReport
 from rlhf.types import Batch, Group, Probe, ProbeScores, Prompt, Publication, Sampling, Score, StepStats, TrainSpec
 
@@ -100,7 +104,7 @@ class EngineHandle:
     name: str
     folder: Path
     architecture: str
-    start: Callable[[Path], Any]
+    start: Callable[[int, Path], Any]
     deadlines: Deadlines
     workers: list[Any] = field(default_factory=list)
     refit: Callable[[Any], Awaitable[None]] | None = None
@@ -182,7 +186,7 @@ class EngineHandle:
 
     async def _restart(self, index: int) -> None:
         self.restarts += 1
-        self.workers[index] = self.start(self.folder)
+        self.workers[index] = self.start(index, self.folder)
         await within(
             self.deadlines.start,
             "start",
@@ -252,7 +256,7 @@ class TrainerHandle:
                 "sync_probe.max": max(agreement.max_gap, metrics.get("sync_probe.max", 0.0)),
                 "sync_probe.checked": float(agreement.checked),
                 "sync_probe.skipped": float(agreement.skipped),
-                "sync_probe.unreached_experts": float(agreement.unreached),
+                "sync_probe.unreached_experts": float(len(agreement.unreached)),
             }
         return metrics
 
@@ -271,7 +275,7 @@ class TrainerHandle:
 class RewardsHandle:
     """Reward workers; one that hangs or dies is replaced, and only the sample that did it is lost."""
 
-    start: Callable[[], Any]
+    start: Callable[[int], Any]
     deadline: float
     workers: list[Any] = field(default_factory=list)
 
@@ -304,21 +308,94 @@ class RewardsHandle:
         except RayActorError:
             failure = Score("failed", note=f"{function} ended its process")
         ray.kill(self.workers[worker])
-        self.workers[worker] = self.start()
+        self.workers[worker] = self.start(worker)
         if len(items) == 1:
             return [failure]
         return [score for item in items for score in await self._chunk(worker, function, [item])]
 
 
 @dataclass
+class Placement:
+    """Where actors stand: a placement group with one bundle for each process of the plan."""
+
+    recipe: Recipe
+    plan: Plan
+    group: Any
+    bundles: dict[str, list[int]]
+
+    @classmethod
+    async def reserve(cls, recipe: Recipe, plan: Plan) -> Placement:
+        """Reserve every process's share at once, so that a job never half-starts. Raises ActorTimeout."""
+        shares, bundles = [], {}
+        for actor in plan.actors:
+            bundles[actor.role] = list(range(len(shares), len(shares) + actor.count))
+            shares += [{"CPU": actor.cpus} | ({"GPU": actor.gpus} if actor.gpus else {})] * actor.count
+        group = placement_group(shares, strategy="PACK")
+        await within(recipe.deadlines.start, "start", f"reserving {shares} on the cluster", group.ready())
+        return cls(recipe, plan, group, bundles)
+
+    def options(self, role: str, index: int, **more: Any) -> dict[str, Any]:
+        """Ray options of the role's process `index`: its bundle, its shares, its OpenMP threads."""
+        actor = next(actor for actor in self.plan.actors if actor.role == role)
+        environment = {name: str(actor.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+        strategy = PlacementGroupSchedulingStrategy(self.group, self.bundles[role][index])
+        return {
+            "num_cpus": actor.cpus,
+            "num_gpus": actor.gpus,
+            "scheduling_strategy": strategy,
+            # idle OpenMP threads of one actor must not starve another's
+            "runtime_env": {"env_vars": environment | {"OMP_WAIT_POLICY": "PASSIVE"}},
+            **more,
+        }
+
+    def rollout(self, index: int, folder: Path) -> Any:
+        """Start a rollout worker that serves the model in folder."""
+        resources = self.recipe.resources
+        settings = EngineSettings(
+            dtype=resources.precision,
+            max_model_len=resources.max_model_len,
+            max_num_seqs=resources.max_num_seqs,
+            kv_cache_gib=resources.kv_cache_gib,
+            threads=resources.rollout_threads,
+            seed=self.recipe.seed,
+            implementation=self.recipe.model.implementation,
+            tensor_parallel=resources.tensor_parallel,
+            device=resources.device,
+            masked_tokens=masked_ids(load_processor(folder)),
+            transport=self.plan.transport,
+            deadline=self.recipe.deadlines.generate,
+        )
+        return RolloutActor.options(**self.options("rollout", index, max_concurrency=8)).remote(str(folder), settings)
+
+    def reward(self, index: int) -> Any:
+        return RewardActor.options(**self.options("reward", index)).remote()
+
+    async def trainer(self) -> list[Any]:
+        """Start all trainer ranks, to be joined in one process group."""
+        resources = self.recipe.resources
+        where = PlacementGroupSchedulingStrategy(self.group, self.bundles["trainer"][0])
+        call = rendezvous.options(scheduling_strategy=where).remote()
+        address = await within(self.recipe.deadlines.start, "start", "choosing the trainer's address", call)
+        return [
+            TrainerActor.options(**self.options("trainer", rank)).remote(
+                rank, resources.trainer_ranks, address, resources.trainer_threads, resources.device
+            )
+            for rank in range(resources.trainer_ranks)
+        ]
+
+
+@dataclass
 class Cast:
     """Everything that is running for a job (rlhf.roles.Actors)."""
 
-    recipe: Recipe
+    placement: Placement
     trainer: TrainerHandle
     rewards: RewardsHandle
     engines: list[EngineHandle] = field(default_factory=list)
-    cold_starts: int = 0
+
+    @property
+    def cold_starts(self) -> int:
+        return sum(len(engine.workers) + engine.restarts for engine in self.engines)
 
     @contextlib.asynccontextmanager
     async def serving(self, models: Mapping[str, Path]) -> AsyncIterator[Mapping[str, EngineHandle]]:
@@ -329,82 +406,35 @@ class Cast:
 
     async def _engine(self, role: str, folder: Path, busy: list[EngineHandle]) -> EngineHandle:
         kind = architecture(folder)
-        free = [engine for engine in self.engines if engine.architecture == kind and engine not in busy]
-        for engine in free:
-            await engine.open(folder)
-            return engine
-        resources, deadlines = self.recipe.resources, self.recipe.deadlines
-        workers = resources.rollout_workers if role == "policy" else 1
-        engine = EngineHandle(role, folder, kind, lambda path: start_rollout(resources, self.recipe, path), deadlines)
-        engine.workers = [engine.start(folder) for _ in range(workers)]
-        self.cold_starts += workers
+        for engine in self.engines:
+            if engine.architecture == kind and engine not in busy:
+                await engine.open(folder)
+                return engine
+        first = sum(len(engine.workers) for engine in self.engines)
+        count = self.placement.recipe.resources.rollout_workers if role == "policy" else 1
+        deadlines = self.placement.recipe.deadlines
+        engine = EngineHandle(role, folder, kind, lambda i, path: self.placement.rollout(first + i, path), deadlines)
+        engine.workers = [engine.start(index, folder) for index in range(count)]
+        what = f"engine {role!r} starting on {folder}"
         await asyncio.gather(
-            *(
-                within(deadlines.start, "start", f"engine {role!r} starting on {folder}", worker.heartbeat.remote())
-                for worker in engine.workers
-            )
+            *(within(deadlines.start, "start", what, worker.heartbeat.remote()) for worker in engine.workers)
         )
         self.engines.append(engine)
         await engine.prove_artifact()
         return engine
 
 
-def start_rollout(resources: Resources, recipe: Recipe, folder: Path) -> Any:
-    """One rollout worker serving the model in folder."""
-    settings = EngineSettings(
-        dtype=resources.precision,
-        max_model_len=resources.max_model_len,
-        max_num_seqs=resources.max_num_seqs,
-        kv_cache_gib=resources.kv_cache_gib,
-        threads=resources.rollout_threads,
-        seed=recipe.seed,
-        implementation=recipe.model.implementation,
-        tensor_parallel=resources.tensor_parallel,
-        device=resources.device,
-    )
-    options = {"num_cpus": 0, "max_concurrency": 8, "runtime_env": {"env_vars": threads(resources.rollout_threads)}}
-    return RolloutActor.options(**options).remote(str(folder), settings)
-
-
-def threads(count: int) -> dict[str, str]:
-    """OpenMP settings of one process. Passive waiting: idle threads of one actor must not starve another's."""
-    return {"OMP_NUM_THREADS": str(count), "MKL_NUM_THREADS": str(count), "OMP_WAIT_POLICY": "PASSIVE"}
-
-
 @contextlib.asynccontextmanager
-async def launch(recipe: Recipe, folder: Path, address: str | None = None) -> AsyncIterator[Cast]:
+async def launch(recipe: Recipe, plan: Plan, folder: Path, address: str | None = None) -> AsyncIterator[Cast]:
     """Start Ray (or join the cluster at `address`), trainer ranks and reward workers; end all of it on leaving."""
-    resources, deadlines = recipe.resources, recipe.deadlines
     os.environ.update(ray_environment(folder))
-    ray.init(
-        address=address,
-        num_cpus=None if address else os.cpu_count(),
-        include_dashboard=False if address is None else None,
-        log_to_driver=False,
-        configure_logging=False,
-        namespace=recipe.name,
-    )
+    local = {"num_cpus": plan.cluster.cpus, "include_dashboard": False} if address is None else {}
+    ray.init(address=address, log_to_driver=False, configure_logging=False, namespace=recipe.name, **local)
     try:
-        ranks = await start_trainers(resources, deadlines)
-
-        def start_reward() -> Any:
-            return RewardActor.options(num_cpus=0, runtime_env={"env_vars": threads(1)}).remote()
-
-        rewards = RewardsHandle(
-            start_reward, deadlines.reward, [start_reward() for _ in range(resources.reward_workers)]
-        )
-        yield Cast(recipe, TrainerHandle(ranks, deadlines), rewards)
+        placement = await Placement.reserve(recipe, plan)
+        ranks = await placement.trainer()
+        workers = [placement.reward(index) for index in range(recipe.resources.reward_workers)]
+        rewards = RewardsHandle(placement.reward, recipe.deadlines.reward, workers)
+        yield Cast(placement, TrainerHandle(ranks, recipe.deadlines), rewards)
     finally:
         ray.shutdown()
-
-
-async def start_trainers(resources: Resources, deadlines: Deadlines) -> list[Any]:
-    """All trainer ranks, joined in one process group."""
-    address = await within(deadlines.start, "start", "choosing the trainer's address", rendezvous.remote())
-    options = {"num_cpus": 0, "max_concurrency": 1, "runtime_env": {"env_vars": threads(resources.trainer_threads)}}
-    return [
-        TrainerActor.options(**options).remote(
-            rank, resources.trainer_ranks, address, resources.trainer_threads, resources.device
-        )
-        for rank in range(resources.trainer_ranks)
-    ]

@@ -18,7 +18,7 @@ class TokenMask(LogitsProcessor):
     `allowed_token_ids` would carry the vocabulary with every request.
     """
 
-    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:  # noqa: ARG002
         config = vllm_config.additional_config
         assert isinstance(config, dict)
         self._ids = torch.tensor(config["masked_tokens"], dtype=torch.long, device=device)
@@ -26,7 +26,7 @@ class TokenMask(LogitsProcessor):
     def is_argmax_invariant(self) -> bool:
         return False
 
-    def update_state(self, batch_update: BatchUpdate | None) -> None:
+    def update_state(self, batch_update: BatchUpdate | None) -> None:  # noqa: ARG002
         return None
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:

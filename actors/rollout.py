@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from PIL import Image
 
@@ -240,7 +240,7 @@ class RolloutWorker:
     def _run(self, ready: Future[None]) -> None:
         try:
             self._start()
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - handed to the constructor, which raises it
             ready.set_exception(error)
             return
         ready.set_result(None)
@@ -248,7 +248,7 @@ class RolloutWorker:
             while self._next():
                 if self._requests and not self._paused:
                     self._step()
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - handed to every caller
             self._fail(error)
         else:
             self._fail(RuntimeError("the rollout worker was closed"))
@@ -429,8 +429,8 @@ class RolloutWorker:
             wanted = self._processor.expand(token_ids, [one.size for one in media])
             if list(rendered["prompt_token_ids"]) != list(wanted):
                 raise ValueError(
-                    f"the engine expanded {len(token_ids)} ids to {len(rendered['prompt_token_ids'])}, the processor to "
-                    f"{len(wanted)}: send un-expanded ids, one placeholder for each image"
+                    f"the engine expanded {len(token_ids)} ids to {len(rendered['prompt_token_ids'])}, the processor "
+                    f"to {len(wanted)}: send un-expanded ids, one placeholder for each image"
                 )
         return rendered  # type: ignore[no-any-return]
 
@@ -532,7 +532,8 @@ def fused_parts(model: nn.Module) -> Callable[[str, nn.Module], Parts]:
     from rlhf.agreement import group_name
 
     fused: dict[str, dict[Any, str]] = {}
-    for original, (into, shard) in getattr(model, "hf_to_vllm_mapper").orig_to_new_stacked.items():
+    mapper = cast(Any, model).hf_to_vllm_mapper
+    for original, (into, shard) in mapper.orig_to_new_stacked.items():
         fused.setdefault(into, {})[shard] = group_name(original)
 
     def parts(name: str, module: nn.Module) -> Parts:
@@ -541,7 +542,7 @@ def fused_parts(model: nn.Module) -> Callable[[str, nn.Module], Parts]:
             return [(group_name(name), slice(None))]
         order = [shard for shard in ("q", "k", "v", 0, 1) if shard in shards]
         edges = [0]
-        for size in getattr(module, "output_partition_sizes"):
+        for size in cast(Any, module).output_partition_sizes:
             edges.append(edges[-1] + size)
         return [(shards[shard], slice(edges[i], edges[i + 1])) for i, shard in enumerate(order)]
 

@@ -511,11 +511,12 @@ def _prepare(spec: TrainSpec) -> tuple[Any, Any, Visual]:
     return model, processor, visual
 
 
-def _loop_over_experts(model: nn.Module) -> None:
-    """On CPU a loop over experts is the fastest of transformers' implementations ("batched_mm": 55 times slower)."""
-    model.config._experts_implementation = "eager"
-    for config in (module.config for module in model.modules() if hasattr(module, "config")):
-        config._experts_implementation = "eager"
+def _loop_over_experts(model: Any) -> None:
+    """On CPU a loop over experts is the fastest of transformers' implementations ("batched_mm": 55 times slower).
+    Written to the configs that the experts read: `set_experts_implementation` refuses a wrapper without experts."""
+    for module in model.modules():
+        if hasattr(module, "config"):
+            module.config._experts_implementation = "eager"
 
 
 def _adapt(model: nn.Module, spec: TrainSpec) -> Any:
@@ -524,9 +525,9 @@ def _adapt(model: nn.Module, spec: TrainSpec) -> Any:
     assert spec.lora is not None
     rank, alpha, targets = spec.lora
     adapted = get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets)))
-    adapted.peft_config["default"].base_model_name_or_path = (
-        str(Path(spec.model).resolve()) if Path(spec.model).exists() else spec.model
-    )
+    # the adapter names its base; a folder by its whole path, so that it opens from anywhere
+    base = Path(spec.model)
+    adapted.peft_config["default"].base_model_name_or_path = str(base.resolve()) if base.exists() else spec.model
     return adapted
 
 

@@ -15,7 +15,7 @@ _VISION_OPS = ("torchvision::nms", "torchvision::qnms")
 
 
 def register() -> None:
-    """Enter the bridge (Auto classes and vLLM architectures) and the `cpu` weight transfer. Calling again is harmless."""
+    """Enter the bridge (Auto classes, vLLM architectures) and the `cpu` weight transfer. Calling again is harmless."""
     define_vision_ops()
     from vllm import ModelRegistry
     from vllm.distributed.weight_transfer import WeightTransferEngineFactory

@@ -69,7 +69,7 @@ def from_array(array: NDArray[Any]) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Transport:
-    """How weights reach an engine. `backend` is vLLM's name; `update` makes the engine's update of one fetched bucket."""
+    """How weights reach an engine: `backend` is vLLM's name, `update` makes its update of a bucket and the names."""
 
     name: str
     backend: str
@@ -86,8 +86,8 @@ def transport(name: str) -> Transport:
     # vLLM's engines take the update their trainer side made (names, dtypes, shapes, handles), so a bucket is one.
     known = {
         "cpu": Transport("cpu", "cpu", lambda bucket, names: {"weights": bucket, "names": names}),
-        "ipc": Transport("ipc", "ipc", lambda bucket, names: dict(bucket)),
-        "nccl": Transport("nccl", "nccl", lambda bucket, names: dict(bucket)),
+        "ipc": Transport("ipc", "ipc", lambda bucket, _names: dict(bucket)),
+        "nccl": Transport("nccl", "nccl", lambda bucket, _names: dict(bucket)),
     }
     if name not in known:
         raise ValueError(f"no weight transport {name!r}; choose one of {', '.join(known)}")
@@ -117,7 +117,7 @@ class CpuWeightTransferEngine(WeightTransferEngine[CpuInit, CpuUpdate]):
     init_info_cls = CpuInit
     update_info_cls = CpuUpdate
 
-    def init_transfer_engine(self, init_info: CpuInit) -> None:
+    def init_transfer_engine(self, init_info: CpuInit) -> None:  # noqa: ARG002 - vLLM's signature
         return None
 
     def start_weight_update(self) -> None:

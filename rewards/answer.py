@@ -13,7 +13,8 @@ from rlhf.types import Score
 # Longer than any answer of a sane row; what is longer is compared as text, so that no parser runs for minutes.
 MAX_EXPRESSION = 200
 # Powers and factorials can be short and still need more memory than there is: 9^9^9^9.
-RUNAWAY = re.compile(r"(\^|\*\*)\s*\{?\s*-?(\d{3,}|\w*\s*[(\\])|(\^|\*\*).*(\^|\*\*)|!")
+RUNAWAY = re.compile(r"(\^|\*\*)\s*\{?\s*[-+(]?\d{3}|(\^|\*\*)\s*(\{[^}]*|[(\w\s]+)(\^|\*\*)|([)}]\s*(\^|\*\*).*){3}|!")
+THOUSANDS = re.compile(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?")
 NUMBER = re.compile(r"[+-]?\d{1,30}(\.\d{1,30})?")
 MATHEMATICS = re.compile(r"[\d\\^=+*/]")
 
@@ -26,32 +27,38 @@ def boxed(item: Item) -> Score:
     Raises KeyError when the row has no `answer`.
     """
     answer = str(item.prompt.columns["answer"])
-    said = last_boxed(item.completion)
-    if said is None:
+    found = last_boxed(item.completion)
+    if found is None:
         return Score("scored", 0.0, note="no boxed answer")
+    said = found[0]
     return Score("scored", 1.0 if same(said, answer) else 0.0, note=f"boxed {said!r}, right is {answer!r}")
 
 
-def last_boxed(text: str) -> str | None:
-    r"""What the last complete \boxed{…} holds, nested braces included; None without one."""
+def last_boxed(text: str) -> tuple[str, int] | None:
+    r"""What the last complete \boxed{…} holds (nested braces included) and where it ends; None without one."""
     for start in reversed([match.end() for match in re.finditer(r"\\boxed\s*\{", text)]):
         depth = 1
         for place in range(start, len(text)):
             depth += {"{": 1, "}": -1}.get(text[place], 0)
             if depth == 0:
-                return text[start:place].strip()
+                return text[start:place].strip(), place + 1
     return None
 
 
 def same(said: str, answer: str) -> bool:
     """Whether two answers are the same list, value or text."""
     said, answer = _plain(said), _plain(answer)
+    if NUMBER.fullmatch(answer) and THOUSANDS.fullmatch(said):
+        said = said.replace(",", "")
     if said == answer:
         return True
     one, other = _elements(said), _elements(answer)
-    if len(one) > 1 or len(other) > 1:
-        numbers = all(NUMBER.fullmatch(part) for part in [*one, *other])
-        if numbers:
+    # [0, 1) is not [0, 1], but (3, 5) may be written 3, 5
+    alike = _brackets(said) == _brackets(answer) or "" in {_brackets(said), _brackets(answer)}
+    if alike and (len(one) > 1 or len(other) > 1):
+        if one == other:
+            return True
+        if all(NUMBER.fullmatch(part) for part in [*one, *other]):
             return len(one) == len(other) and all(Fraction(a) == Fraction(b) for a, b in zip(one, other, strict=True))
     elif NUMBER.fullmatch(said) and NUMBER.fullmatch(answer):
         return Fraction(said) == Fraction(answer)
@@ -65,6 +72,10 @@ def _plain(text: str) -> str:
 
 def _elements(text: str) -> list[str]:
     return [part for part in re.split(r"[,\s]+", text.strip("[]()")) if part]
+
+
+def _brackets(text: str) -> str:
+    return text[0] + text[-1] if re.fullmatch(r"[\[(].*[\])]", text) else ""
 
 
 def _mathematical(text: str) -> bool:

@@ -56,7 +56,8 @@ def resolve(name: str) -> Reward:
     if not place or not function_name:
         raise RewardError(f'reward {name!r}: write "module:function" or "path/file.py:function"')
     module = _load_file(name, Path(place)) if place.endswith(".py") else _import(name, place)
-    function = vars(module).get(function_name)
+    # getattr: packages that load lazily (trl.rewards) do not list their functions
+    function = getattr(module, function_name, None)
     if not callable(function):
         own = [key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")]
         raise RewardError(
@@ -148,7 +149,8 @@ def _load_file(name: str, path: Path) -> ModuleType:
     if module_name in sys.modules:
         return sys.modules[module_name]
     spec = importlib.util.spec_from_file_location(module_name, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module
     try:

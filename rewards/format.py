@@ -37,7 +37,7 @@ def _fault(text: str, thinking: bool) -> str:
 
 
 def _answer_fault(text: str) -> str:
-    answer = last_boxed(text)
-    if not answer:
+    found = last_boxed(text)
+    if found is None or not found[0]:
         return "no boxed answer"
-    return "" if re.search(r"\}\$*\.?$", text) else "words after the boxed answer"
+    return "words after the boxed answer" if text[found[1] :].strip("$. \n") else ""

@@ -19,7 +19,7 @@ CHAIN = re.compile(r"<think>(.*?)</think>", re.DOTALL)
 def ask(items: Group | Sequence[Item], tokenizer: PreTrainedTokenizerBase) -> list[Prompt | None]:
     """The judge's prompt for each completion, in order: the same media, the judge's own template, no thinking.
 
-    None where there is no chain to judge: an empty chain is unsound, and `verdict(None)` says so without asking.
+    None where there is no chain to judge: an empty chain is unsound, and `without_chain()` says so without asking.
     Keys are "<prompt key>/judge/<place>". Special tokens spelled inside the completion are taken out, so that no
     policy can end its judge's turn or show it a picture.
     """
@@ -27,10 +27,13 @@ def ask(items: Group | Sequence[Item], tokenizer: PreTrainedTokenizerBase) -> li
     return [_prompt(item, place, tokenizer) for place, item in enumerate(items)]
 
 
-def verdict(reply: str | None) -> Score:
-    """1.0 for yes, 0.0 for no; a reply without either is a failure, never a 0. None: nothing was asked, see `ask`."""
-    if reply is None:
-        return Score("scored", 0.0, note="no chain of thought to judge")
+def without_chain() -> Score:
+    """The verdict on a completion without a chain of thought."""
+    return Score("scored", 0.0, note="no chain of thought to judge")
+
+
+def verdict(reply: str) -> Score:
+    """1.0 for yes, 0.0 for no; a reply without either is a failure, never a 0."""
     said = parse_verdict(reply)
     if said is None:
         return Score("failed", note=f"the judge said neither yes nor no: {reply[:200]!r}")

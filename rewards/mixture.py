@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from rlhf.types import Score
+from rlhf.types import Outcome, Score
 
 
 def combine(parts: Mapping[str, Score], weights: Mapping[str, float]) -> Score:
@@ -19,7 +19,7 @@ def combine(parts: Mapping[str, Score], weights: Mapping[str, float]) -> Score:
     values = {name: score.value for name, score in parts.items() if score.value is not None}
     broken = {name: score for name, score in parts.items() if score.outcome != "scored"}
     if broken:
-        outcome = "failed" if any(score.outcome == "failed" for score in broken.values()) else "timed_out"
+        outcome: Outcome = "failed" if any(score.outcome == "failed" for score in broken.values()) else "timed_out"
         note = "; ".join(f"{name} {score.outcome}: {score.note}" for name, score in broken.items())
         return Score(outcome, None, values, note)
     note = "; ".join(f"{name}: {score.note}" for name, score in parts.items() if score.note)

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from rlhf.plan import Plan, PlanError, make_plan
 from rlhf.recipe import Recipe, RecipeError, load
 
 FAILED, UNUSABLE, GATE_MISSED, INTERRUPTED = 1, 2, 3, 130
@@ -72,8 +73,6 @@ class _Plain(argparse.RawDescriptionHelpFormatter):
 
 
 def run_command(parsed: argparse.Namespace) -> int:
-    from rlhf.plan import PlanError, make_plan
-
     recipe = load(parsed.recipe, parsed.override)
     try:
         plan = make_plan(recipe)
@@ -90,7 +89,7 @@ def run_command(parsed: argparse.Namespace) -> int:
         return _fail(error, UNUSABLE)
 
 
-async def _run(recipe: Recipe, plan: object, folder: Path, address: str | None) -> int:
+async def _run(recipe: Recipe, plan: Plan, folder: Path, address: str | None) -> int:
     import tomli_w
 
     from actors.launch import launch
@@ -103,9 +102,9 @@ async def _run(recipe: Recipe, plan: object, folder: Path, address: str | None) 
     _stop_on_signals()
     (folder / "recipe.toml").write_text(tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True)))
     try:
-        with Footprint() as footprint, Tracker(recipe, folder) as tracker:
+        with Footprint() as footprint, Tracker(folder, recipe.name, recipe.tracking) as tracker:
             try:
-                async with launch(recipe, folder, address) as actors:
+                async with launch(recipe, plan, folder, address) as actors:
                     await Curriculum(recipe, folder, actors, tracker, footprint).run()
             finally:
                 page = report.write(folder)
@@ -122,8 +121,6 @@ async def _run(recipe: Recipe, plan: object, folder: Path, address: str | None) 
 
 
 def plan_command(parsed: argparse.Namespace) -> int:
-    from rlhf.plan import PlanError, make_plan
-
     try:
         print(make_plan(load(parsed.recipe, parsed.override)).describe())
     except PlanError as error:
@@ -147,7 +144,6 @@ def eval_command(parsed: argparse.Namespace) -> int:
         "model": {"path": str(parsed.model)},
         "stages": [{"name": "evaluate", "kind": "evaluate", "evaluate": "modes"}],
     }
-    from rlhf.plan import make_plan
     from rlhf.recipe import validate
 
     table = recipe.model_dump(mode="json", exclude_none=True) | evaluate

@@ -5,7 +5,7 @@
       model/                 the bridge built from [model], before any stage
       data/NAME.parquet      rows made by builders
       stages/03-align/       inputs.json (digest of all that determines the stage), checkpoints/, steps.jsonl,
-                             artifact/ (appears when whole), eval.json, result.json (written last: the stage is done)
+                             artifact/ (appears when whole), eval.json, answers.json, result.json (last: it is done)
       summary.json  report.html
 
 Running a finished or killed run again skips the stages whose inputs are unchanged and continues the one in progress.
@@ -13,7 +13,6 @@ Running a finished or killed run again skips the stages whose inputs are unchang
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import shutil
@@ -27,20 +26,22 @@ from rlhf import evaluation, offline, online, synthesis
 from rlhf.agreement import make_probes
 from rlhf.algorithms import losses
 from rlhf.batching import make_batch
-from rlhf.checkpoint import digest, whole, write_json
+from rlhf.checkpoint import digest, latest, whole, write_json
 from rlhf.data.formatting import as_sample
 from rlhf.data.rows import Rows, read, write
 from rlhf.data.sources import open_source
+from rlhf.feasibility import judges_of, parent_of
 from rlhf.footprint import Footprint
 from rlhf.models import build_model, load_processor, masked_ids
-from rlhf.recipe import Gate, Recipe, Rl, Sft, Stage, Synthesize
+from rlhf.recipe import Evaluate, Gate, Recipe, Rl, Sft, Stage, Synthesize
 from rlhf.roles import Actors, Engine
 from rlhf.scoring import Judge
 from rlhf.stage import Context, derive
-from rlhf.tracking import Tracker
+from rlhf.tracking import Tracker, stage_folder
 from rlhf.types import Loss, TrainSpec
 
 NUM_PROBES, PROBE_LENGTH = 12, 48
+ANSWERS = "answers.json"  # mode → question → share of right samples, for paired differences between stages
 
 
 class GateError(RuntimeError):
@@ -64,9 +65,9 @@ class Curriculum:
     async def run(self) -> None:
         """Run every stage that is not done yet. Raises GateError at the first failed gate."""
         self.earlier_seconds = self._seconds_so_far()
-        self._initial_model()
+        self.prepare()
         for index, stage in enumerate(self.recipe.stages):
-            folder = self.folder / "stages" / f"{index:02d}-{stage.name}"
+            folder = stage_folder(self.folder, index, stage.name)
             inputs = self._inputs(stage)
             result = self._finished(folder, inputs)
             if result is None:
@@ -85,7 +86,15 @@ class Curriculum:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "inputs.json", inputs)
         spent, started = float((_read(folder / "clock.json") or {}).get("seconds", 0.0)), time.monotonic()
-        with self.tracker.stage(stage.name, stage.kind, index, len(self.recipe.stages), folder) as log:
+        found = latest(folder / "checkpoints")
+        with self.tracker.stage(
+            stage.name,
+            stage.kind,
+            index,
+            len(self.recipe.stages),
+            steps=getattr(stage, "steps", None),
+            resumed=found.step if found else None,
+        ) as log:
             context = Context(
                 recipe=self.recipe,
                 folder=folder,
@@ -98,21 +107,20 @@ class Curriculum:
             )
             try:
                 metrics = await self._make(stage, context)
-                metrics |= await self._evaluate(stage, context)
+                report = await self._evaluate(stage, context)
             finally:
                 seconds = spent + time.monotonic() - started
                 write_json(folder / "clock.json", {"seconds": seconds})
-            log.metrics(metrics)
-        artifact = folder / "artifact"
-        lineage = {
-            "path": str(artifact.relative_to(self.folder)) if artifact.exists() else None,
-            "digest": digest(artifact) if artifact.exists() else None,
-            "parent": inputs["parent"],
-            "recipe_digest": inputs["recipe_digest"],
-            "data_digest": inputs["data_digest"],
-        }
+            metrics |= report.metrics
+            artifact = folder / "artifact"
+            lineage = {
+                "path": str(artifact.relative_to(self.folder)) if artifact.exists() else None,
+                "digest": digest(artifact) if artifact.exists() else None,
+                **inputs,
+            }
+            log.metrics(metrics, report.examples)
+            log.artifact(lineage)
         result = {"name": stage.name, "kind": stage.kind, "seconds": seconds, "metrics": metrics, "artifact": lineage}
-        write_json(folder / "manifest.json", lineage)
         write_json(folder / "result.json", result)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         return result
@@ -166,28 +174,26 @@ class Curriculum:
         source = self.recipe.evaluation.data or next(iter(self.recipe.data))
         return evaluation.held_out(context, source, NUM_PROBES // 2, think=False)
 
-    async def _evaluate(self, stage: Stage, context: Context) -> dict[str, float]:
+    async def _evaluate(self, stage: Stage, context: Context) -> evaluation.Report:
         if stage.evaluate == "none":
-            return {}
+            return evaluation.Report({})
         if stage.evaluate == "loss":
-            return {f"eval.{name}": value for name, value in (await self._held_out_loss(stage, context)).items()}
+            losses_ = await self._held_out_loss(stage, context)
+            return evaluation.Report({f"eval.{name}": value for name, value in losses_.items()})
         artifact = context.folder / "artifact"
         model = artifact if isinstance(stage, Sft | Rl) else context.model
         async with self.actors.serving({"policy": model}) as engines:
             engine = engines["policy"]
             if stage.evaluate == "judge":
                 assert stage.eval_data is not None
-                report = await evaluation.judge_quality(
-                    context, engine, stage.eval_data, self.recipe.evaluation.prompts
-                )
-            else:
-                report = await evaluation.both_modes(context, engine, self._earlier_report(stage))
-                if stage.eval_data is not None:
-                    report.metrics.update(await evaluation.extra(context, engine, stage.eval_data))
-                if stage.kind == "evaluate":
-                    report.metrics.update(await evaluation.temperatures(context, engine, stage.temperatures))
-        write_json(context.folder / "eval.json", dataclasses.asdict(report))
-        return report.metrics
+                return await evaluation.judge_quality(context, engine, stage.eval_data)
+            report = await evaluation.both_modes(context, engine, self._earlier_answers(stage))
+            if stage.eval_data is not None:
+                report.metrics.update(await evaluation.extra(context, engine, stage.eval_data))
+            if isinstance(stage, Evaluate):
+                report.metrics.update(await evaluation.temperatures(context, engine, stage.temperatures))
+        write_json(context.folder / ANSWERS, report.correct)
+        return report
 
     async def _held_out_loss(self, stage: Stage, context: Context) -> Mapping[str, float]:
         assert stage.eval_data is not None
@@ -225,7 +231,12 @@ class Curriculum:
             return self.artifact(name)
         return self.folder / "model" if self.recipe.model.path is None else Path(self.recipe.model.path)
 
-    def _initial_model(self) -> None:
+    def tokenizer(self) -> Any:
+        """The tokenizer of the model the curriculum starts from."""
+        return load_processor(self.model_before(self.recipe.stages[0])).tokenizer
+
+    def prepare(self) -> None:
+        """Make the rows, and the model of [model] where it is one to build."""
         if self.recipe.model.bridge is not None and not (self.folder / "model").exists():
             with whole(self.folder / "model") as partial:
                 build_model(self.recipe, {name: self.rows(name) for name in self.recipe.data}, partial)
@@ -249,13 +260,13 @@ class Curriculum:
             return None
         return result
 
-    def _earlier_report(self, stage: Stage) -> evaluation.Report | None:
+    def _earlier_answers(self, stage: Stage) -> dict[str, dict[str, float]] | None:
+        """Which questions the parent stage answered right, where it was asked."""
         name = parent_of(self.recipe, stage)
         if name is None:
             return None
         index = next(i for i, other in enumerate(self.recipe.stages) if other.name == name)
-        found = _read(self.folder / "stages" / f"{index:02d}-{name}" / "eval.json")
-        return evaluation.Report(**found) if found is not None else None
+        return _read(stage_folder(self.folder, index, name) / ANSWERS)
 
     def _seconds_so_far(self) -> float:
         return float((_read(self.folder / "summary.json") or {}).get("wall_seconds", 0.0))
@@ -322,27 +333,12 @@ def is_moe(model: Path) -> bool:
     return bool(config.get("text_config", config).get("num_experts"))
 
 
-def parent_of(recipe: Recipe, stage: Stage) -> str | None:
-    """Name of the stage whose model `stage` continues; None for [model]. A judge is nobody's default parent."""
-    if stage.start is not None:
-        return stage.start
-    before = recipe.stages[: [other.name for other in recipe.stages].index(stage.name)]
-    makers = [other.name for other in before if isinstance(other, Sft | Rl) and other.evaluate != "judge"]
-    return makers[-1] if makers else None
-
-
 def sources_of(stage: Stage, recipe: Recipe) -> list[str]:
     """Names of all rows a stage reads, evaluation included."""
     names = list(getattr(stage, "data", {}))
     if stage.evaluate == "modes" and recipe.evaluation.data is not None:
         names.append(recipe.evaluation.data)
     return names + ([stage.eval_data] if stage.eval_data is not None else [])
-
-
-def judges_of(stage: Stage) -> list[str]:
-    if isinstance(stage, Rl):
-        return [reward.judge for reward in stage.rewards.values() if reward.judge is not None]
-    return [stage.judge] if isinstance(stage, Synthesize) and stage.judge is not None else []
 
 
 def check(gate: Gate, metrics: Mapping[str, float]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ bootstrap intervals over questions; a difference to an earlier stage is paired o
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -21,9 +20,12 @@ from rlhf.data.formatting import as_prompt
 from rlhf.recipe import Evaluation
 from rlhf.roles import Engine
 from rlhf.stage import Context, derive
+from rlhf.tracking import record_image
 from rlhf.types import Group, Prompt, Sampling, Score
 
 FORMAT = "rewards.format:think"
+
+Answers = Mapping[str, Mapping[str, float]]  # mode → question key → share of right samples
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,8 @@ class Report:
     examples: list[dict[str, Any]] = field(default_factory=list)
 
 
-async def both_modes(context: Context, engine: Engine, earlier: Report | None = None) -> Report:
-    """Ask [evaluation].data in both modes; `earlier` (same questions) adds paired differences."""
+async def both_modes(context: Context, engine: Engine, earlier: Answers | None = None) -> Report:
+    """Ask [evaluation].data in both modes; the answers of an `earlier` stage add paired differences."""
     settings = context.recipe.evaluation
     assert settings.data is not None
     metrics: dict[str, float] = {}
@@ -48,8 +50,9 @@ async def both_modes(context: Context, engine: Engine, earlier: Report | None = 
         metrics |= {f"eval.{mode}.{name}": value for name, value in found.items()}
         correct[mode] = shares
         examples += shown
-        if earlier is not None and earlier.correct.get(mode, {}).keys() == shares.keys():
-            gains = np.array([shares[key] - earlier.correct[mode][key] for key in shares])
+        before = (earlier or {}).get(mode, {})
+        if before.keys() == shares.keys():
+            gains = np.array([shares[key] - before[key] for key in shares])
             low, high = bootstrap(gains, settings.bootstrap)
             metrics |= {
                 f"eval.{mode}.gain": float(gains.mean()),
@@ -80,10 +83,10 @@ async def extra(context: Context, engine: Engine, source: str) -> dict[str, floa
     return {"eval.extra.accuracy": float(np.mean([_value(row[0]) for row in answers]))}
 
 
-async def judge_quality(context: Context, engine: Engine, source: str, limit: int) -> Report:
+async def judge_quality(context: Context, engine: Engine, source: str) -> Report:
     """Precision, recall, κ and the specificity for each kind of corruption, on rows with columns `sound` and
     `corruption`. "Positive" is a verdict of sound."""
-    prompts = held_out(context, source, limit, think=False)
+    prompts = held_out(context, source, len(context.rows(source)), think=False)
     groups = await engine.generate(prompts, Sampling(temperature=0.0, max_tokens=context.recipe.evaluation.max_tokens))
     said = [verdict(group.rollouts[0].text) for group in groups]
     truth = [bool(group.prompt.columns["sound"]) for group in groups]
@@ -148,7 +151,7 @@ def record(group: Group, rollout: int, parts: Mapping[str, Score], step: int) ->
         "category": columns.get("category"),
         "question": prompt.question,
         "think": prompt.think,
-        "image": _data_url(prompt),
+        "image": record_image(prompt.media[0].data, prompt.media[0].size) if prompt.media else None,
         "completion": sampled.text,
         "answer": columns.get("answer"),
         "parts": dict(score.parts) if score else {name: part.value for name, part in parts.items()},
@@ -205,9 +208,3 @@ def _value(score: Score) -> float:
     if score.value is None:
         raise RuntimeError(f"a verifier failed during evaluation: {score.note}")
     return score.value
-
-
-def _data_url(prompt: Prompt) -> str | None:
-    if not prompt.media:
-        return None
-    return "data:image/png;base64," + base64.b64encode(prompt.media[0].data).decode()

@@ -211,7 +211,7 @@ def make_plan(recipe: Recipe, cluster: Cluster | None = None, verdicts: Sequence
     architectures = _architectures(recipe)
     colocated = _colocated(recipe, cluster)
     _refuse((*_stage_shapes(recipe, architectures), *_machine(recipe, cluster, colocated)))
-    implementation = _implementation(recipe)
+    implementation = _implementation(recipe, next(iter(architectures.values())))
     engines = _engines(recipe, architectures, implementation, verdicts)
     stages = tuple(_stage(recipe, stage, architectures[stage.name], engines[stage.name]) for stage in recipe.stages)
     memory, trainer, engine = _memory(recipe, stages)
@@ -367,24 +367,12 @@ def _transport(recipe: Recipe, colocated: bool) -> Transport:
     return "ipc" if colocated else "nccl"
 
 
-def _implementation(recipe: Recipe) -> str:
+def _implementation(recipe: Recipe, first: Architecture) -> str:
     """A bridge runs through vLLM's Transformers backend; any other model prefers vLLM's own implementation, since the
     backend loses what it does not know of (Qwen3-VL's deepstack features: a log-prob gap of 0.2, and no warning)."""
     if recipe.model.implementation != "auto":
         return recipe.model.implementation
-    return "transformers" if recipe.model.bridge is not None or _bridge_folder(recipe.model.path) else "vllm"
-
-
-def _bridge_folder(path: str | None) -> bool:
-    folder = Path(path or "").expanduser()
-    return path is not None and folder.is_dir() and architecture_of_folder_is_bridge(folder)
-
-
-def architecture_of_folder_is_bridge(folder: Path) -> bool:
-    """Whether a model folder holds one of our bridges."""
-    from rlhf.architecture import from_folder
-
-    return from_folder(folder).is_bridge
+    return "transformers" if first.is_bridge else "vllm"
 
 
 def _algorithm(stage: Rl, architecture: Architecture) -> str | None:
@@ -523,14 +511,20 @@ def _too_large(recipe: Recipe, cluster: Cluster, memory: float, trainer: float, 
     r = recipe.resources
     advice = "lower resources.kv_cache_gib, token_budget or the number of workers"
     if memory > r.memory_gib:
-        yield f"the processes need about {memory:.1f} GiB, more than resources.memory_gib = {r.memory_gib:g}; {advice}, or raise it"
+        yield (
+            f"the processes need about {memory:.1f} GiB, more than resources.memory_gib = {r.memory_gib:g}; {advice}, "
+            "or raise it"
+        )
     elif memory > cluster.memory_gib:
         yield f"the processes need about {memory:.1f} GiB, and this machine has {cluster.memory_gib:.1f}; {advice}"
     if r.device == "cuda" and cluster.gpu_memory_gib is not None:
         # a colocated engine sleeps while the trainer works, but its KV cache alone must leave the weights room
         for role, needed in (("trainer rank", trainer), ("engine", engine)):
             if needed > cluster.gpu_memory_gib:
-                yield f"a {role} needs about {needed:.1f} GiB, and a GPU has {cluster.gpu_memory_gib:.1f}; {advice}, or use more ranks with zero_stage = 3"
+                yield (
+                    f"a {role} needs about {needed:.1f} GiB, and a GPU has {cluster.gpu_memory_gib:.1f}; {advice}, "
+                    "or use more ranks with zero_stage = 3"
+                )
 
 
 def _actors(
@@ -554,7 +548,7 @@ def _notes(recipe: Recipe, stages: Sequence[StagePlan]) -> Iterator[str]:
         yield "bfloat16 is emulated on most CPUs: measured, training ran at half the speed of float32"
     unknown = next((stage.architecture for stage in stages if stage.architecture.parameters is None), None)
     if unknown is not None:
-        yield f"{unknown.name}: its size is not known before it is downloaded, so the memory estimate is without its weights"
+        yield f"{unknown.name}: its size is not known before it is downloaded; the memory estimate leaves its weights out"
     if any(use.verdict == "unproven" for stage in stages for use in stage.engines):
         yield "log-probs are unproven until `rlhf check` has measured them; a run proves every weight sync all the same"
 

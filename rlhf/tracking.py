@@ -214,7 +214,7 @@ class Jsonl:
         _append(stage.folder / "steps.jsonl", [line])
 
     def rollouts(self, stage: Stage, step: int, records: Sequence[Record]) -> None:
-        _append(stage.folder / "rollouts.jsonl", [{"step": step, **record} for record in records])
+        _append(stage.folder / "rollouts.jsonl", [{**record, "step": step} for record in records])
 
     def metrics(self, stage: Stage, final: Numbers, examples: Sequence[Record]) -> None:
         _replace(stage.folder / "eval.json", _dump({"metrics": _finite(final), "examples": list(examples)}) + "\n")
@@ -305,7 +305,8 @@ class Console:
         self._print(f"{_heading(stage)} {headline(final)}")
 
     def artifact(self, stage: Stage, manifest: Record) -> None:
-        self._print(f"{_heading(stage)} made {manifest.get('path')}")
+        if manifest.get("path"):
+            self._print(f"{_heading(stage)} made {manifest['path']}")
 
     def close_stage(self, stage: Stage, failed: bool) -> None:
         self._ended.set()
@@ -445,7 +446,7 @@ class Wandb:
 
         made = wandb.Artifact(f"{self._run.id}-{stage.name}", type=stage.kind, metadata=dict(manifest))
         folder = self._folder / str(manifest["path"])
-        if folder.exists():
+        if manifest["path"] and folder.exists():
             # a reference, not an upload: weights stay where the run put them
             made.add_reference(folder.absolute().as_uri(), checksum=False)
         self._run.log_artifact(made)

@@ -27,7 +27,7 @@ CORRUPTIONS = ("wrong_digit", "wrong_arithmetic", "wrong_conclusion")
 CONCLUSIONS = {
     "read": ("so {}.", "they read {}."),
     "count": ("so {}.", "there are {}."),
-    "sum": ("so {}.", "the sum is {}.", "total {}."),
+    "sum": ("so {}.", "sum {}.", "total {}."),
     "difference": ("so {}.", "the difference is {}."),
     "larger": ("so {}.", "the largest is {}."),
     "sorted": ("so {}.", "in order {}."),

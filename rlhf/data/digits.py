@@ -144,7 +144,8 @@ def _options(table: str, given: Mapping[str, Any]) -> Options:
     for key in given:
         if key not in known:
             raise DataError(f"digits has no option {key!r}{_nearest(key, known)}; it has {', '.join(known)}")
-    chosen = Options(**{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    chosen = Options(**values)
     if not 1 <= chosen.min_digits <= chosen.max_digits <= 4:
         raise DataError(f"min_digits {chosen.min_digits}, max_digits {chosen.max_digits}: 1 ≤ min ≤ max ≤ 4 is needed")
     if not 0 <= chosen.augmentation <= 1:

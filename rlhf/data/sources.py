@@ -47,7 +47,7 @@ def _builder(name: str, reference: str) -> Builder:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise DataError(f"data.{name}.builder = {reference!r}: {error}; {known}") from error
-    function: Any = vars(module).get(function_name)
+    function: Any = getattr(module, function_name, None)
     if not callable(function):
         raise DataError(f"data.{name}.builder = {reference!r}: {module_name} has no function {function_name!r}")
     builder: Builder = function

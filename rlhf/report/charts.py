@@ -138,8 +138,8 @@ def sparkline(points: Sequence[Point], tone: str, summary: str) -> str:
 def lanes(parents: Sequence[int | None], tones: Sequence[str], row: int = 46) -> tuple[str, int]:
     """The left margin of a history, newest at the bottom: a dot a row, a curve from each dot's parent.
 
-    parents[i] is the row of i's parent (always an earlier one), or None. The child with the most descendants continues
-    its parent's lane, the others branch off to the right. Returns the SVG and its width in pixels.
+    parents[i] is the row of i's parent (always an earlier one), or None. The child with the most descendants (the later
+    one of two equals) continues its lane, the others branch off to the right. Returns the SVG and its width in pixels.
     """
     lane = _assign_lanes(parents)
     width = 26 * (max(lane, default=0) + 1) + 10
@@ -169,7 +169,7 @@ def _assign_lanes(parents: Sequence[int | None]) -> list[int]:
             size[parent] += size[index]
     heir: dict[int, int] = {}
     for index, parent in enumerate(parents):
-        if parent is not None and (parent not in heir or size[index] > size[heir[parent]]):
+        if parent is not None and (parent not in heir or size[index] >= size[heir[parent]]):
             heir[parent] = index
     lane = [0] * count
     busy_until: list[int] = []
@@ -198,9 +198,9 @@ class _Scale:
         values += [bound for line in series for _, low, high in line.band for bound in (low, high)]
         self._log = axis.log and min(values) > 0
         if self._log:
-            self.low = 10.0 ** math.floor(math.log10(min(values)))
-            self.high = 10.0 ** math.ceil(math.log10(max(values) * 1.0001))
-            first, last = round(math.log10(self.low)), round(math.log10(self.high))
+            first = math.floor(math.log10(min(values)) + 1e-9)
+            last = max(math.ceil(math.log10(max(values)) - 1e-9), first + 1)
+            self.low, self.high = 10.0**first, 10.0**last
             self.ticks = [10.0**power for power in range(first, last + 1)]
             return
         low = axis.low if axis.low is not None else min(values)

@@ -8,24 +8,17 @@ from html import escape
 from pathlib import Path
 
 from rlhf.report.charts import Axis, Series, lanes, line_chart, number, percent, smooth, sparkline
-from rlhf.report.run import RunView, StageView
+from rlhf.report.run import KINDS, RunView, StageView
 from rlhf.report.samples import card, followed, gallery, is_right, watch
 from rlhf.tracking import duration
 
-_KINDS = {
-    "sft": "learns from worked examples",
-    "rl": "practises and is rewarded",
-    "synthesize": "makes its own training data",
-    "evaluate": "sits an exam",
-    "merge": "averages models",
-}
 _STATES = {
     "done": ("✓", "done"),
     "failed": ("✗", "failed"),
     "running": ("◐", "in progress"),
     "pending": ("○", "not started"),
 }
-_PHASES = ("rollout", "reward", "train", "sync", "proof", "checkpoint")
+_PHASES = ("data", "rollout", "reward", "train", "sync", "proof", "checkpoint")
 _MODES = (("think", "thinking first"), ("direct", "answering at once"))
 _TONES = ("part1", "part2", "part3", "part4", "part5")
 _THEME_SCRIPT = (
@@ -57,7 +50,8 @@ def render(run: RunView) -> str:
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
         "style-src 'unsafe-inline'; script-src 'unsafe-inline'\">"
-        f'<link rel="icon" href="data:,"><title>{escape(run.name)} · thinkfusion</title><style>{style}</style></head><body>'
+        f'<link rel="icon" href="data:,"><title>{escape(run.name)} · thinkfusion</title>'
+        f"<style>{style}</style></head><body>"
         f'<header class="top"><span class="brand">think<b>fusion</b></span><nav aria-label="Sections">{links}</nav>'
         '<button id="theme" type="button" aria-label="Switch between light and dark">◐</button></header>'
         f"<main>{_hero(run)}{bodies}</main>{_footer(run)}<script>{_THEME_SCRIPT}</script></body></html>"
@@ -67,13 +61,15 @@ def render(run: RunView) -> str:
 def story(run: RunView) -> list[str]:
     """The run in plain sentences, each only if its numbers are known."""
     done = [stage for stage in run.stages if stage.state == "done"]
-    told = [f"This run trains a model that looks at pictures and answers questions about them, {_count(len(run.stages), 'lesson')} "
-            "in a row, each starting from what the one before it made."]  # fmt: skip
-    if len(run.stages) == 1:
-        told = ["This run trains a model that looks at pictures and answers questions about them, in a single lesson."]
+    lessons_text = (
+        "in a single lesson."
+        if len(run.stages) == 1
+        else f"{len(run.stages)} lessons in a row, each building on what came before."
+    )
+    told = [f"This run trains a model that looks at pictures and answers questions about them, {lessons_text}"]
     lessons = [
         f"{_count(sum(stage.kind == kind for stage in run.stages), 'time')} it {what}"
-        for kind, what in _KINDS.items()
+        for kind, what in KINDS.items()
         if any(stage.kind == kind for stage in run.stages)
     ]
     if len(lessons) > 1:
@@ -82,8 +78,10 @@ def story(run: RunView) -> list[str]:
     if len(examined) > 1:
         first, last = examined[0], examined[-1]
         told.append(
-            f"On held-out questions it never trained on, asked to think out loud first, it was right {_accuracy_of(first, 'think')} "
-            f"of the time after <em>{escape(first.name)}</em> and {_accuracy_of(last, 'think')} after <em>{escape(last.name)}</em>"
+            "On held-out questions it never trained on, asked to think out loud first, it was right "
+            f"{_accuracy_of(first, 'think')} "
+            f"of the time after <em>{escape(first.name)}</em> and {_accuracy_of(last, 'think')} after "
+            f"<em>{escape(last.name)}</em>"
             + (
                 f"; asked to answer at once, {_accuracy_of(first, 'direct')} and {_accuracy_of(last, 'direct')}."
                 if first.metric("eval.direct.accuracy") is not None and last.metric("eval.direct.accuracy") is not None
@@ -102,7 +100,8 @@ def story(run: RunView) -> list[str]:
         why = f": {_gate_text(broken[0])}" if broken else ""
         told.append(f"<strong>It stopped at <em>{escape(failed.name)}</em>{why}.</strong>")
     elif running is not None:
-        told.append(f"It is now at <em>{escape(running.name)}</em>, {len(done)} of {len(run.stages)} stages are done.")
+        finished = f", {len(done)} of {len(run.stages)} stages are done" if len(run.stages) > 1 else ""
+        told.append(f"It is now at <em>{escape(running.name)}</em>{finished}.")
     elif run.state == "done" and run.wall_seconds:
         gates = [gate for stage in run.stages for gate in stage.gates]
         passed = f", and passed all {len(gates)} of its quality gates" if gates else ""
@@ -122,7 +121,8 @@ def _hero(run: RunView) -> str:
         else ""
     )
     return (
-        f'<div class="hero"><div><p class="eyebrow"><span class="pill {run.state}"><b aria-hidden="true">{icon}</b> {word}</span>'
+        f'<div class="hero"><div><p class="eyebrow"><span class="pill {run.state}"><b '
+        f'aria-hidden="true">{icon}</b> {word}</span>'
         f'<span>{seed}</span></p><h1>{escape(run.name)}</h1>{description}<p class="story">{" ".join(story(run))}</p>'
         f"{_tiles(run)}</div>{figure}</div>"
     )
@@ -164,19 +164,23 @@ def _tiles(run: RunView) -> str:
 def _curriculum(run: RunView) -> str:
     total = sum(stage.seconds or 0 for stage in run.stages) or 1.0
     bar = "".join(
-        f'<i class="kind-{escape(stage.kind)} {stage.state}" style="flex-grow:{max((stage.seconds or 0) / total, 0.004):.4f}" '
+        f'<i class="kind-{stage.family} {stage.state}" '
+        f'style="flex-grow:{max((stage.seconds or 0) / total, 0.004):.4f}" '
         f'title="{escape(stage.name)}: {_time_of(stage)}"></i>'
         for stage in run.stages
     )
     cards = "".join(
-        f'<li class="{stage.state}"><span class="num kind-{escape(stage.kind)}">{stage.number}</span>'
-        f"<b>{escape(stage.name)}</b><span>{_KINDS.get(stage.kind, escape(stage.kind))}</span>"
+        f'<li class="{stage.state}"><span class="num kind-{stage.family}">{stage.number}</span>'
+        f"<b>{escape(stage.name)}</b><span>{KINDS.get(stage.kind, escape(stage.kind))}</span>"
         f'<span class="foot">{_state_mark(stage)}<span>{_time_of(stage)}</span></span></li>'
         for stage in run.stages
     )
-    kinds = [kind for kind in _KINDS if any(stage.kind == kind for stage in run.stages)]
-    legend = "".join(f'<span><i class="kind-{kind}"></i>{kind}: {_KINDS[kind]}</span>' for kind in kinds)
-    return f'<div class="strip" aria-hidden="true">{bar}</div><div class="legend">{legend}</div><ol class="cards">{cards}</ol>'
+    kinds = [kind for kind in KINDS if any(stage.kind == kind for stage in run.stages)]
+    legend = "".join(f'<span><i class="kind-{kind}"></i>{kind}: {KINDS[kind]}</span>' for kind in kinds)
+    return (
+        f'<div class="strip" aria-hidden="true">{bar}</div><div class="legend">{legend}</div><ol '
+        f'class="cards">{cards}</ol>'
+    )
 
 
 def _accuracy(run: RunView) -> str:
@@ -210,8 +214,10 @@ def _accuracy(run: RunView) -> str:
     wide = line_chart(series, axis, summary=summary, x_names=names, size=(900, 340))
     narrow = line_chart(series, axis, summary=summary, x_names=names, size=(380, 340))
     return (
-        "<p>The same held-out questions are asked after a stage in two ways: with a request to think first, and without. "
-        "Each question is asked several times; the shaded interval is the 95 % confidence, hollow circles are the single most "
+        "<p>The same held-out questions are asked after a stage in two ways: with a request to think first, "
+        "and without. "
+        "Each question is asked several times; the shaded interval is the 95 % confidence, hollow circles "
+        "are the single most "
         f"likely (greedy) answer.</p>{_legend(series)}"
         f'<div class="wide">{wide}</div><div class="narrow">{narrow}</div>'
     )
@@ -220,7 +226,8 @@ def _accuracy(run: RunView) -> str:
 def _watch(run: RunView) -> str:
     body = watch(run.stages)
     return (
-        "<p>The same picture and question, never used for training, asked again after each stage. Pick another picture to "
+        "<p>The same picture and question, never used for training, asked again after each stage. Pick "
+        "another picture to "
         f"follow that one.</p>{body}"
         if body
         else ""
@@ -244,15 +251,18 @@ def _curves(run: RunView) -> str:
         )
         chart = line_chart(series, axis, summary=f"{axis.label} of stage {stage.name} over {last} steps")
         figures.append(
-            f"<figure><figcaption><b>{stage.number}. {escape(stage.name)}</b><span>{_count(int(last), 'step')}</span></figcaption>"
-            f"{_legend(series)}{chart}<details><summary>all {len(names)} metrics</summary>"
+            f"<figure><figcaption><b>{stage.number}. {escape(stage.name)}</b>"
+            f"<span>{_count(int(last), 'step')}</span></figcaption>"
+            f"{_legend(series)}{chart}<details><summary>{_count(len(names), 'metric')}</summary>"
             f'<ul class="sparks">{sparks}</ul></details></figure>'
         )
     if not figures:
         return ""
     return (
-        "<p>Stages that learn from examples push the <em>loss</em> down (how surprised the model is by the right words); "
-        "stages that practise push the <em>reward</em> up. Thin lines are single steps, bold lines their running mean.</p>"
+        "<p>Stages that learn from examples push the <em>loss</em> down (how surprised the model is by the "
+        "right words); "
+        "stages that practise push the <em>reward</em> up. Thin lines are single steps, bold lines their "
+        "running mean.</p>"
         f'<div class="figures">{"".join(figures)}</div>'
     )
 
@@ -298,13 +308,15 @@ def _trust(run: RunView) -> str:
         known = [(name, value) for name, value in scores if value is not None]
         if known:
             meters = "".join(
-                f'<li><span>{name}</span><span class="meter"><i style="width:{100 * min(max(value, 0), 1):.0f}%"></i></span>'
+                f'<li><span>{name}</span><span class="meter"><i style="width:{100 * min(max(value, 0), 1):.0f}%"></i>'
+                "</span>"
                 f"<b>{number(value)}</b></li>"
                 for name, value in known
             )
             panels.append(
                 f"<figure><figcaption><b>The judge</b><span>{escape(stage.name)}</span></figcaption>"
-                "<p>A second model reads each chain of thought and says whether it is sound. Precision: of the chains it calls sound, "
+                "<p>A second model reads each chain of thought and says whether it is sound. Precision: of the "
+                "chains it calls sound, "
                 "how many are. Recall: of the sound ones, how many it finds. Kappa: agreement beyond chance.</p>"
                 f'<ul class="meters">{meters}</ul></figure>'
             )
@@ -328,7 +340,8 @@ def _engine_panels(run: RunView) -> list[str]:
             else ""
         )
         panels.append(
-            "<figure><figcaption><b>Do the two engines agree?</b></figcaption><p>One program writes the answers, another "
+            "<figure><figcaption><b>Do the two engines agree?</b></figcaption><p>One program writes the answers, "
+            "another "
             "learns from them. Both compute the probability of every word; the gap between them should stay tiny.</p>"
             f"{chart}{finals}</figure>"
         )
@@ -341,7 +354,8 @@ def _engine_panels(run: RunView) -> list[str]:
     ]
     if syncs:
         panels.append(
-            "<figure><figcaption><b>Handing over new weights</b></figcaption><p>After each step the writer gets the learner's "
+            "<figure><figcaption><b>Handing over new weights</b></figcaption><p>After each step the writer gets "
+            "the learner's "
             f"weights; this is how long that took.</p>{_legend(syncs)}"
             + line_chart(syncs, Axis("seconds", number, 0.0), summary="Seconds of each weight sync over steps")
             + "</figure>"
@@ -387,19 +401,22 @@ def _time(run: RunView) -> str:
         ordered = [name for name in (*_PHASES, *(n for n in names if n not in _PHASES)) if spent.get(name)]
         seen.update(ordered)
         bars = "".join(
-            f'<i class="phase-{escape(name) if name in _PHASES else "other"}" style="flex-grow:{spent[name] / total:.4f}" '
+            f'<i class="phase-{escape(name) if name in _PHASES else "other"}" '
+            f'style="flex-grow:{spent[name] / total:.4f}" '
             f'title="{escape(name)}: {spent[name]:.1f} s, {percent(spent[name] / total)}"></i>'
             for name in ordered
         )
         text = ", ".join(f"{name} {percent(spent[name] / total)}" for name in ordered)
         rows.append(
-            f'<li><span>{escape(stage.name)}</span><div class="stack" role="img" aria-label="{escape(text)}">{bars}</div>'
+            f'<li><span>{escape(stage.name)}</span><div class="stack" role="img" '
+            f'aria-label="{escape(text)}">{bars}</div>'
             f"<b>{duration(total)}</b></li>"
         )
     if not rows:
         return ""
+    ordered = [*(name for name in _PHASES if name in seen), *sorted(seen.difference(_PHASES))]
     legend = "".join(
-        f'<span><i class="phase-{escape(n) if n in _PHASES else "other"}"></i>{escape(n)}</span>' for n in seen
+        f'<span><i class="phase-{name if name in _PHASES else "other"}"></i>{escape(name)}</span>' for name in ordered
     )
     return f'<div class="legend">{legend}</div><ul class="shares">{"".join(rows)}</ul>'
 
@@ -408,20 +425,23 @@ def _table(run: RunView) -> str:
     rows = []
     for stage in run.stages:
         gates = "".join(
-            f'<li class="{"yes" if gate.get("passed") else "no"}"><b aria-hidden="true">{"✓" if gate.get("passed") else "✗"}</b> '
+            f'<li class="{"yes" if gate.get("passed") else "no"}"><b '
+            f'aria-hidden="true">{"✓" if gate.get("passed") else "✗"}</b> '
             f"{_gate_text(gate)}</li>"
             for gate in stage.gates
         )
         cells = "".join(f"<td>{_interval(stage, mode)}</td>" for mode, _ in _MODES)
         rows.append(
-            f'<tr class="{stage.state}"><td>{stage.number}</td><th scope="row"><i class="kind-{escape(stage.kind)}"></i>'
-            f"{escape(stage.name)}</th><td>{escape(stage.kind)}</td><td>{_state_mark(stage)}</td><td>{_time_of(stage)}</td>"
+            f'<tr class="{stage.state}"><td>{stage.number}</td><th scope="row"><i class="kind-{stage.family}"></i>'
+            f"{escape(stage.name)}</th><td>{escape(stage.kind)}</td><td>{_state_mark(stage)}</td>"
+            f"<td>{_time_of(stage)}</td>"
             f'{cells}<td><ul class="gates">{gates}</ul></td></tr>'
         )
     return (
         "<p>A gate is a bound a stage must meet; if it does not, the run stops there instead of building on it.</p>"
         '<div class="scroll"><table><thead><tr><th></th><th>stage</th><th>kind</th><th>status</th><th>time</th>'
-        f"<th>right, thinking</th><th>right, at once</th><th>gates</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        "<th>right, thinking</th><th>right, at once</th><th>gates</th></tr></thead>"
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
 
 
@@ -433,14 +453,16 @@ def _lineage(run: RunView) -> str:
     parents = [rows.get(str(stage.artifact.get("parent"))) for stage in made]
     # a parent can only be an earlier row; anything else would draw a loop
     parents = [parent if parent is not None and parent < index else None for index, parent in enumerate(parents)]
-    graph, width = lanes(parents, [f"kind-{stage.kind}" for stage in made])
+    graph, width = lanes(parents, [f"kind-{stage.family}" for stage in made])
     items = "".join(
-        f'<li><b>{escape(stage.name)}</b><code title="{escape(str(stage.artifact["digest"]))}">{escape(str(stage.artifact["digest"])[:12])}</code>'
+        f"<li><b>{escape(stage.name)}</b><code "
+        f'title="{escape(str(stage.artifact["digest"]))}">{escape(str(stage.artifact["digest"])[:12])}</code>'
         f"<span>{_parent_text(stage, parent, made)}</span></li>"
         for stage, parent in zip(made, parents, strict=True)
     )
     return (
-        "<p>Everything a stage makes is named by a digest of its content, its settings, its data and its parent. Change a stage, and "
+        "<p>Everything a stage makes is named by a digest of its content, its settings, its data and its "
+        "parent. Change a stage, and "
         "only what grew from it is made again.</p>"
         f'<div class="lineage" style="--lanes:{width}px">{graph}<ol>{items}</ol></div>'
     )
@@ -458,7 +480,8 @@ def _samples(run: RunView) -> str:
     if not body:
         return ""
     return (
-        "<p>What the model wrote, with each part of its reward. A reward that failed or timed out is never counted as a zero; that "
+        "<p>What the model wrote, with each part of its reward. A reward that failed or timed out is never "
+        "counted as a zero; that "
         f"row is left out of training.</p>{body}"
     )
 
@@ -468,7 +491,10 @@ def _footer(run: RunView) -> str:
         f"<span>{escape(str(key))} <b>{escape(str(value))}</b></span>"
         for key, value in (*run.machine.items(), *run.versions.items())
     )
-    return f'<footer><div class="machine">{facts}</div><p>Made by <b>rlhf report</b>. This page is one file and loads nothing.</p></footer>'
+    return (
+        f'<footer><div class="machine">{facts}</div><p>Made by <b>rlhf report</b>. This page is one file and '
+        "loads nothing.</p></footer>"
+    )
 
 
 def _legend(series: Sequence[Series]) -> str:

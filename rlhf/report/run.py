@@ -12,6 +12,13 @@ from typing import Any, Literal
 State = Literal["done", "failed", "running", "pending"]
 Record = Mapping[str, Any]
 
+KINDS = {
+    "sft": "learns from worked examples",
+    "rl": "practises and is rewarded",
+    "synthesize": "makes its own training data",
+    "evaluate": "sits an exam",
+    "merge": "averages models",
+}
 _DONE = {"done", "passed", "ok", "finished", "complete", "completed", "reused", "skipped"}
 
 
@@ -35,6 +42,11 @@ class StageView:
     steps: tuple[Record, ...] = ()
     rollouts: tuple[Record, ...] = ()
     examples: tuple[Record, ...] = ()
+
+    @property
+    def family(self) -> str:
+        """The kind if the page knows it, else "stage": safe inside a class name."""
+        return self.kind if self.kind in KINDS else "stage"
 
     def metric(self, name: str) -> float | None:
         value = self.metrics.get(name)

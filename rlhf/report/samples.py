@@ -23,7 +23,7 @@ def card(record: Record) -> str:
     chain, rest = split(str(record.get("completion", "")))
     right = is_right(record)
     mark = {True: "right", False: "wrong", None: "unscored"}[right]
-    step = f", asked at step {escape(str(record['step']))}" if "step" in record else ""
+    step = f", asked at step {escape(str(record['step']))}" if record.get("step") else ""
     parts = "".join(_part(name, value) for name, value in (record.get("parts") or {}).items())
     outcome = str(record.get("outcome", "scored"))
     trouble = (
@@ -33,7 +33,7 @@ def card(record: Record) -> str:
     )
     note = f'<p class="note">{escape(str(record["note"]))}</p>' if record.get("note") else ""
     verdict = (
-        f'<p class="verdict"><b>Judge</b> {escape(str(record["verdict"]))}</p>'
+        f'<p class="verdict"><b>Judge</b> {escape(_verdict(record["verdict"]))}</p>'
         if record.get("verdict") is not None
         else ""
     )
@@ -148,8 +148,9 @@ def followed(stages: Sequence[StageView], limit: int = 6) -> list[tuple[str, lis
 
     def interest(trail: list[tuple[StageView, list[Record]]]) -> tuple[int, int]:
         first, last = is_right(trail[0][1][0]), is_right(trail[-1][1][0])
-        misses = sum(is_right(record) is False for _, records in trail for record in records)
-        return (len(trail) + 4 * (last is True and first is not True), misses)
+        misses = sum(is_right(records[0]) is False for _, records in trail)
+        # a turn in the middle of the run tells more than one at its very end
+        return (len(trail) + 4 * (last is True and first is not True), -abs(2 * misses - len(trail)))
 
     return sorted(long, key=lambda item: interest(item[1]), reverse=True)[:limit]
 
@@ -168,13 +169,15 @@ def watch(stages: Sequence[StageView]) -> str:
         rules.append(f".watch #watch{index}:checked~.panels>:nth-child({index + 1}){{display:grid}}")
         rows = "".join(_moment(stage, records) for stage, records in trail)
         panels.append(
-            f'<div class="panel"><aside>{picture(record, "big")}<p class="question">{escape(str(record.get("question")))}</p>'
+            f'<div class="panel"><aside>{picture(record, "big")}<p '
+            f'class="question">{escape(str(record.get("question")))}</p>'
             f'<p class="truth">expected <b>{escape(str(record.get("answer")))}</b></p></aside><ol>{rows}</ol></div>'
         )
     if not trails:
         return ""
     return (
-        f'<style>{"".join(rules)}</style><div class="watch" role="group" aria-label="Pick a question">{"".join(pickers)}'
+        f'<style>{"".join(rules)}</style><div class="watch" role="group" aria-label="Pick a '
+        f'question">{"".join(pickers)}'
         f'<div class="panels">{"".join(panels)}</div></div>'
     )
 
@@ -187,7 +190,9 @@ def _moment(stage: StageView, records: Sequence[Record]) -> str:
             f'<div class="answer mode-{_mode(record)}"><span class="mode">{_TITLES[bool(record.get("think"))]}</span>'
             f"{_said(chain, rest)}{_verdict_mark(is_right(record))}</div>"
         )
-    return f'<li><h4><i class="kind-{escape(stage.kind)}"></i>{stage.number}. {escape(stage.name)}</h4>{"".join(answers)}</li>'
+    return (
+        f'<li><h4><i class="kind-{stage.family}"></i>{stage.number}. {escape(stage.name)}</h4>{"".join(answers)}</li>'
+    )
 
 
 def _said(chain: str, rest: str) -> str:
@@ -197,6 +202,15 @@ def _said(chain: str, rest: str) -> str:
         return f'{thought}<p class="said">{escape(rest) or "<i>no answer</i>"} <small>no box</small></p>'
     around = escape(rest.replace(f"\\boxed{{{answer}}}", "", 1).strip())
     return f'{thought}<p class="said">{around + " " if around else ""}<span class="box">{escape(answer)}</span></p>'
+
+
+def _verdict(value: object) -> str:
+    """A judge's words; a bare truth value is put into words."""
+    return (
+        {0.0: "not sound", 1.0: "sound"}.get(float(value), str(value))
+        if isinstance(value, (int, float))
+        else str(value)
+    )
 
 
 def _verdict_mark(right: bool | None) -> str:
@@ -214,7 +228,8 @@ def _part(name: str, value: object) -> str:
         return ""
     share = min(max(float(value), 0.0), 1.0)
     return (
-        f'<span class="part"><span>{escape(str(name))}</span><span class="meter"><i style="width:{100 * share:.0f}%"></i></span>'
+        f'<span class="part"><span>{escape(str(name))}</span><span class="meter"><i '
+        f'style="width:{100 * share:.0f}%"></i></span>'
         f"<b>{float(value):.3g}</b></span>"
     )
 

@@ -139,7 +139,7 @@ def write_run(folder: Path, last: int | None = None, failed: bool = False, runni
                         parts={"think": float(n % 4 != 1)} if name == "rl-mixed" else {},
                         verdict="sound: every digit read matches the image" if n % 4 != 1
                         else "not sound: the chain reads a digit that is not there",
-                        **({"outcome": "timed_out", "value": None, "note": "reward took longer than 30 s"} if n == 6 else {}),
+                        **({"outcome": "timed_out", "value": None, "note": "took longer than 30 s"} if n == 6 else {}),
                     )
                     for n in range(8)
                 ],

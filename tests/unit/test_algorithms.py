@@ -94,8 +94,10 @@ def test_loss_and_gradient_do_not_depend_on_the_cut(kind, normalise):
             one, found = LOSSES[kind](*part, loss, *counts(mask))
             losses.append(one)
             for name, value in found.items():
-                sums[name] = max(sums.get(name, 0.0), float(value)) if name.endswith("_max") else (
-                    sums.get(name, 0.0) + float(value)
+                sums[name] = (
+                    max(sums.get(name, 0.0), float(value))
+                    if name.endswith("_max")
+                    else (sums.get(name, 0.0) + float(value))
                 )
         total = torch.stack(losses).sum()
         total.backward()

@@ -1,0 +1,120 @@
+"""A cast without processes: the same roles as `actors.launch`, in memory, deterministic, in milliseconds."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import shutil
+from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rewards.base import evaluate, items_of, resolve
+from rlhf.roles import SyncReport
+from rlhf.types import Batch, Group, Probe, Prompt, Rollout, Sampling, Score, StepStats, TrainSpec
+
+
+class Killed(Exception):
+    """What a test raises in the place of a SIGKILL."""
+
+
+class FakeEngine:
+    """Answers right with probability `skill`; in think mode with a (sound or empty) chain. Judges say what is true."""
+
+    def __init__(self, tokenizer: Any, skill: float = 0.5) -> None:
+        self.tokenizer = tokenizer
+        self.skill = skill
+        self.version = 0
+        self.asked: list[str] = []
+
+    async def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
+        return [self._group(prompt, sampling) for prompt in prompts]
+
+    def _group(self, prompt: Prompt, sampling: Sampling) -> Group:
+        self.asked.append(prompt.key)
+        rollouts = []
+        for index in range(sampling.num):
+            draw = random.Random(f"{sampling.seed}/{prompt.key}/{index}")
+            text = self._text(prompt, draw)
+            ids = tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"]) + (self.tokenizer.eos_token_id,)
+            count = len(ids)
+            rollouts.append(Rollout(ids, (-0.5,) * count, (self.version,) * count, text, "stop"))
+        return Group(prompt, prompt.token_ids, tuple(rollouts))
+
+    def _text(self, prompt: Prompt, draw: random.Random) -> str:
+        if "sound?" in prompt.question:
+            return draw.choice(["yes", "no"])
+        right = draw.random() < self.skill
+        answer = prompt.columns["answer"] if right else "none"
+        chain = "<think>i see it.</think>" if prompt.think else ""
+        return f"{chain}\\boxed{{{answer}}}"
+
+
+class FakeTrainer:
+    """Counts steps; its checkpoint is that count, its artifact the folder it began from."""
+
+    def __init__(self, engine: FakeEngine) -> None:
+        self.engine = engine
+        self.begun: list[TrainSpec] = []
+        self.batches: list[Batch] = []
+        self.steps = 0
+        self.die_at: int | None = None
+
+    async def begin(self, spec: TrainSpec, probes: Sequence[Probe]) -> Mapping[str, float]:
+        self.begun.append(spec)
+        self.steps = 0
+        return {"parameters": 1.0}
+
+    async def step(self, batch: Batch) -> StepStats:
+        if self.die_at is not None and len(self.batches) >= self.die_at:
+            raise Killed
+        self.batches.append(batch)
+        self.steps += len(batch.updates)
+        gap = [1e-6] * sum(update.num_tokens for update in batch.updates[:1])
+        return StepStats({"loss": 1.0 / self.steps, "clip_fraction": 0.1}, gap, 0.0)
+
+    async def losses(self, batch: Batch) -> Mapping[str, float]:
+        return {"loss": 0.5}
+
+    async def publish(self, engine: Any, version: int) -> SyncReport:
+        engine.version = version
+        return SyncReport(version, 0.01, 0.01, {"sync_probe.max": 1e-6})
+
+    async def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        (folder / "steps.json").write_text(json.dumps(self.steps))
+
+    async def restore(self, folder: Path) -> None:
+        self.steps = json.loads((folder / "steps.json").read_text())
+
+    async def export(self, folder: Path) -> None:
+        shutil.copytree(self.begun[-1].model, folder, dirs_exist_ok=True)
+        (folder / "trained.json").write_text(json.dumps([self.begun[-1].seed, self.steps]))
+
+    async def end(self) -> None: ...
+
+
+class FakeRewards:
+    """The real reward functions, called in this process."""
+
+    async def score(self, function: str, groups: Sequence[Group]) -> list[list[Score]]:
+        reward = resolve(function)
+        return [evaluate(reward, items_of(group)) for group in groups]
+
+
+class FakeCast:
+    """rlhf.roles.Actors without processes."""
+
+    cold_starts = 0
+
+    def __init__(self, tokenizer: Any, skill: float = 0.5) -> None:
+        self.engine = FakeEngine(tokenizer, skill)
+        self.trainer = FakeTrainer(self.engine)
+        self.rewards = FakeRewards()
+        self.served: list[dict[str, Path]] = []
+
+    @contextlib.asynccontextmanager
+    async def serving(self, models: Mapping[str, Path]) -> AsyncIterator[Mapping[str, FakeEngine]]:
+        self.served.append(dict(models))
+        yield dict.fromkeys(models, self.engine)

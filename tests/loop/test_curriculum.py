@@ -1,0 +1,162 @@
+"""The whole curriculum on a fake cast: order, gates, lineage, resume. No process is started, nothing learns."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf.checkpoint import CheckpointError
+from rlhf.curriculum import Curriculum, GateError
+from rlhf.footprint import Footprint
+from rlhf.recipe import Recipe, load
+from rlhf.tracking import Tracker
+from tests.loop.cast import FakeCast, Killed
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+FILES = [RECIPES / "think_fusion_digits.toml", RECIPES / "sizes" / "smoke.toml"]
+QUIET = ["tracking.wandb = false", "tracking.tensorboard = false"]
+
+
+def recipe(*overrides: str) -> Recipe:
+    return load(FILES, [*QUIET, *overrides])
+
+
+def run(recipe: Recipe, folder: Path, cast: FakeCast | None = None) -> FakeCast:
+    """Run a recipe in folder on a fake cast, as the command line would."""
+
+    async def go() -> FakeCast:
+        with Tracker(folder, recipe.name, recipe.tracking) as tracker:
+            curriculum = Curriculum(recipe, folder, cast, tracker, Footprint())  # type: ignore[arg-type]
+            curriculum.prepare()
+            played = cast or FakeCast(curriculum.tokenizer())
+            curriculum.actors = played  # type: ignore[assignment]
+            await curriculum.run()
+            return played
+
+    return asyncio.run(go())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, FakeCast]:
+    folder = tmp_path_factory.mktemp("finished")
+    return folder, run(recipe(), folder)
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "summary.json").read_text()))
+
+
+def test_every_stage_leaves_an_artifact_with_lineage(finished: tuple[Path, FakeCast]) -> None:
+    folder, _ = finished
+    stages = {stage["name"]: stage for stage in summary(folder)["stages"]}
+    assert list(stages) == [stage.name for stage in recipe().stages]
+    assert all(stage["status"] == "done" for stage in stages.values())
+    assert stages["rl-verifiable"]["artifact"]["parent"] == stages["long-cot"]["artifact"]["digest"]
+    assert stages["judge"]["artifact"]["parent"] == stages["instruct"]["artifact"]["digest"]
+    assert stages["think-fusion"]["artifact"]["parent"] == stages["rl-verifiable"]["artifact"]["digest"]
+    for stage in stages.values():
+        assert (folder / stage["artifact"]["path"]).is_dir()
+
+
+def test_metrics_of_the_summary(finished: tuple[Path, FakeCast]) -> None:
+    stages = {stage["name"]: stage["metrics"] for stage in summary(finished[0])["stages"]}
+    drilled = stages["rl-verifiable"]
+    for name in ("eval.think.accuracy", "eval.direct.think_rate", "eval.think.greedy", "eval.think.pass@2"):
+        assert 0.0 <= drilled[name] <= 1.0
+    assert drilled["eval.think.accuracy.low"] <= drilled["eval.think.accuracy"] <= drilled["eval.think.accuracy.high"]
+    assert drilled["eval.direct.think_rate"] == 0.0
+    assert drilled["logprob_gap.share_above_1e-4"] == 0.0
+    assert 0.9e-6 < drilled["logprob_gap.p999"] < 1.2e-6
+    assert drilled["sync_probe.max"] == 1e-6
+    assert drilled["rl.clip_fraction"] == pytest.approx(0.1)
+    assert {"judge.precision", "judge.recall", "judge.kappa"} <= stages["judge"].keys()
+
+
+def test_judge_and_policy_are_served_together_in_mixed_rl(finished: tuple[Path, FakeCast]) -> None:
+    roles = [set(models) for models in finished[1].served]
+    assert {"policy", "judge"} in roles
+    assert sum(roles_ == {"policy", "judge"} for roles_ in roles) == 2  # rejection sampling and rl-mixed
+
+
+def test_running_again_repeats_nothing(finished: tuple[Path, FakeCast]) -> None:
+    folder, _ = finished
+    before = summary(folder)
+    again = run(recipe(), folder)
+    assert not again.trainer.begun
+    assert not again.engine.asked
+    after = summary(folder)
+    assert [stage["artifact"] for stage in after["stages"]] == [stage["artifact"] for stage in before["stages"]]
+
+
+def test_a_changed_stage_runs_again_with_what_follows(finished: tuple[Path, FakeCast], tmp_path: Path) -> None:
+    import shutil
+
+    folder = tmp_path / "copy"
+    shutil.copytree(finished[0], folder)
+    again = run(recipe("stages.think-fusion.lr = 1e-5"), folder)
+    begun = [Path(spec.model).parent.name for spec in again.trainer.begun]
+    assert begun == ["07-rl-verifiable", "10-think-fusion"]  # think-fusion itself, then rl-mixed on top of it
+
+
+def test_killed_in_the_middle_of_rl_continues_from_the_checkpoint(tmp_path: Path) -> None:
+    wanted = recipe("stages.rl-verifiable.steps = 5", "stages.rl-verifiable.checkpoint_every = 2")
+    whole = run(wanted, tmp_path / "whole")
+    folder = tmp_path / "killed"
+    supervised = sum(len(batch.updates) == 1 for batch in whole.trainer.batches)
+
+    async def killed() -> None:
+        with Tracker(folder, wanted.name, wanted.tracking) as tracker:
+            curriculum = Curriculum(wanted, folder, None, tracker, Footprint())  # type: ignore[arg-type]
+            curriculum.prepare()
+            cast = FakeCast(curriculum.tokenizer())
+            before_rl = 4 + 3 + 3 + 3 + 3 + 30
+            cast.trainer.die_at = before_rl + 3
+            curriculum.actors = cast  # type: ignore[assignment]
+            await curriculum.run()
+
+    with pytest.raises(Killed):
+        asyncio.run(killed())
+    assert supervised > 0
+    again = run(wanted, folder)
+    assert Path(again.trainer.begun[0].model).parent.name == "05-long-cot"
+    rl = again.trainer.batches[:3]  # steps 3, 4, 5: the checkpoint was of step 2
+    expected = [batch for batch in whole.trainer.batches if len(batch.updates) == 2][2:5]
+    assert rl == expected
+    digests = [[stage["artifact"]["digest"] for stage in summary(f)["stages"]] for f in (folder, tmp_path / "whole")]
+    assert digests[0] == digests[1]
+
+
+def test_a_missed_gate_stops_the_job_and_keeps_the_artifact(tmp_path: Path) -> None:
+    strict = recipe('stages.align.gates = [{metric = "eval.extra.accuracy", min = 1.1}]')
+    with pytest.raises(GateError, match=r"'align' missed its gate: eval.extra.accuracy is .*at least 1.1"):
+        run(strict, tmp_path)
+    stages = summary(tmp_path)["stages"]
+    assert [stage["name"] for stage in stages] == ["language", "vision", "align"]
+    assert stages[-1]["status"] == "gate failed"
+    lenient = recipe('stages.align.gates = [{metric = "eval.extra.accuracy", min = 0.0}]')
+    again = run(lenient, tmp_path)
+    assert Path(again.trainer.begun[0].model).parent.name == "02-align"  # a gate is no input: align is not repeated
+
+
+def test_a_full_disk_leaves_no_partial_artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def no_space(self: object, folder: Path) -> None:
+        (folder / "half").write_text("x")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tests.loop.cast.FakeTrainer.export", no_space)
+    with pytest.raises(CheckpointError, match="artifact: could not be written .*No space left"):
+        run(recipe(), tmp_path)
+    assert not list(tmp_path.glob("stages/*/artifact"))
+    assert not list(tmp_path.glob("stages/*/.partial*"))
+
+
+def test_rewards_that_fail_stop_the_run_with_the_reason(tmp_path: Path) -> None:
+    reward = tmp_path / "mine.py"
+    reward.write_text("def broken(item):\n    raise KeyError('unit')\n")
+    spoiled = recipe(f'stages.rl-verifiable.rewards.answer.function = "{reward}:broken"')
+    with pytest.raises(RuntimeError, match=r"rewards failed on 100% .*KeyError: 'unit'"):
+        run(spoiled, tmp_path / "run")

@@ -1,0 +1,197 @@
+"""The digits builder, its chains, and the program that verifies them."""
+
+import io
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.neighbors import KNeighborsClassifier
+
+from rlhf.data.chains import CATEGORIES, answer_of, check_chain
+from rlhf.data.digits import build, scans
+from rlhf.data.judging import judge_question, parse_verdict
+from rlhf.data.rows import DataError, read, write
+from rlhf.data.tokenizer import train_tokenizer
+from rlhf.recipe import Chat
+
+TABLES = ["text", "single", "perception", "direct", "chains", "prompts", "judge", "judge_text"]
+
+
+def reply(row) -> str:
+    return row["messages"][-1]["content"][0]["text"]
+
+
+def asked(row) -> str:
+    return row["messages"][0]["content"][-1]["text"]
+
+
+def truth(row) -> str:
+    """The answer, worked out another way than the builder does."""
+    digits, target = row["digits"], row["target"]
+    return {
+        "read": lambda: " ".join(str(d) for d in digits),
+        "count": lambda: str(sum(target is None or d == target for d in digits)),
+        "sum": lambda: str(sum(digits)),
+        "difference": lambda: str(abs(digits[0] - digits[-1])),
+        "larger": lambda: str(sorted(digits)[-1]),
+        "sorted": lambda: " ".join(sorted(str(d) for d in digits)),
+    }[row["category"]]()
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_tables_hold_the_truth_and_repeat_exactly(table, tmp_path):
+    rows = build(table, 120, "train", 3, {})
+    assert rows == build(table, 120, "train", 3, {})
+    assert rows != build(table, 120, "train", 4, {})
+    labels = load_digits().target
+    for row in rows:
+        assert row["digits"] == [labels[scan] for scan in row["scans"]]
+        if not table.startswith("judge"):
+            assert row["answer"] == truth(row)
+        assert len(row["images"]) == (0 if "text" in table else 1)
+    if table in {"text", "single", "perception", "direct", "chains"}:
+        assert all(reply(row).endswith(f"\\boxed{{{row['answer']}}}") for row in rows)
+        assert all(reply(row).startswith("<think>") == row["think"] for row in rows)
+    assert (table == "prompts") == (rows[0]["messages"][-1]["role"] == "user")
+    assert all(asked(row) == asked(row).lower() for row in rows)
+    write(rows, tmp_path / "t.parquet")
+    assert len(list(read(tmp_path / "t.parquet"))) == 120
+
+
+def test_halves_are_exact():
+    assert sum(row["think"] for row in build("text", 100, "train", 0, {})) == 50
+    assert sum(row["sound"] for row in build("judge_text", 100, "train", 0, {})) == 50
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_held_out_scans_never_train(table):
+    train = {scan for seed in range(2) for row in build(table, 120, "train", seed, {}) for scan in row["scans"]}
+    held = {scan for seed in range(2) for row in build(table, 120, "heldout", seed, {}) for scan in row["scans"]}
+    assert train <= set(scans("train"))
+    assert held <= set(scans("heldout"))
+    assert not set(scans("train")) & set(scans("heldout"))
+    assert len(scans("train")) + len(scans("heldout")) == 1797
+
+
+def test_options_narrow_what_is_asked_and_wrong_ones_are_named():
+    rows = build("direct", 100, "train", 0, {"categories": ["sum", "larger"], "min_digits": 3, "max_digits": 3})
+    assert {row["category"] for row in rows} == {"sum", "larger"}
+    assert {len(row["digits"]) for row in rows} == {3}
+    assert {row["kind"] for row in build("perception", 50, "train", 0, {})} == {"perception"}
+    for table, options, message in [
+        ("chain", {}, "no table 'chain' .did you mean 'chains'"),
+        ("chains", {"max_digit": 2}, "no option 'max_digit' .did you mean 'max_digits'"),
+        ("chains", {"categories": ["sums"]}, "no category 'sums' .did you mean 'sum'"),
+        ("chains", {"categories": ["sum"], "max_digits": 1}, "no category of"),
+        ("chains", {"max_digits": 5}, "1 ≤ min ≤ max ≤ 4"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            build(table, 1, "train", 0, options)
+
+
+def test_every_sound_chain_passes_and_every_corruption_fails():
+    for row in build("chains", 3000, "train", 5, {}):
+        check = check_chain(row["category"], row["digits"], reply(row), row["answer"], row["target"])
+        assert check.sound, (check.reason, reply(row))
+    seen: Counter = Counter()
+    for row in build("judge_text", 6000, "train", 5, {}):
+        text = asked(row)
+        body, _, boxed = text.partition("reply: ")[2].removesuffix(" sound?").rpartition(" \\boxed")
+        right = answer_of(row["category"], row["digits"], row["target"])
+        check = check_chain(
+            row["category"], row["digits"], f"<think>{body}</think>\\boxed{boxed}", right, row["target"]
+        )
+        assert check.sound == row["sound"] == (row["answer"] == "yes"), (row["corruption"], check.reason, text)
+        seen[row["category"], row["corruption"]] += 1
+    for category in CATEGORIES:
+        arithmetic = set() if category == "read" else {"wrong_arithmetic"}
+        kinds = {kind for named, kind in seen if named == category}
+        assert kinds == {"none", "wrong_digit", "wrong_conclusion"} | arithmetic
+
+
+@pytest.mark.parametrize(
+    ("category", "digits", "text", "fault"),
+    [
+        ("sum", [3, 5, 8], "i see 3, 5 and 8. 3 + 5 = 8. 8 + 8 = 16. so 16.|16", ""),
+        ("sum", [3, 5, 8], "i see 3, 5 and 8. 8 + 5 = 13. 13 + 3 = 16. so 16.|16", ""),
+        ("sum", [3, 5, 8], "I see 3, 5, and 8.  3 + 5 + 8 = 16. total 16.|16", ""),
+        ("sum", [3, 5, 8], "i see 3, 5 and 8. 3 + 5 = 8. so 8.|8", "leave out 8"),
+        ("sum", [3, 5, 8], "i see 3, 5 and 8. 3 + 5 = 8. so 16.|16", "leave out 8"),
+        ("sum", [3, 5, 8], "i see 3, 5 and 8. 3 + 5 = 9. 9 + 8 = 17. so 17.|17", "is false"),
+        ("sum", [3, 5, 8], "i see 3, 5 and 8. 3 + 3 = 6. 6 + 8 = 14. so 14.|14", "not left"),
+        ("sum", [3, 5, 8], "i see 3, 5 and 8. 3 + 5 = 8. 7 + 8 = 15. so 15.|15", "not left"),
+        ("sum", [3, 4, 8], "i see 3, 4 and 8. 3 + 4 = 7. 6 + 8 = 14. so 14.|14", "go on from 7"),
+        ("sum", [3, 5, 8], "i see 3, 8 and 5. 3 + 8 = 11. 11 + 5 = 16. so 16.|16", "reads 3 8 5"),
+        ("sum", [3, 5, 8], "i see 3, 5 and 8. 3 + 5 = 8. 8 + 8 = 16. so 17.|17", "concludes 17"),
+        ("sum", [3, 5, 8], "i see 3, 5 and 8. 3 + 5 = 8. 8 + 8 = 16. so 16.|17", "boxes '17'"),
+        ("sum", [3, 5, 8], "i see 3, 5 and 8. it must be 16. so 16.|16", "cannot parse the step"),
+        ("sum", [3, 5, 8], "so 16.|16", "at least a reading"),
+        ("sum", [3, 5], "i see cats. 3 + 5 = 8. so 8.|8", "cannot parse the reading"),
+        ("difference", [3, 8], "i see 3 and 8. 8 - 3 = 5. so 5.|5", ""),
+        ("difference", [3, 8], "i see 3 and 8. 3 - 8 = 5. so 5.|5", "does not subtract"),
+        ("larger", [3, 8, 5], "i see 3, 8 and 5. 3 or 8: 8. 8 or 5: 8. so 8.|8", ""),
+        ("larger", [3, 8, 5], "i see 3, 8 and 5. 3 or 8: 3. 3 or 5: 5. so 5.|5", "is false"),
+        ("larger", [3, 8, 5], "i see 3, 8 and 5. 3 or 8: 8. so 8.|8", "1 comparisons"),
+        ("sorted", [8, 3], "i see 8 and 3. smallest 3, then 8. in order 3 8.|3 8", ""),
+        ("sorted", [8, 3], "i see 8 and 3. smallest 8, then 3. in order 8 3.|8 3", "in order"),
+        ("read", [8, 3], "i see 8 and 3. so 8 3.|83", "boxes '83'"),
+    ],
+)
+def test_the_checker_names_the_first_fault(category, digits, text, fault):
+    chain, _, boxed = text.partition("|")
+    check = check_chain(category, digits, f"<think>{chain}</think>\\boxed{{{boxed}}}", answer_of(category, digits))
+    assert check.sound == (not fault)
+    assert fault in check.reason
+
+
+def test_the_checker_knows_what_is_counted():
+    text = "<think>i see 7, 5 and 7. 7 yes, 5 no, 7 yes. so 2.</think>\\boxed{2}"
+    assert check_chain("count", [7, 5, 7], text, "2", target=7).sound
+    assert "is a 5" in check_chain("count", [7, 5, 7], text, "1", target=5).reason
+    for form in ["\\boxed{2}", text + " and more", text.replace("</think>", ""), "<think>" + text]:
+        assert "not of the form" in check_chain("count", [7, 5, 7], form, "2", target=7).reason
+
+
+def test_pictures_are_readable():
+    """3-nearest neighbours on cell crops of train pictures reads held-out ones."""
+
+    def cells(split, count):
+        crops, labels = [], []
+        for row in build("direct", count, split, 0, {}):
+            pixels = np.asarray(Image.open(io.BytesIO(row["images"][0]["bytes"])).convert("L"), dtype=np.float32)
+            assert pixels.shape == (48, 48)
+            for place, digit in enumerate(row["digits"]):
+                top, left = (24 * part for part in divmod(place, 2))
+                crops.append(pixels[top : top + 24, left : left + 24].ravel())
+                labels.append(digit)
+        return np.stack(crops), labels
+
+    model = KNeighborsClassifier(3).fit(*cells("train", 2500))
+    assert model.score(*cells("heldout", 300)) >= 0.95
+
+
+def test_chains_and_answers_are_short():
+    tables = {table: build(table, 600, "train", 0, {}) for table in ("text", "chains", "direct", "judge")}
+    texts = [part for rows in tables.values() for row in rows for part in (asked(row), reply(row))]
+    tokenizer = train_tokenizer(texts, 512, Chat(think_suffix="think first."))
+    lengths = {table: [len(tokenizer(reply(row))["input_ids"]) + 1 for row in rows] for table, rows in tables.items()}
+    assert max(lengths["direct"]) <= 10
+    assert max(lengths["chains"]) <= 49
+    assert np.mean(lengths["chains"]) <= 32
+
+
+def test_a_judge_can_say_its_reading_first():
+    for row in build("judge", 40, "train", 0, {"reading": True}):
+        reading, _, verdict = reply(row).partition(" . ")
+        assert reading == " ".join(map(str, row["digits"]))
+        assert verdict == row["answer"]
+        assert parse_verdict(reply(row)) is row["sound"]
+
+
+def test_judging_words():
+    asked_of_judge = judge_question("what is the sum?", "<think>i see 3.\n so 3.</think>\\boxed{3}")
+    assert asked_of_judge == "question: what is the sum? reply: i see 3. so 3. \\boxed{3} sound?"
+    verdicts = {"yes": True, "3 5 . no": False, "No, wait: YES.": True, "maybe": None, "": None, "nobody": None}
+    assert {said: parse_verdict(said) for said in verdicts} == verdicts

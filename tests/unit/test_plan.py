@@ -1,0 +1,294 @@
+"""The plan's arithmetic, and every recipe it refuses."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from rlhf.plan import Cluster, Plan, PlanError, Verdict, installed_versions, make_plan, read_verdicts
+from rlhf.recipe import load
+
+ROOT = Path(__file__).parents[2]
+LAPTOP = Cluster(cpus=2, memory_gib=24)
+TOY = """
+name = "toy"
+[model.bridge]
+vision = {type = "siglip", hidden_size = 64, intermediate_size = 128, num_hidden_layers = 2, num_attention_heads = 4, image_size = 48, patch_size = 12}
+tiler = {type = "single", size = 48}
+decoder = {type = "qwen3", hidden_size = 128, intermediate_size = 256, num_hidden_layers = 4, num_attention_heads = 4, num_key_value_heads = 2, head_dim = 32, tie_word_embeddings = true}
+[data]
+train = {builder = "digits", table = "chains"}
+verdicts = {builder = "digits", table = "judge"}
+heldout = {builder = "digits", table = "chains", split = "heldout"}
+[evaluation]
+data = "heldout"
+prompts = 100
+[[stages]]
+name = "align"
+kind = "sft"
+data = {train = 1}
+steps = 10
+batch_size = 64
+evaluate = "modes"
+[[stages]]
+name = "judge"
+kind = "sft"
+data = {verdicts = 1}
+steps = 10
+batch_size = 64
+evaluate = "judge"
+eval_data = "verdicts"
+[[stages]]
+name = "cot"
+kind = "sft"
+data = {train = 1}
+steps = 10
+batch_size = 64
+upcycle = {num_experts = 4, top_k = 2}
+[[stages]]
+name = "filtered"
+kind = "synthesize"
+method = "rejection"
+data = {train = 1}
+prompts = 64
+judge = "judge"
+[[stages]]
+name = "improve"
+kind = "rl"
+data = {filtered = 1}
+steps = 10
+prompts_per_step = 16
+group_size = 8
+updates_per_batch = 2
+evaluate = "modes"
+[stages.rewards]
+answer = {function = "rewards.answer:boxed"}
+think = {judge = "judge"}
+"""
+
+
+def plan(*overrides: str, cluster: Cluster = LAPTOP, text: str = TOY, verdicts: tuple[Verdict, ...] = ()) -> Plan:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "toy.toml"
+        path.write_text(text)
+        return make_plan(load([path], overrides), cluster, verdicts)
+
+
+def test_batches_steps_and_rollouts() -> None:
+    align, _, _, filtered, improve = plan().stages
+    assert (align.optimizer_steps, align.rows_per_update, align.tokens_per_update) == (10, 64, 64 * 256)
+    assert align.micro_batches == 2  # 8192 tokens hold 32 rows of 256
+    assert (improve.optimizer_steps, improve.rows_per_update, improve.rollouts_per_step) == (20, 64, 128)
+    assert improve.rollouts == 1280
+    assert filtered.rollouts == 64 * 4
+    assert align.evaluation_rollouts == 2 * 100 * 5
+
+
+def test_models_are_chained_and_a_judge_is_nobodys_default() -> None:
+    assert [stage.start for stage in plan().stages] == [None, "align", "align", "cot", "cot"]
+    assert plan("stages.improve.start = 'align'").stages[-1].start == "align"
+
+
+def test_algorithm_follows_the_decoder() -> None:
+    assert plan().stages[-1].algorithm == "gspo"
+    assert plan("stages.improve.start = 'align'").stages[-1].algorithm == "dapo"
+    assert plan("stages.improve.algorithm = 'grpo'").stages[-1].algorithm == "grpo"
+
+
+def test_engines_are_reused_by_architecture() -> None:
+    made = plan()
+    cold = {(stage.name, use.role): use.cold for stage in made.stages for use in stage.engines}
+    assert cold == {
+        ("align", "policy"): 1,
+        ("judge", "policy"): 0,
+        ("filtered", "policy"): 1,  # the upcycled decoder is first served here
+        ("filtered", "judge judge"): 0,
+        ("improve", "policy"): 0,
+        ("improve", "judge judge"): 0,
+    }
+    assert made.cold_starts == 2
+
+
+def test_a_judge_of_the_policys_architecture_needs_an_engine_of_its_own() -> None:
+    made = plan("stages.improve.start = 'align'", "stages.filtered.start = 'align'")
+    assert made.cold_starts == 2
+    assert [use.cold for use in made.stages[3].engines] == [0, 1]
+
+
+def test_shares_of_the_machine_add_up() -> None:
+    made = plan()
+    assert sum(actor.cpus * actor.count for actor in made.actors) <= LAPTOP.cpus
+    assert {actor.role: actor.threads for actor in made.actors} == {"trainer": 2, "rollout": 2, "reward": 1}
+    parts = sum(actor.memory_gib * actor.count for actor in made.actors)
+    assert parts < made.memory_gib < parts + 1.5  # the driver, Ray and one publish
+
+
+def test_transport_and_placement_on_gpus() -> None:
+    one, two = (Cluster(16, 128, gpus, 80.0) for gpus in (1, 2))
+    assert (plan().transport, plan().colocated) == ("cpu", False)
+    assert (made := plan("resources.device = 'cuda'", cluster=one)).transport == "ipc"
+    assert made.colocated
+    assert plan("resources.device = 'cuda'", cluster=two).transport == "nccl"
+
+
+def test_verdicts_are_quoted_for_the_installed_versions_only() -> None:
+    digest = plan().stages[0].architecture.digest
+    proven = Verdict(digest, "transformers", 2.4e-6, True, installed_versions())
+    assert plan(verdicts=(proven,)).stages[0].engines[0].verdict == "proven (log-prob gap 2.4e-06)"
+    other = Verdict(digest, "transformers", 2.4e-6, True, (("vllm", "0.0.1"),))
+    assert plan(verdicts=(other,)).stages[0].engines[0].verdict == "unproven"
+    assert plan().stages[0].engines[0].verdict == "unproven"
+
+
+def test_verdict_files(tmp_path: Path) -> None:
+    path = tmp_path / "verdicts.json"
+    assert read_verdicts(path) == ()
+    path.write_text(
+        '[{"architecture": "a", "implementation": "vllm", "max_gap": 0.2, "proven": false, "versions": {"vllm": "1"}}]'
+    )
+    assert read_verdicts(path) == (Verdict("a", "vllm", 0.2, False, (("vllm", "1"),)),)
+    path.write_text("[1]")
+    with pytest.raises(PlanError, match=r"verdicts\.json: not a list of verdicts"):
+        read_verdicts(path)
+
+
+def test_description_names_every_stage() -> None:
+    text = plan().describe()
+    assert all(word in text for word in ("align", "judge", "cot", "filtered", "improve", "gspo", "2 engine cold start"))
+
+
+def test_a_plan_is_fast_and_loads_no_torch(tmp_path: Path) -> None:
+    path = tmp_path / "toy.toml"
+    path.write_text(TOY)
+    code = (
+        "import sys, time; from rlhf.recipe import load; from rlhf.plan import make_plan, Cluster; start = time.time(); "
+        f"make_plan(load([{str(path)!r}]), Cluster(2, 24)).describe(); print(time.time() - start); "
+        "print([m for m in ('torch', 'transformers', 'ray', 'vllm', 'deepspeed') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    seconds, loaded = done.stdout.split("\n")[:2]
+    assert float(seconds) < 1
+    assert loaded == "[]"
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda path: path.stem)
+def test_every_shipped_recipe_plans(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    loaded = load([recipe])
+    cluster = Cluster(16, 512, gpus=8, gpu_memory_gib=80) if loaded.resources.device == "cuda" else LAPTOP
+    started = time.monotonic()
+    assert make_plan(loaded, cluster).stages
+    assert time.monotonic() - started < 5
+
+
+REFUSALS = {
+    "unknown source": ("stages.align.data = {trian = 1}", "data 'trian' is no [data] source.*did you mean 'train'"),
+    "unknown start": ("stages.improve.start = 'cott'", "start = 'cott' is no stage; did you mean 'cot'"),
+    "later start": ("stages.align.start = 'cot'", "start = 'cot' comes later; move it"),
+    "own start": ("stages.cot.start = 'cot'", "is the stage itself"),
+    "start without a model": ("stages.improve.start = 'filtered'", "is a synthesize stage, which makes no model"),
+    "later judge": ("stages.filtered.judge = 'improve'", "judge = 'improve' comes later"),
+    "unknown judge": ("stages.improve.rewards.think.judge = 'jugde'", "judge = 'jugde' is no stage; did you mean 'judge'"),
+    "rows before they exist": ("stages.align.data = {filtered = 1}", "made by a later stage; move stage 'filtered'"),
+    "rows from itself": ("stages.filtered.data = {filtered = 1}", "cannot be its own input"),
+    "unknown evaluation data": ("evaluation.data = 'heldotu'", "evaluation.data = 'heldotu'.*did you mean 'heldout'"),
+    "training on the test": ("stages.align.data = {heldout = 1}", "trains on 'heldout', the held-out questions"),
+    "more questions than rows": ("evaluation.prompts = 5000", "evaluation.prompts = 5000, but data.heldout has 1000 rows"),
+    "unknown eval_data": ("stages.judge.eval_data = 'verdict'", "eval_data 'verdict'.*did you mean 'verdicts'"),
+    "loss without data": ("stages.align.evaluate = 'loss'", 'evaluate = "loss" needs eval_data'),
+    "ranks over cores": ("resources.trainer_ranks = 4", "trainer_ranks = 4 on 2 cores; use at most 2"),
+    "threads over cores": ("resources.rollout_threads = 3", "rollout_threads = 3 threads on 2 cores.*to 2"),
+    "indivisible": ("stages.improve.updates_per_batch = 3", "128 rollouts do not divide.*multiple of 3"),
+    "too few rollouts": (
+        "stages.improve = {prompts_per_step = 1, group_size = 2, updates_per_batch = 4}",
+        "2 rollouts cannot fill 4 updates",
+    ),
+    "batch under ranks": ("resources = {trainer_ranks = 2, trainer_threads = 1}\nstages.align.batch_size = 1", "batch_size = 1"),
+    "no room for a prompt": ("stages.improve.max_tokens = 256", "max_tokens = 256 leaves no room for a prompt"),
+    "no room in evaluation": ("evaluation.max_tokens = 300", "evaluation.max_tokens = 300 leaves no room"),
+    "no room for the picture": ("stages.improve.max_tokens = 245", "a picture of up to 16 tokens"),
+    "budget under a row": ("resources.token_budget = 128", "token_budget = 128 is less than resources.max_model_len"),
+    "cuda without gpus": ("resources.device = 'cuda'", "there is no GPU here"),
+    "nccl on cpu": ("resources.transport = 'nccl'", '"nccl" moves GPU memory'),
+    "tensor parallel on cpu": ("resources.tensor_parallel = 2", "tensor_parallel needs GPUs"),
+    "a clip that never binds": ("stages.improve.clip_high = 0.2", "a clip range of 0.2 never binds for GSPO"),
+    "same name as a source": ("data.filtered = {builder = 'digits', table = 'chains'}", "is both a [data] source and a"),
+    "budgets": ("budget_minutes = 1\nstages.align.budget_minutes = 2", "add up to 2 minutes, more than budget_minutes = 1"),
+    "memory": ("resources.memory_gib = 2", "more than resources.memory_gib = 2"),
+    "top_k": ("stages.cot.upcycle = {num_experts = 2, top_k = 3}", "top_k = 3 is more than num_experts = 2"),
+    "upcycling twice": ("stages.align.upcycle = {num_experts = 2, top_k = 1}", "its decoder already has 2 experts"),
+    "upcycle with lora": ("stages.cot.lora = {rank = 4}", "use one of the two"),
+    "unmeasured gate": ("stages.cot.gates = [{metric = 'eval.think.accuracy', min = 0.1}]", 'set evaluate = "modes"'),
+    "unknown gate": ("stages.align.gates = [{metric = 'acuracy', min = 0.1}]", "which no stage measures"),
+    "other k": ("stages.align.gates = [{metric = 'eval.think.pass@8', min = 0.1}]", "evaluation.samples = 4"),
+    "no soundness": ("stages.align.gates = [{metric = 'eval.think.soundness', min = 0.1}]", "names no function"),
+    "no rewards": ("stages.improve.rewards.answer.function = 'boxed'", "is not written"),
+    "missing reward file": ("stages.improve.rewards.answer.function = 'no/such.py:f'", "no such file no/such.py"),
+    "unknown builder": ("data.train.builder = 'digit'", "is unknown, did you mean 'digits'"),
+    "implementation": ("model.implementation = 'vllm'", "vLLM has no bridge of its own"),
+    "unknown slot": ("model.bridge.visoin = {type = 'siglip'}", "model.bridge has no slot 'visoin'"),
+    "unfitting parts": ("model.bridge.tiler.size = 60", "position table is for"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_refused_with_what_to_change(case: str) -> None:
+    override, words = REFUSALS[case]
+    with pytest.raises(PlanError, match=words.replace("[data]", r"\[data\]")):
+        plan(*override.split("\n"))
+
+
+def test_gpu_refusals() -> None:
+    cluster = Cluster(16, 128, gpus=2, gpu_memory_gib=0.5)
+    for override, words in {
+        "resources.tensor_parallel = 4": "tensor_parallel = 4 on 2 GPUs",
+        "resources.trainer_ranks = 4": "trainer_ranks = 4 on 2 GPUs",
+        "resources.rollout_workers = 3": "on 2 GPUs; lower one",
+        "resources.transport = 'ipc'": "needs trainer and engines on the same GPUs",
+        "resources.transport = 'cpu'": "is for engines on CPU",
+        "resources.kv_cache_gib = 4": "a GPU has 0.5",
+    }.items():
+        with pytest.raises(PlanError, match=words):
+            plan("resources.device = 'cuda'", override, cluster=cluster)
+
+
+def test_a_stage_without_data() -> None:
+    with pytest.raises(PlanError, match="stage 'align': data is empty"):
+        plan(text=TOY.replace("data = {train = 1}", "data = {}", 1))
+
+
+def test_two_stages_of_one_name() -> None:
+    with pytest.raises(PlanError, match="two stages are called 'judge'"):
+        plan(text=TOY.replace('name = "align"', 'name = "judge"'))
+
+
+def test_evaluation_without_questions() -> None:
+    with pytest.raises(PlanError, match="evaluation.data is not given, but stage 'align'"):
+        plan(text=TOY.replace('data = "heldout"', ""))
+
+
+def test_paths_that_do_not_exist() -> None:
+    with pytest.raises(PlanError, match=r"data.train.path = 'rows.parquet': no such file"):
+        plan(text=TOY.replace('train = {builder = "digits", table = "chains"}', 'train = {path = "rows.parquet"}'))
+    bridge = re.compile(r"\[model.bridge\].*?\[data\]", re.S)
+    for path, hub in (("./models/none", False), ("models", False), ("Qwen/Qwen3-VL-2B-Instruct", True)):
+        text = bridge.sub(f'[model]\npath = "{path}"\n[data]', TOY).replace("upcycle = {num_experts = 4, top_k = 2}", "")
+        if hub:
+            made = plan(text=text)
+            assert made.implementation == "vllm"
+            assert any("not known before it is downloaded" in note for note in made.notes)
+        else:
+            with pytest.raises(PlanError, match="no such folder"):
+                plan(text=text)
+
+
+def test_every_problem_is_told_at_once() -> None:
+    with pytest.raises(PlanError) as caught:
+        plan("stages.align.data = {trian = 1}", "stages.improve.start = 'cott'")
+    assert len(str(caught.value).splitlines()) == 2

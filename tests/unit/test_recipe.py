@@ -1,0 +1,111 @@
+"""Recipes compose left to right, overrides come last, and every mistake names its file and key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rlhf.recipe import RecipeError, Sft, load
+
+BASE = """
+name = "base"
+seed = 1
+[model]
+path = "org/model"
+[resources]
+trainer_threads = 1
+rollout_threads = 1
+[[stages]]
+name = "first"
+kind = "sft"
+data = {rows = 1}
+steps = 10
+batch_size = 4
+[[stages]]
+name = "second"
+kind = "evaluate"
+"""
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    path = tmp_path / "base.toml"
+    path.write_text(BASE)
+    return path
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "over.toml"
+    path.write_text(text)
+    return path
+
+
+def test_defaults_come_from_the_schema(base: Path) -> None:
+    recipe = load([base])
+    assert recipe.resources.zero_stage == 2
+    assert recipe.stages[0].evaluate == "none"
+
+
+def test_later_files_win_key_by_key(base: Path, tmp_path: Path) -> None:
+    recipe = load([base, write(tmp_path, "seed = 2\n[resources]\ntrainer_threads = 3\n")])
+    assert (recipe.seed, recipe.resources.trainer_threads, recipe.resources.rollout_threads) == (2, 3, 1)
+
+
+def test_stages_merge_by_name(base: Path, tmp_path: Path) -> None:
+    over = '[[stages]]\nname = "first"\nsteps = 20\n[[stages]]\nname = "third"\nkind = "evaluate"\n'
+    recipe = load([base, write(tmp_path, over)])
+    first = recipe.stages[0]
+    assert isinstance(first, Sft)
+    assert (first.steps, first.batch_size) == (20, 4)
+    assert [stage.name for stage in recipe.stages] == ["first", "second", "third"]
+
+
+def test_a_stage_can_be_removed(base: Path, tmp_path: Path) -> None:
+    recipe = load([base, write(tmp_path, '[[stages]]\nname = "second"\nremove = true\n')])
+    assert [stage.name for stage in recipe.stages] == ["first"]
+
+
+def test_overrides_come_last(base: Path, tmp_path: Path) -> None:
+    over = write(tmp_path, '[[stages]]\nname = "first"\nsteps = 20\n')
+    first = load([base, over], ["stages.first.steps = 30", "resources = {zero_stage = 3}"]).stages[0]
+    assert isinstance(first, Sft)
+    assert first.steps == 30
+
+
+def test_an_unknown_key_names_the_nearest(base: Path) -> None:
+    with pytest.raises(RecipeError, match=r"base\.toml: unknown key 'resources.trainer_thread'; did you mean 'trainer_threads'"):
+        load([base], ["resources.trainer_thread = 1"])
+    with pytest.raises(RecipeError, match=r"unknown key 'stages.first.batch_sise'; did you mean 'batch_size'"):
+        load([base], ["stages.first.batch_sise = 1"])
+
+
+def test_an_override_of_an_unknown_stage_lists_them(base: Path) -> None:
+    with pytest.raises(RecipeError, match=r"no stage named 'third'; the stages are first, second"):
+        load([base], ["stages.third.steps = 1"])
+
+
+def test_every_problem_is_told_at_once(base: Path) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load([base], ["stages.first.steps = 0", "resources.memory_gib = -1"])
+    assert "stages.first.steps" in str(caught.value)
+    assert "resources.memory_gib" in str(caught.value)
+
+
+def test_a_missing_file_and_broken_toml_are_named(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"absent\.toml: cannot be read"):
+        load([tmp_path / "absent.toml"])
+    with pytest.raises(RecipeError, match=r"over\.toml: not valid TOML"):
+        load([write(tmp_path, "seed = = 1")])
+    with pytest.raises(RecipeError, match="no recipe given"):
+        load([])
+
+
+def test_a_model_has_one_source(base: Path) -> None:
+    with pytest.raises(RecipeError, match="either `path`"):
+        load([base], ["model.bridge = {}"])
+
+
+def test_a_recipe_is_frozen(base: Path) -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        load([base]).seed = 3
