@@ -12,7 +12,6 @@ import os
 import secrets
 import shlex
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -21,14 +20,15 @@ from pathlib import Path
 
 import psutil
 import requests
+from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
+from actors.security import JOB_STOP_SECONDS, ray_environment, token_file
 from rlhf.recipe import Recipe
 
 HEAD_FOLDER = ".ray"
 DASHBOARD_PORT = 8265
-START_SECONDS, STOP_SECONDS = 60.0, 20.0
-JOB_STOP_SECONDS = 30  # a stopped driver gets this long to end its actors
+START_SECONDS, STOP_SECONDS = 120.0, 20.0  # a head took 35 to 45 s on two busy cores
 
 
 class JobError(RuntimeError):
@@ -54,21 +54,6 @@ class Head:
             return False
 
 
-def ray_environment(folder: Path) -> dict[str, str]:
-    """Environment variables to set before `ray.init` or `ray start`: token authentication, loopback, no usage
-    statistics. The token is the one already in the environment (inside a job), else `folder`'s, made where missing."""
-    settings = {
-        "RAY_AUTH_MODE": "token",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        # Ray 2.60 reads this on every system: 0 makes the node's own address 127.0.0.1
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-        "RAY_JOB_STOP_WAIT_TIME_S": str(JOB_STOP_SECONDS),
-    }
-    if not os.environ.get("RAY_AUTH_TOKEN"):
-        settings["RAY_AUTH_TOKEN_PATH"] = os.environ.get("RAY_AUTH_TOKEN_PATH") or str(_token_file(folder))
-    return settings
-
-
 def start_head(folder: Path, port: int = DASHBOARD_PORT) -> Head:
     """Start a Ray head whose token, log and description lie in `folder`; returns when its Jobs API answers.
 
@@ -76,33 +61,35 @@ def start_head(folder: Path, port: int = DASHBOARD_PORT) -> Head:
     """
     folder.mkdir(parents=True, exist_ok=True)
     _require_free(port)
-    token = _token_file(folder)
+    token = token_file(folder)
     # the head's own token, whatever this process was given for another cluster
     environment = {key: value for key, value in os.environ.items() if key != "RAY_AUTH_TOKEN"}
     environment |= ray_environment(folder) | {"RAY_AUTH_TOKEN_PATH": str(token)}
     log = folder / "head.log"
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"),
-                *("--node-ip-address=127.0.0.1", "--port=0", "--dashboard-agent-listen-port=0"),
-                # Ray's fixed defaults for these would collide with a second head, and with the dashboard's port
-                *("--min-worker-port=0", "--max-worker-port=0", f"--ray-client-server-port={_free_port()}"),
-                *("--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={port}"),
-            ],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,  # Ctrl-C of the command that submits must not end the head
-        )
-    created = psutil.Process(process.pid).create_time()
-    head = Head(f"http://127.0.0.1:{port}", str(token), process.pid, created)
+    command = [
+        *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"),
+        *("--node-ip-address=127.0.0.1", "--port=0", "--dashboard-agent-listen-port=0"),
+        # Ray's fixed defaults for these would collide with a second head, and with the dashboard's port
+        *("--min-worker-port=0", "--max-worker-port=0", f"--ray-client-server-port={_free_port()}"),
+        *("--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={port}"),
+    ]
+    pid = os.posix_spawn(
+        sys.executable,
+        command,
+        environment,
+        file_actions=[
+            (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+            (os.POSIX_SPAWN_OPEN, 1, str(log), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600),
+            (os.POSIX_SPAWN_DUP2, 1, 2),
+        ],
+        setsid=True,  # Ctrl-C of the command that submits must not end the head
+    )
+    head = Head(f"http://127.0.0.1:{port}", str(token), pid, psutil.Process(pid).create_time())
     (folder / "head.json").write_text(json.dumps(asdict(head)))
     deadline = time.monotonic() + START_SECONDS
     while not _answers(head):
-        if process.poll() is not None or time.monotonic() > deadline:
-            what = "ended" if process.poll() is not None else f"did not answer within {START_SECONDS:g} s"
+        if not head.alive or time.monotonic() > deadline:
+            what = "ended" if not head.alive else f"did not answer within {START_SECONDS:g} s"
             stop_head(folder)
             raise JobError(f"the Ray head {what}; its log, {log}, ends with:\n{_tail(log)}")
         time.sleep(0.2)
@@ -204,14 +191,13 @@ def _client(runs: Path, address: str | None, job: str | None = None) -> Iterator
         yield JobSubmissionClient(address, headers=_bearer(token))
     except (ConnectionError, requests.RequestException) as error:
         raise JobError(f"{where} does not answer; is it running, and is the address right?") from error
+    except AuthenticationError as error:
+        raise JobError(
+            f"{where} refuses this token; set RAY_AUTH_TOKEN_PATH to the cluster's token file (for a head of ours, "
+            f"{runs / HEAD_FOLDER / 'token'})"
+        ) from error
     except RuntimeError as error:
-        text = str(error)
-        if "401" in text or "403" in text or "authentication" in text.lower():
-            raise JobError(
-                f"{where} refuses this token; set RAY_AUTH_TOKEN_PATH to the cluster's token file (for a head of ours, "
-                f"{runs / HEAD_FOLDER / 'token'})"
-            ) from error
-        if job is not None and "404" in text:
+        if job is not None and "404" in str(error):
             raise JobError(f"{where} knows no job {job!r}; `rlhf submit` printed its name") from error
         raise
 
@@ -231,20 +217,6 @@ def _given_token() -> str | None:
 
 def _bearer(token: str | None) -> dict[str, str]:
     return {} if token is None else {"Authorization": f"Bearer {token}"}
-
-
-def _token_file(folder: Path) -> Path:
-    """`folder`'s token, 256 random bits readable by its owner only; made whole, so that two makers agree on one."""
-    path = folder.absolute() / "token"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"token.{os.getpid()}")
-        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(secrets.token_hex(32))
-        with contextlib.suppress(FileExistsError):
-            os.link(partial, path)
-        partial.unlink()
-    return path
 
 
 def _require_free(port: int) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import os
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -23,12 +22,11 @@ from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.artifacts import architecture, read_probes, read_weights, write_probes
-from actors.jobs import ray_environment
 from actors.reward import RewardWorker
 from actors.rollout import EngineSettings, RolloutWorker
 from actors.trainer import TrainerRank
-from rewards.base import Item
-from rlhf.agreement import compare, localise
+from rewards.base import Item, items_of
+from rlhf.agreement import Agreement, compare, localise
 from rlhf.models import load_processor, masked_ids
 from rlhf.plan import Plan
 from rlhf.recipe import Deadlines, Recipe
@@ -239,26 +237,28 @@ class TrainerHandle:
     async def end(self) -> None:
         await self._all("end", "save")
 
-    async def _prove(self, engine: EngineHandle, version: int) -> dict[str, float]:
+    async def agree(self, engine: EngineHandle) -> Agreement:
+        """How far the engine's live log-probs are from the trainer's on the probes; of several workers, the worst."""
         expected, found = await asyncio.gather(self._all("probe", "sync", self.probes), engine.score(self.probes))
-        metrics: dict[str, float] = {}
-        for scores in found:
-            agreement = compare(expected[0], scores)
-            if not agreement.ok:
-                ours, theirs = await asyncio.gather(
-                    self._all("fingerprints", "sync", self.probes), engine.fingerprints(self.probes)
-                )
-                raise SyncError(
-                    f"version {version}: engine {engine.name!r} does not compute what the trainer computes: "
-                    f"{agreement.message}. First difference: {localise(ours[0], theirs)}"
-                )
-            metrics = {
-                "sync_probe.max": max(agreement.max_gap, metrics.get("sync_probe.max", 0.0)),
-                "sync_probe.checked": float(agreement.checked),
-                "sync_probe.skipped": float(agreement.skipped),
-                "sync_probe.unreached_experts": float(len(agreement.unreached)),
-            }
-        return metrics
+        agreements = [compare(expected[0], scores) for scores in found]
+        return max(agreements, key=lambda agreement: (not agreement.ok, agreement.max_gap))
+
+    async def _prove(self, engine: EngineHandle, version: int) -> dict[str, float]:
+        agreement = await self.agree(engine)
+        if not agreement.ok:
+            ours, theirs = await asyncio.gather(
+                self._all("fingerprints", "sync", self.probes), engine.fingerprints(self.probes)
+            )
+            raise SyncError(
+                f"version {version}: engine {engine.name!r} does not compute what the trainer computes: "
+                f"{agreement.message}. First difference: {localise(ours[0], theirs)}"
+            )
+        return {
+            "sync_probe.max": agreement.max_gap,
+            "sync_probe.checked": float(agreement.checked),
+            "sync_probe.skipped": float(agreement.skipped),
+            "sync_probe.unreached_experts": float(len(agreement.unreached)),
+        }
 
     async def _all(self, method: str, deadline: str, *arguments: Any) -> list[Any]:
         """Call every rank; the first failure ends the wait, since the others may be stuck in a collective."""
@@ -280,11 +280,7 @@ class RewardsHandle:
     workers: list[Any] = field(default_factory=list)
 
     async def score(self, function: str, groups: Sequence[Group]) -> list[list[Score]]:
-        items = [
-            Item(group.prompt, rollout.text, len(rollout.token_ids), rollout.finish == "stop")
-            for group in groups
-            for rollout in group.rollouts
-        ]
+        items = [item for group in groups for item in items_of(group)]
         chunks = [items[start : start + REWARD_CHUNK] for start in range(0, len(items), REWARD_CHUNK)]
         queues = [chunks[worker :: len(self.workers)] for worker in range(len(self.workers))]
         done = await asyncio.gather(*(self._work(worker, function, queue) for worker, queue in enumerate(queues)))
@@ -425,11 +421,13 @@ class Cast:
 
 
 @contextlib.asynccontextmanager
-async def launch(recipe: Recipe, plan: Plan, folder: Path, address: str | None = None) -> AsyncIterator[Cast]:
-    """Start Ray (or join the cluster at `address`), trainer ranks and reward workers; end all of it on leaving."""
-    os.environ.update(ray_environment(folder))
+async def launch(recipe: Recipe, plan: Plan, address: str | None = None) -> AsyncIterator[Cast]:
+    """Start Ray (or join the cluster at `address`), trainer ranks and reward workers; end all of it on leaving.
+
+    `actors.security.ray_environment` must be in the environment before this module is imported.
+    """
     local = {"num_cpus": plan.cluster.cpus, "include_dashboard": False} if address is None else {}
-    ray.init(address=address, log_to_driver=False, configure_logging=False, namespace=recipe.name, **local)
+    ray.init(address=address or "local", log_to_driver=False, configure_logging=False, namespace=recipe.name, **local)
     try:
         placement = await Placement.reserve(recipe, plan)
         ranks = await placement.trainer()

@@ -173,17 +173,27 @@ def unfilled_layers(model: torch.nn.Module) -> Iterator[str]:
 
     A fused parameter (q, k and v in one) counts element by element, so one missing part shows.
     """
+    short: list[tuple[str, int, int, set[int]]] = []
+    filled: set[int] = set()
     for name, layer in model.named_modules():
         info = get_layerwise_info(layer)
-        if not info.can_load():
-            continue
+        live = (
+            info.kernel_tensors[0] if info.kernel_tensors is not None else dict(layer.named_parameters(recurse=False))
+        )
+        # a packed weight is empty, and all empty tensors share the address 0
+        addresses = {parameter.data_ptr() for parameter in live.values()} - {0}
         expected = sum(parameter.numel() for parameter in layer.parameters(recurse=False))
         if isinstance(layer, VocabParallelEmbedding):
             # vLLM pads the vocabulary; a checkpoint holds the unpadded rows
             shard = layer.shard_indices
             expected -= (shard.num_org_elements_padded - shard.num_org_elements) * layer.embedding_dim
-        if expected > 0 and info.load_numel < expected:
-            yield f"{name} ({info.load_numel} of {expected} elements)"
+        if info.can_load() and info.load_numel < expected:
+            short.append((name, info.load_numel, expected, addresses))
+        else:
+            filled |= addresses
+    for name, loaded, expected, addresses in short:
+        if not addresses or not addresses <= filled:  # else it is tied to a parameter that was loaded
+            yield f"{name} ({loaded} of {expected} elements)"
 
 
 def prepack_experts(model: torch.nn.Module) -> None:

@@ -228,7 +228,8 @@ def _routers(model: nn.Module) -> Iterator[Routed]:
 def group_name(module_name: str) -> str:
     """The name both sides give a parameter group: the trainer's module name without the leading "model."."""
     name = module_name.removeprefix("module.").removeprefix("model.")
-    return name.replace(".experts.gate", ".gate")  # vLLM runs the router inside its experts module
+    # vLLM runs the router inside its experts module
+    return name.removesuffix(".experts.gate") + ".gate" if name.endswith(".experts.gate") else name
 
 
 def _is_experts(module_name: str) -> bool:
@@ -315,7 +316,7 @@ def localise(
                 continue
             if theirs.outputs.shape != ours.outputs.shape:
                 return f"{name}: {len(ours.outputs)} rows in the trainer, {len(theirs.outputs)} in the engine"
-            same_input = _difference(ours.inputs, theirs.inputs) <= tolerance / 10
+            same_input = _agreeing(ours, theirs, tolerance / 10)
             if name in trainer.margins:
                 same_input &= trainer.margins[name] >= min_margin
             difference = _difference(ours.outputs, theirs.outputs)
@@ -324,6 +325,14 @@ def localise(
                 differs = same_input & ~(difference <= min(tolerances))
                 return name + _expert(trainer.routing.get(name), differs, same_input)
     return "lm_head" if "lm_head" in trainer.prints and "lm_head" not in engine.prints else "no parameter group"
+
+
+def _agreeing(ours: Print, theirs: Print, tolerance: float) -> NDArray[np.bool_]:
+    """[output rows] whose inputs agree: row by row, or all or none where rows in are not rows out (a convolution)."""
+    if ours.inputs.shape != theirs.inputs.shape:
+        return np.zeros(len(ours.outputs), dtype=bool)
+    same = _difference(ours.inputs, theirs.inputs) <= tolerance
+    return same if len(same) == len(ours.outputs) else np.full(len(ours.outputs), same.all())
 
 
 def _difference(ours: Floats, theirs: Floats) -> NDArray[np.float64]:

@@ -224,6 +224,8 @@ def from_folder(folder: Path) -> Architecture:
     name = str((config.get("architectures") or [config.get("model_type", "unknown")])[0])
     text = dict(config.get("text_config") or config)
     text["type"] = text.pop("model_type", None)
+    if "num_local_experts" in text:  # the name under which transformers 5 saves qwen3_moe's num_experts
+        text["num_experts"] = text.pop("num_local_experts")
     text.setdefault("tie_word_embeddings", bool(config.get("tie_word_embeddings", False)))
     tables: dict[str, Any] = {"decoder": text}
     if config.get("model_type") == MODEL_TYPE:

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlhf.plan import Plan, PlanError, make_plan
+from rlhf.plan import Plan, PlanError, make_plan, read_verdicts
 from rlhf.recipe import Recipe, RecipeError, load
 
 FAILED, UNUSABLE, GATE_MISSED, INTERRUPTED = 1, 2, 3, 130
@@ -75,7 +75,7 @@ class _Plain(argparse.RawDescriptionHelpFormatter):
 def run_command(parsed: argparse.Namespace) -> int:
     recipe = load(parsed.recipe, parsed.override)
     try:
-        plan = make_plan(recipe)
+        plan = make_plan(recipe, verdicts=read_verdicts(parsed.runs / "verdicts.json"))
     except PlanError as error:
         return _fail(error, UNUSABLE)
     from rlhf.data.rows import DataError
@@ -92,6 +92,7 @@ def run_command(parsed: argparse.Namespace) -> int:
 async def _run(recipe: Recipe, plan: Plan, folder: Path, address: str | None) -> int:
     import tomli_w
 
+    _private_ray(folder)
     from actors.launch import launch
     from rlhf import report
     from rlhf.checkpoint import CheckpointError
@@ -104,7 +105,7 @@ async def _run(recipe: Recipe, plan: Plan, folder: Path, address: str | None) ->
     try:
         with Footprint() as footprint, Tracker(folder, recipe.name, recipe.tracking) as tracker:
             try:
-                async with launch(recipe, plan, folder, address) as actors:
+                async with launch(recipe, plan, address) as actors:
                     await Curriculum(recipe, folder, actors, tracker, footprint).run()
             finally:
                 page = report.write(folder)
@@ -121,20 +122,25 @@ async def _run(recipe: Recipe, plan: Plan, folder: Path, address: str | None) ->
 
 
 def plan_command(parsed: argparse.Namespace) -> int:
+    verdicts = read_verdicts(parsed.runs / "verdicts.json")
     try:
-        print(make_plan(load(parsed.recipe, parsed.override)).describe())
+        print(make_plan(load(parsed.recipe, parsed.override), verdicts=verdicts).describe())
     except PlanError as error:
         return _fail(error, UNUSABLE)
     return 0
 
 
 def check_command(parsed: argparse.Namespace) -> int:
+    recipe = load(parsed.recipe, parsed.override)
+    folder = parsed.runs / recipe.name
+    folder.mkdir(parents=True, exist_ok=True)
+    _private_ray(folder)
     from actors.check import check
 
-    recipe = load(parsed.recipe, parsed.override)
-    verdict = asyncio.run(check(recipe, parsed.runs / recipe.name))
-    print(verdict.describe())
-    return 0 if verdict.proven else FAILED
+    verdicts = asyncio.run(check(recipe, folder))
+    for verdict in verdicts:
+        print(f"{verdict.implementation}: {verdict}")
+    return 0 if any(verdict.proven for verdict in verdicts) else FAILED
 
 
 def eval_command(parsed: argparse.Namespace) -> int:
@@ -209,6 +215,13 @@ def _locked(folder: Path):  # type: ignore[no-untyped-def]
             yield
 
     return hold()
+
+
+def _private_ray(folder: Path) -> None:
+    """Token, loopback, no usage statistics: Ray reads its environment when it is imported."""
+    from actors.security import ray_environment
+
+    os.environ.update(ray_environment(folder))
 
 
 def _stop_on_signals() -> None:

@@ -38,7 +38,7 @@ from rlhf.roles import Actors, Engine
 from rlhf.scoring import Judge
 from rlhf.stage import Context, derive
 from rlhf.tracking import Tracker, stage_folder
-from rlhf.types import Loss, TrainSpec
+from rlhf.types import Loss, Media, TrainSpec
 
 NUM_PROBES, PROBE_LENGTH = 12, 48
 ANSWERS = "answers.json"  # mode → question → share of right samples, for paired differences between stages
@@ -55,8 +55,8 @@ class Curriculum:
     recipe: Recipe
     folder: Path
     actors: Actors
-    tracker: Tracker
-    footprint: Footprint
+    tracker: Tracker | None = None
+    footprint: Footprint = field(default_factory=Footprint)
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
     sources: dict[str, Rows] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
@@ -86,14 +86,12 @@ class Curriculum:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "inputs.json", inputs)
         spent, started = float((_read(folder / "clock.json") or {}).get("seconds", 0.0)), time.monotonic()
+        steps = stage.steps if isinstance(stage, Sft | Rl) else None
         found = latest(folder / "checkpoints")
+        resumed = steps if (folder / "artifact").exists() else found.step if found else None
+        assert self.tracker is not None
         with self.tracker.stage(
-            stage.name,
-            stage.kind,
-            index,
-            len(self.recipe.stages),
-            steps=getattr(stage, "steps", None),
-            resumed=found.step if found else None,
+            stage.name, stage.kind, index, len(self.recipe.stages), steps=steps, resumed=resumed
         ) as log:
             context = Context(
                 recipe=self.recipe,
@@ -131,10 +129,10 @@ class Curriculum:
         if artifact.exists():
             return dict(_read(context.folder / "made.json") or {})
         if isinstance(stage, Sft):
-            facts = await self._begin(stage, context)
+            facts = await self.begin(stage)
             metrics = await offline.run(stage, context)
         elif isinstance(stage, Rl):
-            facts = await self._begin(stage, context)
+            facts = await self.begin(stage)
             judges = {reward.judge: self.artifact(reward.judge) for reward in stage.rewards.values() if reward.judge}
             async with self.actors.serving({"policy": context.model, **judges}) as engines:
                 metrics = await online.run(stage, context, engines["policy"], self._judges(engines, judges))
@@ -143,43 +141,39 @@ class Curriculum:
             async with self.actors.serving({"policy": context.model, **judges}) as engines:
                 judge = self._judges(engines, judges).get(stage.judge or "")
                 rows, metrics = await synthesis.run(stage, context, engines["policy"], judge)
+            write_json(context.folder / "made.json", metrics)
             with whole(artifact) as partial:
                 write(rows, partial / "rows.parquet")
-            write_json(context.folder / "made.json", metrics)
             return metrics
         else:
             return {}
         metrics |= {f"model.{name}": float(value) for name, value in facts.items()}
+        if stage.evaluate == "loss":
+            metrics |= {f"eval.{name}": value for name, value in (await self._held_out_loss(stage, context)).items()}
         write_json(context.folder / "made.json", metrics)
         with whole(artifact) as partial:
             await self.actors.trainer.export(partial)
         return metrics
 
-    async def _begin(self, stage: Sft | Rl, context: Context) -> Mapping[str, float]:
+    async def begin(self, stage: Sft | Rl) -> Mapping[str, float]:
         """Give the trainer the stage, with the probes every later publish and export is proven on."""
-        media = [m for prompt in self._probe_prompts(context) for m in prompt.media[:1]]
+        model = self.model_before(stage)
+        processor = load_processor(model)
+        masked = masked_ids(processor)
+        seed = derive(self.recipe.seed, "probes")
         probes = make_probes(
-            len(context.tokenizer),
-            context.processor.image_token_id,
-            media,
-            NUM_PROBES,
-            PROBE_LENGTH,
-            derive(self.recipe.seed, "probes"),
-            masked_ids(context.processor),
+            len(processor.tokenizer), processor.image_token_id, self._pictures(), NUM_PROBES, PROBE_LENGTH, seed, masked
         )
-        spec = train_spec(self.recipe, stage, context.model, masked_ids(context.processor))
-        return await self.actors.trainer.begin(spec, probes)
+        return await self.actors.trainer.begin(train_spec(self.recipe, stage, model, masked), probes)
 
-    def _probe_prompts(self, context: Context) -> list[Any]:
-        source = self.recipe.evaluation.data or next(iter(self.recipe.data))
-        return evaluation.held_out(context, source, NUM_PROBES // 2, think=False)
+    def _pictures(self) -> list[Media]:
+        """A few images of the held-out questions, for the probes."""
+        rows = self.rows(self.recipe.evaluation.data or next(iter(self.recipe.data)))
+        return [rows[index]["images"][0] for index in range(min(NUM_PROBES, len(rows))) if rows[index].get("images")]
 
     async def _evaluate(self, stage: Stage, context: Context) -> evaluation.Report:
-        if stage.evaluate == "none":
+        if stage.evaluate in ("none", "loss"):  # a loss is measured while the trainer still holds the model
             return evaluation.Report({})
-        if stage.evaluate == "loss":
-            losses_ = await self._held_out_loss(stage, context)
-            return evaluation.Report({f"eval.{name}": value for name, value in losses_.items()})
         artifact = context.folder / "artifact"
         model = artifact if isinstance(stage, Sft | Rl) else context.model
         async with self.actors.serving({"policy": model}) as engines:
@@ -301,10 +295,10 @@ def train_spec(recipe: Recipe, stage: Sft | Rl, model: Path, masked: tuple[int, 
             masked_ids=masked,
             router_aux=stage.router_aux,
         )
-        updates, reset, upcycle = stage.updates_per_batch, (), None
+        updates, upcycle = stage.updates_per_batch, None
     else:
         loss = Loss(kind="nll", normalise=stage.normalise, router_aux=stage.router_aux)
-        updates, reset = 1, tuple(stage.reset)
+        updates = 1
         upcycle = (stage.upcycle.num_experts, stage.upcycle.top_k) if stage.upcycle else None
     resources = recipe.resources
     return TrainSpec(
@@ -321,7 +315,7 @@ def train_spec(recipe: Recipe, stage: Sft | Rl, model: Path, masked: tuple[int, 
         zero_stage=resources.zero_stage,
         offload=resources.offload,
         precision=resources.precision,
-        reset=reset,
+        reset=() if isinstance(stage, Rl) else tuple(stage.reset),
         upcycle=upcycle,
         lora=(stage.lora.rank, stage.lora.alpha, tuple(stage.lora.target_modules)) if stage.lora else None,
     )

@@ -99,7 +99,7 @@ async def judge_quality(context: Context, engine: Engine, source: str) -> Report
             answered = [score.value for score in scores if score.outcome == "scored"]
             metrics[f"judge.specificity.{kind}"] = sum(value == 0.0 for value in answered) / max(len(answered), 1)
     examples = [
-        record(group, 0, {"judge": score}, 0)
+        record(group, 0, {"judge": score}, 0, "judge")
         for group, score in list(zip(groups, said, strict=True))[: context.recipe.tracking.rollout_samples]
     ]
     return Report(metrics, {}, examples)
@@ -139,12 +139,15 @@ def bootstrap(values: np.ndarray, resamples: int, level: float = 0.95) -> tuple[
     return float(low), float(high)
 
 
-def record(group: Group, rollout: int, parts: Mapping[str, Score], step: int) -> dict[str, Any]:
-    """One rollout as the report shows it, image included."""
+def record(
+    group: Group, rollout: int, parts: Mapping[str, Score], step: int, judge: str | None = None
+) -> dict[str, Any]:
+    """One rollout as the report shows it, image included. `judge` names the part that is a judge's verdict."""
     prompt, sampled = group.prompt, group.rollouts[rollout]
     score = group.scores[rollout] if group.scores else None
     outcomes = [part.outcome for part in parts.values() if part.outcome != "scored"]
     columns = prompt.columns
+    values = dict(score.parts) if score else {name: part.value for name, part in parts.items()}
     return {
         "step": step,
         "key": prompt.key,
@@ -154,11 +157,11 @@ def record(group: Group, rollout: int, parts: Mapping[str, Score], step: int) ->
         "image": record_image(prompt.media[0].data, prompt.media[0].size) if prompt.media else None,
         "completion": sampled.text,
         "answer": columns.get("answer"),
-        "parts": dict(score.parts) if score else {name: part.value for name, part in parts.items()},
+        "parts": values,
         "outcome": score.outcome if score else (outcomes[0] if outcomes else "scored"),
         "value": score.value if score else None,
         "note": score.note if score else " ".join(part.note for part in parts.values() if part.note),
-        "verdict": columns.get("sound"),
+        "verdict": values.get(judge) if judge else None,
     }
 
 

@@ -64,7 +64,7 @@ def _names(recipe: Recipe) -> Iterator[str]:
         yield f"two stages are called {name!r}; stage names are folders and must differ, so rename one"
     for stage in recipe.stages:
         if stage.kind == "synthesize" and stage.name in recipe.data:
-            yield f"{stage.name!r} is both a [data] source and a synthesize stage, whose rows go by its name; rename one"
+            yield f"{stage.name!r} is both a [data] source and a synthesize stage, whose rows take its name; rename one"
 
 
 def _model(recipe: Recipe) -> Iterator[str]:
@@ -75,7 +75,7 @@ def _model(recipe: Recipe) -> Iterator[str]:
         return
     # a name such as org/model may come from the hub, unless org is a folder here, where a typing error is likelier
     if not HUB_NAME.fullmatch(path) or Path(path).parent.is_dir():
-        yield f"model.path = {path!r}: no such folder; give a model folder, or a hub name such as Qwen/Qwen3-VL-2B-Instruct"
+        yield f"model.path = {path!r}: no such folder; give a model folder, or a hub name such as Qwen/Qwen3-VL-2B"
 
 
 def _sources(recipe: Recipe) -> Iterator[str]:
@@ -94,7 +94,7 @@ def _evaluation(recipe: Recipe) -> Iterator[str]:
     askers = [stage.name for stage in recipe.stages if stage.evaluate == "modes"]
     if data is None:
         if askers:
-            yield f"evaluation.data is not given, but stage {askers[0]!r} evaluates both modes; name a held-out [data] source"
+            yield f"evaluation.data is not given, but stage {askers[0]!r} evaluates both modes; name a [data] source"
         return
     if data not in recipe.data:
         yield f"evaluation.data = {data!r} is no [data] source; {nearest(data, recipe.data)}"
@@ -187,7 +187,7 @@ def _rl(recipe: Recipe, stage: Rl) -> Iterator[str]:
             f"times trainer_ranks = {ranks}; change prompts_per_step to a multiple of {_multiple(stage, ranks)}"
         )
     if not stage.rewards:
-        yield "rewards is empty, so there is nothing to learn from; add [stages.rewards.NAME] with a function or a judge"
+        yield "rewards is empty: there is nothing to learn from; add [stages.rewards.NAME] with a function or a judge"
     for name, part in stage.rewards.items():
         if part.function is not None:
             yield from _function(f"rewards.{name}.function", part.function)

@@ -29,6 +29,7 @@ async def run(stage: Rl, context: Context, engine: Engine, judges: Mapping[str, 
     """Improve the policy for `stage.steps` versions, from the latest checkpoint if there is one."""
     trainer, stream = context.actors.trainer, context.stream(stage.data, stage.name)
     rollouts = Rollouts(stage, context, engine, judges, stream)
+    judge = next((name for name, part in stage.rewards.items() if part.judge is not None), None)
     checkpoints, totals = context.folder / "checkpoints", Totals()
     version = await resume(trainer, {"stream": stream, "totals": totals}, latest(checkpoints))
     await trainer.publish(engine, version)
@@ -49,7 +50,7 @@ async def run(stage: Rl, context: Context, engine: Engine, judges: Mapping[str, 
             clock.seconds["checkpoint"] = await save(trainer, checkpoints, version, state)
         context.log.log(version, metrics | dict(sync.metrics), clock.seconds)
         if version % max(stage.steps // 4, 1) == 0:
-            context.log.rollouts(version, [record(group, 0, {}, version) for group in groups[:4]])
+            context.log.rollouts(version, [record(group, 0, {}, version, judge) for group in groups[:4]])
     return totals.metrics()
 
 

@@ -291,8 +291,8 @@ def _stage_shapes(recipe: Recipe, architectures: dict[str, Architecture]) -> Ite
             widest = max(stage.clip_low or 0.0, stage.clip_high or 0.0)
             if algorithm == "gspo" and widest > feasibility.GSPO_CLIP_LIMIT:
                 yield (
-                    f"stage {stage.name!r}: a clip range of {widest:g} never binds for GSPO, whose ratio is a mean over "
-                    "the whole row; leave clip_low and clip_high out (3e-4 and 4e-4)"
+                    f"stage {stage.name!r}: a clip range of {widest:g} never binds for GSPO, whose ratio is a mean "
+                    "over the whole row; leave clip_low and clip_high out (3e-4 and 4e-4)"
                 )
         pictures = architecture.image_tokens
         longest = stage.max_tokens if isinstance(stage, Rl | Synthesize) else 0
@@ -300,8 +300,8 @@ def _stage_shapes(recipe: Recipe, architectures: dict[str, Architecture]) -> Ite
             longest = max(longest, recipe.evaluation.max_tokens)
         if pictures is not None and longest + pictures >= resources.max_model_len:
             yield (
-                f"stage {stage.name!r}: a picture of up to {pictures} tokens and max_tokens = {longest} leave no room for "
-                f"the question in resources.max_model_len = {resources.max_model_len}; raise it, or use fewer tiles"
+                f"stage {stage.name!r}: a picture of up to {pictures} tokens and max_tokens = {longest} leave no room "
+                f"for the question in resources.max_model_len = {resources.max_model_len}; raise it, or use fewer tiles"
             )
     if resources.token_budget < resources.max_model_len:
         yield (
@@ -330,8 +330,8 @@ def _machine(recipe: Recipe, cluster: Cluster, colocated: bool) -> Iterator[str]
             yield f"resources.tensor_parallel = {r.tensor_parallel} on {cluster.gpus} GPUs; use at most {cluster.gpus}"
         elif r.rollout_workers * r.tensor_parallel > cluster.gpus:
             yield (
-                f"resources.rollout_workers × tensor_parallel = {r.rollout_workers * r.tensor_parallel} on {cluster.gpus} "
-                "GPUs; lower one of them"
+                f"resources.rollout_workers × tensor_parallel = {r.rollout_workers * r.tensor_parallel} on "
+                f"{cluster.gpus} GPUs; lower one of them"
             )
         if r.transport == "ipc" and not colocated:
             yield 'resources.transport = "ipc" needs trainer and engines on the same GPUs; use "nccl" or "auto"'
@@ -346,8 +346,8 @@ def _machine(recipe: Recipe, cluster: Cluster, colocated: bool) -> Iterator[str]
         plural = "trainer_ranks" if key == "trainer" else "rollout_workers"
         if number * threads > cluster.cpus:
             yield (
-                f"resources.{plural} × {key}_threads = {number * threads} threads on {cluster.cpus} cores would wait for "
-                f"one another; lower {key}_threads to {max(cluster.cpus // number, 1)}"
+                f"resources.{plural} × {key}_threads = {number * threads} threads on {cluster.cpus} cores would wait "
+                f"for one another; lower {key}_threads to {max(cluster.cpus // number, 1)}"
                 if number <= cluster.cpus
                 else f"resources.{plural} = {number} on {cluster.cpus} cores; use at most {cluster.cpus}"
             )
@@ -392,7 +392,7 @@ def _engines(
     uses: dict[str, tuple[EngineUse, ...]] = {}
     for stage in recipe.stages:
         found: list[EngineUse] = []
-        for needed in _serving(recipe, stage, architectures):
+        for needed in _serving(stage, architectures):
             busy: list[int] = []
             for role, architecture in needed:
                 free = [i for i, running in enumerate(live) if running == architecture and i not in busy]
@@ -406,9 +406,7 @@ def _engines(
     return uses
 
 
-def _serving(
-    recipe: Recipe, stage: Stage, architectures: dict[str, Architecture]
-) -> Iterator[list[tuple[str, Architecture]]]:
+def _serving(stage: Stage, architectures: dict[str, Architecture]) -> Iterator[list[tuple[str, Architecture]]]:
     """The sets of (role, architecture) that must serve at once: during the stage, then in its evaluation."""
     if isinstance(stage, Rl | Synthesize):
         policy = ("policy", architectures[stage.name])
@@ -548,7 +546,7 @@ def _notes(recipe: Recipe, stages: Sequence[StagePlan]) -> Iterator[str]:
         yield "bfloat16 is emulated on most CPUs: measured, training ran at half the speed of float32"
     unknown = next((stage.architecture for stage in stages if stage.architecture.parameters is None), None)
     if unknown is not None:
-        yield f"{unknown.name}: its size is not known before it is downloaded; the memory estimate leaves its weights out"
+        yield f"{unknown.name}: its size is not known before it is downloaded; the memory estimate leaves it out"
     if any(use.verdict == "unproven" for stage in stages for use in stage.engines):
         yield "log-probs are unproven until `rlhf check` has measured them; a run proves every weight sync all the same"
 

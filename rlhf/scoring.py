@@ -7,6 +7,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from transformers import PreTrainedTokenizerBase
+
 from rewards import judge as judging
 from rewards.mixture import combine
 from rlhf.recipe import Reward
@@ -19,7 +21,7 @@ class Judge:
     """A vision-language model that reads image, question and chain, and answers yes or no."""
 
     engine: Engine
-    tokenizer: object
+    tokenizer: PreTrainedTokenizerBase
     max_tokens: int = 24
 
     async def score(self, groups: Sequence[Group]) -> list[list[Score]]:

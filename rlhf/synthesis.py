@@ -49,7 +49,7 @@ async def run(
             context.log.rollouts(
                 step,
                 [
-                    record(g, 0, {"answer": s[0]} | ({"judge": judged[i][0]} if judged else {}), step)
+                    record(g, 0, {"answer": s[0]} | ({"judge": judged[i][0]} if judged else {}), step, "judge")
                     for i, (g, s) in enumerate(zip(sampled, scored, strict=True))
                 ][: context.recipe.tracking.rollout_samples],
             )

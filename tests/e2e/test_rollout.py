@@ -286,7 +286,7 @@ def test_two_loads_under_running_requests(pair: Any) -> None:
 @pytest.mark.parametrize("workaround", ["prepack_experts", "prepack_tied_head"])
 def test_the_workaround_is_still_needed(pair: Any, workaround: str) -> None:
     """When this fails, vLLM has mended what the work-around in actors.weights is for: delete that."""
-    engine, model, processor = pair
+    engine, model, _ = pair
     if workaround == "prepack_tied_head" and "lm_head.weight" in parameters(model):
         pytest.skip("this head is not tied")
     engine.publish(parameters(model))
@@ -322,7 +322,7 @@ def test_every_spoiled_parameter_is_caught_and_named(pair: Any) -> None:
             noise = torch.zeros_like(value)
             where = slice(None) if expert is None else expert
             noise[where] = torch.randn(value[where].shape, generator=torch.Generator().manual_seed(7)) * 0.05
-            wanted = group if expert is None else f"{group_name(name).rpartition('.')[0]}, expert {expert}"
+            wanted = group if expert is None else f"{group}, expert {expert}"
             engine.publish({**parameters(model), name: value.detach() + noise})
             verdict = compare(ours, engine("score", probes))
             named = localise(prints, engine("fingerprints", probes))

@@ -90,7 +90,7 @@ class FakeTrainer:
 
     async def export(self, folder: Path) -> None:
         shutil.copytree(self.begun[-1].model, folder, dirs_exist_ok=True)
-        (folder / "trained.json").write_text(json.dumps([self.begun[-1].seed, self.steps]))
+        (folder / "trained.json").write_text(json.dumps([self.begun[-1].seed, dict(self.begun[-1].train), self.steps]))
 
     async def end(self) -> None: ...
 

@@ -99,7 +99,7 @@ def test_a_changed_stage_runs_again_with_what_follows(finished: tuple[Path, Fake
     shutil.copytree(finished[0], folder)
     again = run(recipe("stages.think-fusion.lr = 1e-5"), folder)
     begun = [Path(spec.model).parent.name for spec in again.trainer.begun]
-    assert begun == ["07-rl-verifiable", "10-think-fusion"]  # think-fusion itself, then rl-mixed on top of it
+    assert begun == ["08-rl-verifiable", "11-think-fusion"]  # think-fusion itself, then rl-mixed on top of it
 
 
 def test_killed_in_the_middle_of_rl_continues_from_the_checkpoint(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_killed_in_the_middle_of_rl_continues_from_the_checkpoint(tmp_path: Path
         asyncio.run(killed())
     assert supervised > 0
     again = run(wanted, folder)
-    assert Path(again.trainer.begun[0].model).parent.name == "05-long-cot"
+    assert Path(again.trainer.begun[0].model).parent.name == "06-long-cot"
     rl = again.trainer.batches[:3]  # steps 3, 4, 5: the checkpoint was of step 2
     expected = [batch for batch in whole.trainer.batches if len(batch.updates) == 2][2:5]
     assert rl == expected
@@ -139,7 +139,7 @@ def test_a_missed_gate_stops_the_job_and_keeps_the_artifact(tmp_path: Path) -> N
     assert stages[-1]["status"] == "gate failed"
     lenient = recipe('stages.align.gates = [{metric = "eval.extra.accuracy", min = 0.0}]')
     again = run(lenient, tmp_path)
-    assert Path(again.trainer.begun[0].model).parent.name == "02-align"  # a gate is no input: align is not repeated
+    assert Path(again.trainer.begun[0].model).parent.name == "03-align"  # a gate is no input: align is not repeated
 
 
 def test_a_full_disk_leaves_no_partial_artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,6 +150,22 @@ def test_two_spoiled_experts_are_both_named() -> None:
     assert localise(ours, take(model)) == "mlp.experts, experts 1, 3"
 
 
+def test_a_convolution_is_named_though_its_rows_differ_in_number() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 5, 4, 4), nn.Flatten(2), nn.Linear(4, 6))
+    pixels = torch.randn(2, 3, 8, 8)
+
+    def prints() -> Fingerprints:
+        with torch.no_grad(), recording(model) as found:
+            model(pixels)
+            return Fingerprints(found())
+
+    ours = prints()
+    with torch.no_grad():
+        model[0].weight[2] += 0.1
+    assert localise(ours, prints()) == "0"
+
+
 def test_fused_outputs_are_recorded_by_part() -> None:
     torch.manual_seed(0)
     fused = nn.Sequential(nn.Linear(6, 8))

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 VENDOR_HOMES = {
     "deepspeed": {"actors/trainer.py"},
-    "vllm": {"actors/rollout.py", "actors/weights.py", "actors/vllm_plugin.py"},
+    "vllm": {"actors/rollout.py", "actors/masking.py", "actors/weights.py", "actors/vllm_plugin.py"},
 }
 
 
@@ -45,15 +45,15 @@ def top(name: str) -> str:
 
 
 def test_the_reader_sees_every_kind_of_import() -> None:
-    source = (
-        "import ray\ndef f():\n    from vllm.engine import x\n    importlib.import_module('deepspeed')\nfrom . import base\n"
-    )
+    source = "import ray\ndef f():\n    from vllm.engine import x\n    import_module('deepspeed')\nfrom . import base\n"
     found = set(imports(ROOT / "rewards" / "probe.py", source))
     assert {"ray", "vllm.engine", "deepspeed", "rewards.base"} <= found
 
 
 def test_rlhf_imports_no_vendor_of_processes() -> None:
-    wrong = [(p.name, name) for p in modules("rlhf") for name in imports(p) if top(name) in ("ray", "vllm", "deepspeed")]
+    wrong = [
+        (p.name, name) for p in modules("rlhf") for name in imports(p) if top(name) in ("ray", "vllm", "deepspeed")
+    ]
     assert wrong == []
 
 
@@ -95,5 +95,7 @@ def test_no_module_is_a_drawer() -> None:
 def test_planning_loads_no_torch(module: str) -> None:
     heavy = ("torch", "transformers", "ray", "vllm", "deepspeed")
     code = f"import sys, {module}; print([m for m in {heavy!r} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    )
     assert done.stdout.strip() == "[]"

@@ -18,10 +18,26 @@ ROOT = Path(__file__).parents[2]
 LAPTOP = Cluster(cpus=2, memory_gib=24)
 TOY = """
 name = "toy"
-[model.bridge]
-vision = {type = "siglip", hidden_size = 64, intermediate_size = 128, num_hidden_layers = 2, num_attention_heads = 4, image_size = 48, patch_size = 12}
-tiler = {type = "single", size = 48}
-decoder = {type = "qwen3", hidden_size = 128, intermediate_size = 256, num_hidden_layers = 4, num_attention_heads = 4, num_key_value_heads = 2, head_dim = 32, tie_word_embeddings = true}
+[model.bridge.vision]
+type = "siglip"
+hidden_size = 64
+intermediate_size = 128
+num_hidden_layers = 2
+num_attention_heads = 4
+image_size = 48
+patch_size = 12
+[model.bridge.tiler]
+type = "single"
+size = 48
+[model.bridge.decoder]
+type = "qwen3"
+hidden_size = 128
+intermediate_size = 256
+num_hidden_layers = 4
+num_attention_heads = 4
+num_key_value_heads = 2
+head_dim = 32
+tie_word_embeddings = true
 [data]
 train = {builder = "digits", table = "chains"}
 verdicts = {builder = "digits", table = "judge"}
@@ -167,11 +183,13 @@ def test_a_plan_is_fast_and_loads_no_torch(tmp_path: Path) -> None:
     path = tmp_path / "toy.toml"
     path.write_text(TOY)
     code = (
-        "import sys, time; from rlhf.recipe import load; from rlhf.plan import make_plan, Cluster; start = time.time(); "
-        f"make_plan(load([{str(path)!r}]), Cluster(2, 24)).describe(); print(time.time() - start); "
+        "import sys, time; from rlhf.recipe import load; from rlhf.plan import make_plan, Cluster; "
+        f"start = time.time(); make_plan(load([{str(path)!r}]), Cluster(2, 24)).describe(); print(time.time() - start); "
         "print([m for m in ('torch', 'transformers', 'ray', 'vllm', 'deepspeed') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    )
     seconds, loaded = done.stdout.split("\n")[:2]
     assert float(seconds) < 1
     assert loaded == "[]"
@@ -194,12 +212,18 @@ REFUSALS = {
     "own start": ("stages.cot.start = 'cot'", "is the stage itself"),
     "start without a model": ("stages.improve.start = 'filtered'", "is a synthesize stage, which makes no model"),
     "later judge": ("stages.filtered.judge = 'improve'", "judge = 'improve' comes later"),
-    "unknown judge": ("stages.improve.rewards.think.judge = 'jugde'", "judge = 'jugde' is no stage; did you mean 'judge'"),
+    "unknown judge": (
+        "stages.improve.rewards.think.judge = 'jugde'",
+        "judge = 'jugde' is no stage; did you mean 'judge'",
+    ),
     "rows before they exist": ("stages.align.data = {filtered = 1}", "made by a later stage; move stage 'filtered'"),
     "rows from itself": ("stages.filtered.data = {filtered = 1}", "cannot be its own input"),
     "unknown evaluation data": ("evaluation.data = 'heldotu'", "evaluation.data = 'heldotu'.*did you mean 'heldout'"),
     "training on the test": ("stages.align.data = {heldout = 1}", "trains on 'heldout', the held-out questions"),
-    "more questions than rows": ("evaluation.prompts = 5000", "evaluation.prompts = 5000, but data.heldout has 1000 rows"),
+    "more questions than rows": (
+        "evaluation.prompts = 5000",
+        "evaluation.prompts = 5000, but data.heldout has 1000 rows",
+    ),
     "unknown eval_data": ("stages.judge.eval_data = 'verdict'", "eval_data 'verdict'.*did you mean 'verdicts'"),
     "loss without data": ("stages.align.evaluate = 'loss'", 'evaluate = "loss" needs eval_data'),
     "ranks over cores": ("resources.trainer_ranks = 4", "trainer_ranks = 4 on 2 cores; use at most 2"),
@@ -209,7 +233,10 @@ REFUSALS = {
         "stages.improve = {prompts_per_step = 1, group_size = 2, updates_per_batch = 4}",
         "2 rollouts cannot fill 4 updates",
     ),
-    "batch under ranks": ("resources = {trainer_ranks = 2, trainer_threads = 1}\nstages.align.batch_size = 1", "batch_size = 1"),
+    "batch under ranks": (
+        "resources = {trainer_ranks = 2, trainer_threads = 1}\nstages.align.batch_size = 1",
+        "batch_size = 1",
+    ),
     "no room for a prompt": ("stages.improve.max_tokens = 256", "max_tokens = 256 leaves no room for a prompt"),
     "no room in evaluation": ("evaluation.max_tokens = 300", "evaluation.max_tokens = 300 leaves no room"),
     "no room for the picture": ("stages.improve.max_tokens = 245", "a picture of up to 16 tokens"),
@@ -218,8 +245,14 @@ REFUSALS = {
     "nccl on cpu": ("resources.transport = 'nccl'", '"nccl" moves GPU memory'),
     "tensor parallel on cpu": ("resources.tensor_parallel = 2", "tensor_parallel needs GPUs"),
     "a clip that never binds": ("stages.improve.clip_high = 0.2", "a clip range of 0.2 never binds for GSPO"),
-    "same name as a source": ("data.filtered = {builder = 'digits', table = 'chains'}", "is both a [data] source and a"),
-    "budgets": ("budget_minutes = 1\nstages.align.budget_minutes = 2", "add up to 2 minutes, more than budget_minutes = 1"),
+    "same name as a source": (
+        "data.filtered = {builder = 'digits', table = 'chains'}",
+        "is both a [data] source and a",
+    ),
+    "budgets": (
+        "budget_minutes = 1\nstages.align.budget_minutes = 2",
+        "add up to 2 minutes, more than budget_minutes = 1",
+    ),
     "memory": ("resources.memory_gib = 2", "more than resources.memory_gib = 2"),
     "top_k": ("stages.cot.upcycle = {num_experts = 2, top_k = 3}", "top_k = 3 is more than num_experts = 2"),
     "upcycling twice": ("stages.align.upcycle = {num_experts = 2, top_k = 1}", "its decoder already has 2 experts"),
@@ -269,16 +302,18 @@ def test_two_stages_of_one_name() -> None:
 
 
 def test_evaluation_without_questions() -> None:
-    with pytest.raises(PlanError, match="evaluation.data is not given, but stage 'align'"):
+    with pytest.raises(PlanError, match=r"evaluation\.data is not given, but stage 'align'"):
         plan(text=TOY.replace('data = "heldout"', ""))
 
 
 def test_paths_that_do_not_exist() -> None:
     with pytest.raises(PlanError, match=r"data.train.path = 'rows.parquet': no such file"):
         plan(text=TOY.replace('train = {builder = "digits", table = "chains"}', 'train = {path = "rows.parquet"}'))
-    bridge = re.compile(r"\[model.bridge\].*?\[data\]", re.S)
+    bridge = re.compile(r"\[model\.bridge\.vision\].*?\[data\]", re.S)
     for path, hub in (("./models/none", False), ("models", False), ("Qwen/Qwen3-VL-2B-Instruct", True)):
-        text = bridge.sub(f'[model]\npath = "{path}"\n[data]', TOY).replace("upcycle = {num_experts = 4, top_k = 2}", "")
+        text = bridge.sub(f'[model]\npath = "{path}"\n[data]', TOY).replace(
+            "upcycle = {num_experts = 4, top_k = 2}", ""
+        )
         if hub:
             made = plan(text=text)
             assert made.implementation == "vllm"

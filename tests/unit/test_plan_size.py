@@ -58,7 +58,11 @@ BRIDGES: dict[str, dict[str, dict[str, Any]]] = {
     "dense": {"vision": VISION["siglip"], "decoder": DENSE},
     "moe": {"vision": VISION["siglip"], "decoder": MOE},
     "aimv2": {"vision": VISION["aimv2"], "decoder": DENSE},
-    "shuffle": {"vision": VISION["siglip"], "decoder": DENSE, "connector": {"type": "mlp", "kind": "pixel_shuffle_mlp"}},
+    "shuffle": {
+        "vision": VISION["siglip"],
+        "decoder": DENSE,
+        "connector": {"type": "mlp", "kind": "pixel_shuffle_mlp"},
+    },
     "linear": {"vision": VISION["siglip"], "decoder": DENSE, "connector": {"type": "mlp", "kind": "linear"}},
     "sparse every second layer": {"vision": VISION["siglip"], "decoder": MOE | {"decoder_sparse_step": 2}},
 }
@@ -94,9 +98,10 @@ def test_parameters(name: str) -> None:
 
 def test_upcycled_is_the_moe_of_the_same_width() -> None:
     wide = MOE | {"moe_intermediate_size": DENSE["intermediate_size"], "tie_word_embeddings": True}
-    assert described(BRIDGES["dense"]).upcycled(4, 2).parameters == described(
-        {"vision": VISION["siglip"], "decoder": wide}
-    ).parameters
+    assert (
+        described(BRIDGES["dense"]).upcycled(4, 2).parameters
+        == described({"vision": VISION["siglip"], "decoder": wide}).parameters
+    )
 
 
 @pytest.mark.parametrize("kind", [*VISION_DEFAULTS, *DECODER_DEFAULTS])

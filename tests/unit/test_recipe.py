@@ -74,7 +74,9 @@ def test_overrides_come_last(base: Path, tmp_path: Path) -> None:
 
 
 def test_an_unknown_key_names_the_nearest(base: Path) -> None:
-    with pytest.raises(RecipeError, match=r"base\.toml: unknown key 'resources.trainer_thread'; did you mean 'trainer_threads'"):
+    with pytest.raises(
+        RecipeError, match=r"base\.toml: unknown key 'resources.trainer_thread'; did you mean 'trainer_threads'"
+    ):
         load([base], ["resources.trainer_thread = 1"])
     with pytest.raises(RecipeError, match=r"unknown key 'stages.first.batch_sise'; did you mean 'batch_size'"):
         load([base], ["stages.first.batch_sise = 1"])

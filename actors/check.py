@@ -1,0 +1,70 @@
+"""`rlhf check`: what only an engine can tell. Which vLLM implementation serves [model], and how far it is from the trainer.
+
+Every implementation is started once, takes the trainer's weights, and is compared on the probes. The verdict is kept
+by architecture and versions; `rlhf plan` quotes it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from ray.exceptions import RayError
+
+from actors.launch import ActorTimeout, launch
+from rlhf.architecture import architecture_of
+from rlhf.curriculum import Curriculum
+from rlhf.plan import Verdict, installed_versions, make_plan, read_verdicts
+from rlhf.recipe import Recipe, Sft
+
+PREFERENCE = ("vllm", "transformers")
+VERDICTS = "verdicts.json"
+
+
+async def check(recipe: Recipe, folder: Path) -> list[Verdict]:
+    """Measure every implementation that `model.implementation` allows, and keep the verdicts in `folder`'s parent."""
+    wanted = recipe.model.implementation
+    found = []
+    for implementation in PREFERENCE if wanted == "auto" else (wanted,):
+        gap, proven = await _measure(_narrowed(recipe, implementation), folder)
+        architecture = architecture_of(recipe.model).digest
+        found.append(Verdict(architecture, implementation, gap, proven, installed_versions()))
+    keep(folder.parent / VERDICTS, found)
+    return found
+
+
+def keep(path: Path, found: Sequence[Verdict]) -> None:
+    """Add verdicts to a file, replacing those of the same architecture and implementation."""
+    new = {(verdict.architecture, verdict.implementation) for verdict in found}
+    kept = [verdict for verdict in read_verdicts(path) if (verdict.architecture, verdict.implementation) not in new]
+    rows = [{**asdict(verdict), "versions": dict(verdict.versions)} for verdict in (*kept, *found)]
+    path.write_text(json.dumps(rows, indent=1))
+
+
+def _narrowed(recipe: Recipe, implementation: str) -> Recipe:
+    """The recipe with one stage that would train [model], under one implementation."""
+    source = recipe.evaluation.data or next(iter(recipe.data))
+    stage = Sft(name="check", kind="sft", data={source: 1.0}, steps=1, batch_size=1, lr=1e-6)
+    model = recipe.model.model_copy(update={"implementation": implementation})
+    return recipe.model_copy(update={"model": model, "stages": [stage]})
+
+
+async def _measure(recipe: Recipe, folder: Path) -> tuple[float, bool]:
+    """(largest log-prob gap, whether it is proven); infinite for an implementation that cannot serve the model."""
+    stage = recipe.stages[0]
+    assert isinstance(stage, Sft)
+    serving = recipe.model_copy(update={"stages": [stage.model_copy(update={"evaluate": "modes"})]})
+    async with launch(recipe, make_plan(serving)) as actors:
+        curriculum = Curriculum(recipe, folder, actors)
+        curriculum.prepare()
+        await curriculum.begin(stage)
+        try:
+            async with actors.serving({"policy": curriculum.model_before(stage)}) as engines:
+                agreement = await actors.trainer.agree(engines["policy"])
+        except (RayError, ActorTimeout) as error:
+            print(f"{recipe.model.implementation}: cannot serve this model: {str(error).splitlines()[-1]}")
+            return math.inf, False
+    return agreement.max_gap, agreement.ok
