@@ -15,7 +15,6 @@ from pathlib import Path
 from ray.exceptions import RayError
 
 from actors.launch import ActorTimeout, launch
-from rlhf.architecture import architecture_of
 from rlhf.curriculum import Curriculum
 from rlhf.plan import Verdict, installed_versions, make_plan, read_verdicts
 from rlhf.recipe import Recipe, Sft
@@ -29,8 +28,9 @@ async def check(recipe: Recipe, folder: Path) -> list[Verdict]:
     wanted = recipe.model.implementation
     found = []
     for implementation in PREFERENCE if wanted == "auto" else (wanted,):
-        gap, proven = await _measure(_narrowed(recipe, implementation), folder)
-        architecture = architecture_of(recipe.model).digest
+        narrowed = _narrowed(recipe, implementation)
+        architecture = make_plan(narrowed).stages[0].architecture.digest
+        gap, proven = await _measure(narrowed, folder)
         found.append(Verdict(architecture, implementation, gap, proven, installed_versions()))
     keep(folder.parent / VERDICTS, found)
     return found

@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status: int = parsed.command(parsed)
         return status
-    except RecipeError as error:
+    except (RecipeError, PlanError) as error:
         return _fail(error, UNUSABLE)
     except KeyboardInterrupt:
         return _fail("interrupted; the same command continues from the last checkpoint", INTERRUPTED)
@@ -74,10 +74,7 @@ class _Plain(argparse.RawDescriptionHelpFormatter):
 
 def run_command(parsed: argparse.Namespace) -> int:
     recipe = load(parsed.recipe, parsed.override)
-    try:
-        plan = make_plan(recipe, verdicts=read_verdicts(parsed.runs / "verdicts.json"))
-    except PlanError as error:
-        return _fail(error, UNUSABLE)
+    plan = make_plan(recipe, verdicts=read_verdicts(parsed.runs / "verdicts.json"))
     from rlhf.data.rows import DataError
 
     folder = parsed.runs / recipe.name
@@ -123,10 +120,7 @@ async def _run(recipe: Recipe, plan: Plan, folder: Path, address: str | None) ->
 
 def plan_command(parsed: argparse.Namespace) -> int:
     verdicts = read_verdicts(parsed.runs / "verdicts.json")
-    try:
-        print(make_plan(load(parsed.recipe, parsed.override), verdicts=verdicts).describe())
-    except PlanError as error:
-        return _fail(error, UNUSABLE)
+    print(make_plan(load(parsed.recipe, parsed.override), verdicts=verdicts).describe())
     return 0
 
 
@@ -170,31 +164,31 @@ def report_command(parsed: argparse.Namespace) -> int:
 
 
 def submit_command(parsed: argparse.Namespace) -> int:
-    from actors import jobs
-
     recipe = load(parsed.recipe, parsed.override)
-    print(jobs.submit(recipe, parsed.recipe, parsed.override, parsed.runs, parsed.address))
-    return 0
+    make_plan(recipe)
+    return _job("submit", recipe, parsed.recipe, parsed.override, parsed.runs, parsed.address)
 
 
 def status_command(parsed: argparse.Namespace) -> int:
-    from actors import jobs
-
-    print(jobs.status(parsed.job, parsed.runs, parsed.address))
-    return 0
+    return _job("status", parsed.job, parsed.runs, parsed.address)
 
 
 def logs_command(parsed: argparse.Namespace) -> int:
-    from actors import jobs
-
-    print(jobs.logs(parsed.job, parsed.runs, parsed.address))
-    return 0
+    return _job("logs", parsed.job, parsed.runs, parsed.address)
 
 
 def stop_command(parsed: argparse.Namespace) -> int:
+    return _job("stop", parsed.job, parsed.runs, parsed.address)
+
+
+def _job(verb: str, *arguments: object) -> int:
+    """Call a verb of `actors.jobs` and print its answer."""
     from actors import jobs
 
-    print(jobs.stop(parsed.job, parsed.runs, parsed.address))
+    try:
+        print(getattr(jobs, verb)(*arguments))
+    except jobs.JobError as error:
+        return _fail(error, FAILED)
     return 0
 
 

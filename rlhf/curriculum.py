@@ -25,6 +25,7 @@ from typing import Any
 from rlhf import evaluation, offline, online, synthesis
 from rlhf.agreement import make_probes
 from rlhf.algorithms import losses
+from rlhf.architecture import from_folder
 from rlhf.batching import make_batch
 from rlhf.checkpoint import digest, latest, whole, write_json
 from rlhf.data.formatting import as_sample
@@ -283,7 +284,7 @@ class Curriculum:
 def train_spec(recipe: Recipe, stage: Sft | Rl, model: Path, masked: tuple[int, ...]) -> TrainSpec:
     """What the trainer needs to know of a stage. The clip belongs to the algorithm unless the recipe gives one."""
     if isinstance(stage, Rl):
-        moe = is_moe(model) if stage.algorithm == "auto" else False
+        moe = stage.algorithm == "auto" and from_folder(model).experts is not None
         kind = losses.choose(stage.algorithm, moe)
         low, high = losses.defaults(kind)
         loss = Loss(
@@ -319,12 +320,6 @@ def train_spec(recipe: Recipe, stage: Sft | Rl, model: Path, masked: tuple[int, 
         upcycle=upcycle,
         lora=(stage.lora.rank, stage.lora.alpha, tuple(stage.lora.target_modules)) if stage.lora else None,
     )
-
-
-def is_moe(model: Path) -> bool:
-    """Whether the folder's decoder is a mixture of experts, read from its config.json."""
-    config = json.loads((model / "config.json").read_text())
-    return bool(config.get("text_config", config).get("num_experts"))
 
 
 def sources_of(stage: Stage, recipe: Recipe) -> list[str]:

@@ -42,6 +42,7 @@ def texts(rows: Rows) -> Iterator[str]:
 
 def load_processor(folder: Path) -> Any:
     """The processor of a bridge folder or of any Hugging Face vision-language model."""
+    rlhf.bridge.register()
     return AutoProcessor.from_pretrained(str(folder))
 
 

@@ -43,13 +43,14 @@ COUNT_OF = ("how many {} are there?", "count the {}.")
 @dataclass(frozen=True)
 class Options:
     """min_digits to max_digits a picture (1 to 4); categories asked; augmentation 0 (centred, upright size) to 1;
-    reading: a judge first says which digits it sees itself."""
+    reading: a judge first says which digits it sees itself; corrupted: the share of unsound chains it is shown."""
 
     min_digits: int = 1
     max_digits: int = 4
     categories: tuple[str, ...] = CATEGORIES
     augmentation: float = 1.0
     reading: bool = False
+    corrupted: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,8 @@ def _options(table: str, given: Mapping[str, Any]) -> Options:
         raise DataError(f"min_digits {chosen.min_digits}, max_digits {chosen.max_digits}: 1 ≤ min ≤ max ≤ 4 is needed")
     if not 0 <= chosen.augmentation <= 1:
         raise DataError(f"augmentation {chosen.augmentation}: from 0 to 1")
+    if not 0 <= chosen.corrupted <= 1:
+        raise DataError(f"corrupted {chosen.corrupted}: from 0 to 1")
     for category in chosen.categories:
         if category not in CATEGORIES:
             raise DataError(f"digits has no category {category!r}{_nearest(category, list(CATEGORIES))}")
@@ -266,8 +269,13 @@ def _verdict_columns(row: Row, sound: bool, corruption: str) -> Row:
     return {**row, "answer": "yes" if sound else "no", "sound": sound, "corruption": corruption}
 
 
+def _is_sound(turn: int, options: Options) -> bool:
+    """Spreads the corrupted rows evenly: every second one at a share of 0.5."""
+    return int((turn + 1) * options.corrupted) == int(turn * options.corrupted)
+
+
 def _judge_row(rng: random.Random, options: Options, split: str, turn: int) -> Row:
-    sound = turn % 2 == 0
+    sound = _is_sound(turn, options)
     puzzle, chain, corruption, reply = _judged(rng, options, split, sound)
     image = _picture(puzzle, rng, options, split)
     row = _row(puzzle, judge_question(puzzle.question, chain), reply, False, image)
@@ -275,7 +283,7 @@ def _judge_row(rng: random.Random, options: Options, split: str, turn: int) -> R
 
 
 def _judge_text_row(rng: random.Random, options: Options, split: str, turn: int) -> Row:
-    sound = turn % 2 == 0
+    sound = _is_sound(turn, options)
     puzzle, chain, corruption, reply = _judged(rng, options, split, sound)
     asked = f"{_told(puzzle, rng)} {judge_question(puzzle.question, chain)}"
     return _verdict_columns(_row(puzzle, asked, reply, False, None), sound, corruption)

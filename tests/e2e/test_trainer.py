@@ -5,7 +5,9 @@ The ranks are processes that run this very file and take method calls through a 
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import os
 import pickle
 import random
 import select
@@ -35,8 +37,6 @@ pytestmark = pytest.mark.timeout(300)
 
 def serve(rank: int, world_size: int, address: str) -> None:
     """Answer pickled (method, arguments) from stdin with (ok, result); vendors' prints go to stderr."""
-    import os
-
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     from deepspeed.utils import safe_get_full_grad
@@ -328,10 +328,9 @@ def test_lora_leaves_the_base_alone(one, dense, tmp_path):
     assert one.losses(batch)["loss"] == pytest.approx(loss, abs=1e-6)
 
 
-def test_a_loss_that_is_not_finite_stops_every_rank_and_names_the_row(two, sparse):
-    import dataclasses
-
-    two.begin(spec_of(sparse, loss=Loss("dapo")))
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+def test_a_loss_that_is_not_finite_stops_every_rank_and_names_the_row(two, sparse, zero_stage):
+    two.begin(spec_of(sparse, zero_stage=zero_stage, loss=Loss("dapo")))
     good = rows(4, True, 0, True)
     spoilt = [*good[:3], dataclasses.replace(good[3], advantage=float("nan"), key="spoilt/7")]
     before = two.weights(1 << 30)

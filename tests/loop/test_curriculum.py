@@ -12,7 +12,7 @@ import pytest
 from rlhf.checkpoint import CheckpointError
 from rlhf.curriculum import Curriculum, GateError
 from rlhf.footprint import Footprint
-from rlhf.recipe import Recipe, load
+from rlhf.recipe import Recipe, Sft, load
 from rlhf.tracking import Tracker
 from tests.loop.cast import FakeCast, Killed
 
@@ -103,24 +103,22 @@ def test_a_changed_stage_runs_again_with_what_follows(finished: tuple[Path, Fake
 
 
 def test_killed_in_the_middle_of_rl_continues_from_the_checkpoint(tmp_path: Path) -> None:
-    wanted = recipe("stages.rl-verifiable.steps = 5", "stages.rl-verifiable.checkpoint_every = 2")
+    wanted = recipe("stages.language.steps = 4", "stages.long-cot.steps = 4", "stages.rl-verifiable.steps = 5", "stages.rl-verifiable.checkpoint_every = 2")
     whole = run(wanted, tmp_path / "whole")
     folder = tmp_path / "killed"
-    supervised = sum(len(batch.updates) == 1 for batch in whole.trainer.batches)
 
     async def killed() -> None:
         with Tracker(folder, wanted.name, wanted.tracking) as tracker:
             curriculum = Curriculum(wanted, folder, None, tracker, Footprint())  # type: ignore[arg-type]
             curriculum.prepare()
             cast = FakeCast(curriculum.tokenizer())
-            before_rl = 4 + 3 + 3 + 3 + 3 + 30
+            before_rl = sum(stage.steps for stage in wanted.stages[:6] if isinstance(stage, Sft))
             cast.trainer.die_at = before_rl + 3
             curriculum.actors = cast  # type: ignore[assignment]
             await curriculum.run()
 
     with pytest.raises(Killed):
         asyncio.run(killed())
-    assert supervised > 0
     again = run(wanted, folder)
     assert Path(again.trainer.begun[0].model).parent.name == "06-long-cot"
     rl = again.trainer.batches[:3]  # steps 3, 4, 5: the checkpoint was of step 2
@@ -158,5 +156,5 @@ def test_rewards_that_fail_stop_the_run_with_the_reason(tmp_path: Path) -> None:
     reward = tmp_path / "mine.py"
     reward.write_text("def broken(item):\n    raise KeyError('unit')\n")
     spoiled = recipe(f'stages.rl-verifiable.rewards.answer.function = "{reward}:broken"')
-    with pytest.raises(RuntimeError, match=r"rewards failed on 100% .*KeyError: 'unit'"):
+    with pytest.raises(RuntimeError, match=r"(?s)rewards failed on 100% .*KeyError: 'unit'"):
         run(spoiled, tmp_path / "run")

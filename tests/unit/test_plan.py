@@ -184,8 +184,8 @@ def test_a_plan_is_fast_and_loads_no_torch(tmp_path: Path) -> None:
     path.write_text(TOY)
     code = (
         "import sys, time; from rlhf.recipe import load; from rlhf.plan import make_plan, Cluster; "
-        f"start = time.time(); make_plan(load([{str(path)!r}]), Cluster(2, 24)).describe(); print(time.time() - start); "
-        "print([m for m in ('torch', 'transformers', 'ray', 'vllm', 'deepspeed') if m in sys.modules])"
+        f"start = time.time(); make_plan(load([{str(path)!r}]), Cluster(2, 24)).describe(); print(time.time() - start);"
+        " print([m for m in ('torch', 'transformers', 'ray', 'vllm', 'deepspeed') if m in sys.modules])"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
