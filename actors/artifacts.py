@@ -21,7 +21,7 @@ VOLATILE = {"_name_or_path", "dtype", "torch_dtype", "transformers_version"}
 
 def architecture(folder: Path) -> str:
     """A digest of the model's configuration: folders that share it can share an engine."""
-    config = json.loads((_base(folder) / "config.json").read_text())
+    config = json.loads((base_of(folder) / "config.json").read_text())
     return hashlib.sha256(json.dumps(_stable(config), sort_keys=True).encode()).hexdigest()
 
 
@@ -30,7 +30,7 @@ def read_weights(folder: Path) -> list[tuple[str, np.ndarray[Any, Any]]]:
 
     bfloat16 files are not read here: numpy has no such type, and such models start with vLLM's own loader.
     """
-    base = _base(folder)
+    base = base_of(folder)
     weights = {}
     for file in sorted(base.glob("*.safetensors")):
         with safe_open(file, framework="numpy") as tensors:
@@ -77,7 +77,8 @@ def read_probes(folder: Path) -> tuple[list[Probe], ProbeScores] | None:
     )
 
 
-def _base(folder: Path) -> Path:
+def base_of(folder: Path) -> Path:
+    """The folder that holds the weights: of adapters in peft's format, their base; else the folder itself."""
     adapter = folder / "adapter_config.json"
     return Path(json.loads(adapter.read_text())["base_model_name_or_path"]) if adapter.exists() else folder
 

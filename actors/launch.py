@@ -21,7 +21,7 @@ from ray.exceptions import RayActorError
 from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors.artifacts import architecture, read_probes, read_weights, write_probes
+from actors.artifacts import architecture, base_of, read_probes, read_weights, write_probes
 from actors.reward import RewardWorker
 from actors.rollout import EngineSettings, RolloutWorker
 from actors.trainer import TrainerRank
@@ -184,7 +184,7 @@ class EngineHandle:
 
     async def _restart(self, index: int) -> None:
         self.restarts += 1
-        self.workers[index] = self.start(index, self.folder)
+        self.workers[index] = self.start(index, base_of(self.folder))
         await within(
             self.deadlines.start,
             "start",
@@ -339,8 +339,7 @@ class Placement:
             "num_cpus": actor.cpus,
             "num_gpus": actor.gpus,
             "scheduling_strategy": strategy,
-            # idle OpenMP threads of one actor must not starve another's
-            "runtime_env": {"env_vars": environment | {"OMP_WAIT_POLICY": "PASSIVE"}},
+            "runtime_env": {"env_vars": environment},
             **more,
         }
 
@@ -410,13 +409,16 @@ class Cast:
         count = self.placement.recipe.resources.rollout_workers if role == "policy" else 1
         deadlines = self.placement.recipe.deadlines
         engine = EngineHandle(role, folder, kind, lambda i, path: self.placement.rollout(first + i, path), deadlines)
-        engine.workers = [engine.start(index, folder) for index in range(count)]
+        engine.workers = [engine.start(index, base_of(folder)) for index in range(count)]
         what = f"engine {role!r} starting on {folder}"
         await asyncio.gather(
             *(within(deadlines.start, "start", what, worker.heartbeat.remote()) for worker in engine.workers)
         )
         self.engines.append(engine)
-        await engine.prove_artifact()
+        if base_of(folder) == folder:
+            await engine.prove_artifact()
+        else:  # adapters: vLLM starts on their base and takes the merged weights
+            await engine.open(folder)
         return engine
 
 

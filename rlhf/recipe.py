@@ -335,13 +335,13 @@ def _merge(base: dict[str, Any], over: dict[str, Any], origin: str) -> dict[str,
 
 
 def _merge_stages(base: list[dict[str, Any]], over: Any, origin: str) -> list[dict[str, Any]]:
-    """`[[stages]]` appends or changes by name; `stages.NAME.key = …` changes one stage."""
+    """`[[stages]]` appends or changes by name; `stages.NAME.key = …` changes one stage, or appends one with a `kind`."""
     changes = over if isinstance(over, list) else [{**fields, "name": name} for name, fields in over.items()]
     merged = {stage["name"]: stage for stage in base}
     for change in changes:
         name = change.get("name")
         if name not in merged:
-            if isinstance(over, dict):
+            if isinstance(over, dict) and "kind" not in change:
                 raise RecipeError(f"{origin}: no stage named {name!r}; the stages are {', '.join(merged)}")
             merged[name] = change
         elif change.get("remove") is True:

@@ -1,0 +1,163 @@
+"""The whole curriculum for real, a few steps a stage: Ray, vLLM, DeepSpeed, every kind of stage. The driver is killed
+in the middle of stage B, and the same command finishes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).parents[2]
+COMMAND = [
+    *(sys.executable, "-m", "rlhf.cli", "run"),
+    *(str(ROOT / "recipes" / "think_fusion_digits.toml"), str(ROOT / "recipes" / "sizes" / "smoke.toml")),
+]
+DEADLINE = 400.0
+pytestmark = pytest.mark.timeout(600)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What was seen of the two runs: `before` and `after` are the steps of stage B as logged at the kill and at the
+    end, `finished_before` the results that existed at the kill."""
+
+    folder: Path
+    before: list[dict[str, Any]]
+    after: list[dict[str, Any]]
+    finished_before: dict[str, bytes]
+    orphans: list[str]
+    output: str
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return dict(json.loads((self.folder / "summary.json").read_text()))
+
+    def stage(self, name: str) -> dict[str, Any]:
+        return next(stage for stage in self.summary["stages"] if stage["name"] == name)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    runs = tmp_path_factory.mktemp("runs")
+    folder = runs / "smoke"
+    steps = folder / "stages" / "08-rl-verifiable" / "steps.jsonl"
+    first = _start(runs)
+    _wait_for(lambda: steps.exists() and len(_lines(steps)) >= 3, first)
+    family = [first_process := psutil.Process(first.pid), *first_process.children(recursive=True)]
+    before = _lines(steps)
+    results = {str(path): path.read_bytes() for path in folder.glob("stages/*/result.json")}
+    first.send_signal(signal.SIGKILL)
+    first.wait(timeout=30)
+    second = _start(runs)
+    output, _ = second.communicate(timeout=DEADLINE)
+    assert second.returncode == 0, output[-3000:]
+    _, alive = psutil.wait_procs(family, timeout=150)
+    orphans = [process.name() for process in alive]
+    orphans += [p.name() for p in psutil.process_iter() if _mentions(p, str(runs))]
+    yield Run(folder, before, _lines(steps), results, orphans, output)
+
+
+def test_it_finishes_every_stage(run: Run) -> None:
+    assert [stage["status"] for stage in run.summary["stages"]] == ["done"] * 15
+    assert {stage["kind"] for stage in run.summary["stages"]} == {"sft", "rl", "synthesize", "evaluate"}
+    assert run.summary["engine_cold_starts"] <= 3
+    assert 0 < run.summary["peak_rss_gib"] <= 8
+
+
+def test_finished_stages_are_not_repeated_after_a_kill(run: Run) -> None:
+    assert len(run.finished_before) == 7
+    for path, content in run.finished_before.items():
+        assert Path(path).read_bytes() == content
+
+
+def test_the_killed_stage_is_restored_exactly(run: Run) -> None:
+    assert [line["step"] for line in run.after] == [1, 2, 3, 4, 5]
+    replayed = {line["step"]: line["metrics"] for line in run.after}
+    seen = {line["step"]: line["metrics"] for line in run.before}
+    # the checkpoint is of step 2: step 3 was computed twice, from restored weights, optimizer, data and seeds
+    assert 3 in seen
+    assert replayed[3] == seen[3]
+
+
+def test_trainer_and_engine_agree(run: Run) -> None:
+    for name in ("rl-verifiable", "rl-mixed"):
+        metrics = run.stage(name)["metrics"]
+        assert metrics["sync_probe.max"] <= 1e-4
+        assert metrics["sync_probe.unreached_experts"] == 0
+        assert metrics["logprob_gap.p999"] <= 2e-5
+        assert metrics["rl.clip_fraction"] > 0
+
+
+def test_lora_leaves_the_base_alone(run: Run) -> None:
+    adapter = run.folder / run.stage("adapter")["artifact"]["path"]
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in adapter.iterdir()}
+    base = Path(json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"])
+    from rlhf.checkpoint import digest
+
+    assert digest(base) == run.stage("rl-mixed")["artifact"]["digest"]
+
+
+def test_artifacts_open_in_transformers(run: Run) -> None:
+    from rlhf.models import load_processor
+
+    folder = run.folder / run.stage("rl-mixed")["artifact"]["path"]
+    assert load_processor(folder).tokenizer.eos_token_id is not None
+    code = (
+        "import torch, rlhf.bridge; rlhf.bridge.register(); from transformers import AutoModelForImageTextToText as A;"
+        f"print(type(A.from_pretrained({str(folder)!r})).__name__)"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert "BridgeMoeForConditionalGeneration" in shown.stdout
+
+
+def test_somebody_can_watch(run: Run) -> None:
+    page = (run.folder / "report.html").read_text()
+    assert "rl-mixed" in page
+    assert "data:image/png;base64" in page
+    assert list((run.folder / "tensorboard").rglob("events*"))
+    assert "report:" in run.output
+
+
+def test_no_process_is_left(run: Run) -> None:
+    assert not run.orphans
+
+
+def _start(runs: Path) -> subprocess.Popen[str]:
+    environment = os.environ | {"WANDB_MODE": "offline"}
+    return subprocess.Popen(
+        [*COMMAND, "--runs", str(runs)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        env=environment,
+    )
+
+
+def _wait_for(condition: Any, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + DEADLINE
+    while not condition():
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        assert time.monotonic() < deadline, "the first run did not come to stage B in time"
+        time.sleep(0.05)  # polling a file another process writes
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+
+
+def _mentions(process: psutil.Process, text: str) -> bool:
+    try:
+        return text in " ".join(process.cmdline()) and process.pid != os.getpid()
+    except psutil.Error:
+        return False
