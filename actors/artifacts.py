@@ -34,7 +34,7 @@ def read_weights(folder: Path) -> list[tuple[str, np.ndarray[Any, Any]]]:
     weights = {}
     for file in sorted(base.glob("*.safetensors")):
         with safe_open(file, framework="numpy") as tensors:
-            weights.update({name: tensors.get_tensor(name) for name in tensors.keys()})
+            weights.update({name: tensors.get_tensor(name) for name in tensors.keys()})  # noqa: SIM118  not a dict
     if base != folder:
         _merge(folder, weights)
     return list(weights.items())
@@ -88,7 +88,7 @@ def _merge(folder: Path, weights: dict[str, np.ndarray[Any, Any]]) -> None:
     config = json.loads((folder / "adapter_config.json").read_text())
     scale = config["lora_alpha"] / config["r"]
     with safe_open(folder / "adapter_model.safetensors", framework="numpy") as tensors:
-        for name in tensors.keys():
+        for name in tensors.keys():  # noqa: SIM118
             if ".lora_A." in name:
                 target = name.removeprefix("base_model.model.").replace(".lora_A.weight", ".weight")
                 down, up = tensors.get_tensor(name), tensors.get_tensor(name.replace(".lora_A.", ".lora_B."))

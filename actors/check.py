@@ -1,4 +1,4 @@
-"""`rlhf check`: what only an engine can tell. Which vLLM implementation serves [model], and how far it is from the trainer.
+"""`rlhf check`: which vLLM implementation serves [model], and how far its log-probs are from the trainer's.
 
 Every implementation is started once, takes the trainer's weights, and is compared on the probes. The verdict is kept
 by architecture and versions; `rlhf plan` quotes it.
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ray.exceptions import RayError
 
-from actors.launch import ActorTimeout, launch
+from actors.launch import ActorTimeoutError, launch
 from rlhf.curriculum import Curriculum
 from rlhf.plan import Verdict, installed_versions, make_plan, read_verdicts
 from rlhf.recipe import Recipe, Sft
@@ -58,13 +58,14 @@ async def _measure(recipe: Recipe, folder: Path) -> tuple[float, bool]:
     assert isinstance(stage, Sft)
     serving = recipe.model_copy(update={"stages": [stage.model_copy(update={"evaluate": "modes"})]})
     async with launch(recipe, make_plan(serving)) as actors:
-        curriculum = Curriculum(recipe, folder, actors)
+        curriculum = Curriculum(recipe, folder)
+        curriculum.actors = actors
         curriculum.prepare()
         await curriculum.begin(stage)
         try:
             async with actors.serving({"policy": curriculum.model_before(stage)}) as engines:
                 agreement = await actors.trainer.agree(engines["policy"])
-        except (RayError, ActorTimeout) as error:
+        except (RayError, ActorTimeoutError) as error:
             print(f"{recipe.model.implementation}: cannot serve this model: {str(error).splitlines()[-1]}")
             return math.inf, False
     return agreement.max_gap, agreement.ok

@@ -37,7 +37,7 @@ BUCKET_BYTES = 64 * 2**20
 REWARD_CHUNK = 64  # items a call: small enough that a hang costs little, large enough to be cheap
 
 
-class ActorTimeout(TimeoutError):
+class ActorTimeoutError(TimeoutError):
     """A remote call missed its deadline; names the actor, the call and the recipe key of the deadline."""
 
 
@@ -46,7 +46,7 @@ async def within(seconds: float, deadline: str, what: str, reference: Any) -> An
     try:
         return await asyncio.wait_for(_future(reference), seconds)
     except TimeoutError as error:
-        raise ActorTimeout(
+        raise ActorTimeoutError(
             f"{what} did not answer within {seconds:g} s; raise deadlines.{deadline} if it is only slow"
         ) from error
 
@@ -55,7 +55,6 @@ async def _future(reference: Any) -> Any:
     return await reference
 
 
-@ray.remote
 class RolloutActor(RolloutWorker):
     """A rollout worker that fetches published weights from the object store, or reads an artifact's."""
 
@@ -70,7 +69,6 @@ class RolloutActor(RolloutWorker):
         return self.load(Publication(version, "cpu", (), names), [weights]).seconds
 
 
-@ray.remote
 class TrainerActor(TrainerRank):
     """A trainer rank that puts its weights into the object store."""
 
@@ -82,9 +80,6 @@ class TrainerActor(TrainerRank):
             names |= {name: tuple(array.shape) for name, array in bucket}
             references.append(ray.put(bucket))
         return Publication(version, "cpu", tuple(references), names)
-
-
-RewardActor = ray.remote(RewardWorker)
 
 
 @ray.remote(num_cpus=0)
@@ -321,8 +316,9 @@ class Placement:
 
     @classmethod
     async def reserve(cls, recipe: Recipe, plan: Plan) -> Placement:
-        """Reserve every process's share at once, so that a job never half-starts. Raises ActorTimeout."""
-        shares, bundles = [], {}
+        """Reserve every process's share at once, so that a job never half-starts. Raises ActorTimeoutError."""
+        shares: list[dict[str, float]] = []
+        bundles: dict[str, list[int]] = {}
         for actor in plan.actors:
             bundles[actor.role] = list(range(len(shares), len(shares) + actor.count))
             shares += [{"CPU": actor.cpus} | ({"GPU": actor.gpus} if actor.gpus else {})] * actor.count
@@ -360,10 +356,11 @@ class Placement:
             transport=self.plan.transport,
             deadline=self.recipe.deadlines.generate,
         )
-        return RolloutActor.options(**self.options("rollout", index, max_concurrency=8)).remote(str(folder), settings)
+        options = self.options("rollout", index, max_concurrency=8)
+        return ray.remote(RolloutActor).options(**options).remote(str(folder), settings)
 
     def reward(self, index: int) -> Any:
-        return RewardActor.options(**self.options("reward", index)).remote()
+        return ray.remote(RewardWorker).options(**self.options("reward", index)).remote()
 
     async def trainer(self) -> list[Any]:
         """Start all trainer ranks, to be joined in one process group."""
@@ -372,9 +369,9 @@ class Placement:
         call = rendezvous.options(scheduling_strategy=where).remote()
         address = await within(self.recipe.deadlines.start, "start", "choosing the trainer's address", call)
         return [
-            TrainerActor.options(**self.options("trainer", rank)).remote(
-                rank, resources.trainer_ranks, address, resources.trainer_threads, resources.device
-            )
+            ray.remote(TrainerActor)
+            .options(**self.options("trainer", rank))
+            .remote(rank, resources.trainer_ranks, address, resources.trainer_threads, resources.device)
             for rank in range(resources.trainer_ranks)
         ]
 

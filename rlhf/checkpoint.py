@@ -61,7 +61,7 @@ def write_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically."""
     partial = path.with_name(f".partial-{path.name}")
     partial.write_text(json.dumps(value, indent=1, sort_keys=True))
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def finish(folder: Path, step: int, state: Mapping[str, Any]) -> None:

@@ -37,8 +37,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="rlhf", description=(__doc__ or "").strip(), formatter_class=_Plain)
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
-    def verb(name: str, command: object, help: str, recipe: bool = True) -> argparse.ArgumentParser:
-        added = verbs.add_parser(name, help=help, description=help)
+    def verb(name: str, command: object, about: str, recipe: bool = True) -> argparse.ArgumentParser:
+        added = verbs.add_parser(name, help=about, description=about)
         added.set_defaults(command=command)
         if recipe:
             added.add_argument("recipe", nargs="+", help="recipe files; later ones change earlier ones")
@@ -56,12 +56,12 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("folder", type=Path)
     submit = verb("submit", submit_command, "run a curriculum as a job of a Ray head (started here if none is given)")
     submit.add_argument("--address", help="http://HOST:PORT of the head's dashboard")
-    for name, command, help in (
+    for name, command, about in (
         ("status", status_command, "the state of a submitted job"),
         ("logs", logs_command, "what a submitted job printed"),
         ("stop", stop_command, "stop a submitted job"),
     ):
-        job = verb(name, command, help, recipe=False)
+        job = verb(name, command, about, recipe=False)
         job.add_argument("job")
         job.add_argument("--address")
         job.add_argument("--runs", type=Path, default=Path("runs"))
@@ -101,9 +101,13 @@ async def _run(recipe: Recipe, plan: Plan, folder: Path, address: str | None) ->
     (folder / "recipe.toml").write_text(tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True)))
     try:
         with Footprint() as footprint, Tracker(folder, recipe.name, recipe.tracking) as tracker:
+            curriculum = Curriculum(recipe, folder, tracker, footprint)
+            # rows are made while the actors start
+            preparing = asyncio.create_task(asyncio.to_thread(curriculum.prepare))
             try:
                 async with launch(recipe, plan, address) as actors:
-                    await Curriculum(recipe, folder, actors, tracker, footprint).run()
+                    await preparing
+                    await curriculum.run(actors)
             finally:
                 page = report.write(folder)
         print(f"report: {page}")

@@ -55,16 +55,17 @@ class Curriculum:
 
     recipe: Recipe
     folder: Path
-    actors: Actors
     tracker: Tracker | None = None
     footprint: Footprint = field(default_factory=Footprint)
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
     sources: dict[str, Rows] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
     earlier_seconds: float = 0.0
+    actors: Actors = field(init=False)
 
-    async def run(self) -> None:
+    async def run(self, actors: Actors) -> None:
         """Run every stage that is not done yet. Raises GateError at the first failed gate."""
+        self.actors = actors
         self.earlier_seconds = self._seconds_so_far()
         self.prepare()
         for index, stage in enumerate(self.recipe.stages):
@@ -184,7 +185,7 @@ class Curriculum:
                 return await evaluation.judge_quality(context, engine, stage.eval_data)
             report = await evaluation.both_modes(context, engine, self._earlier_answers(stage))
             if stage.eval_data is not None:
-                report.metrics.update(await evaluation.extra(context, engine, stage.eval_data))
+                report.metrics.update(await evaluation.extra_questions(context, engine, stage.eval_data))
             if isinstance(stage, Evaluate):
                 report.metrics.update(await evaluation.temperatures(context, engine, stage.temperatures))
         write_json(context.folder / ANSWERS, report.correct)

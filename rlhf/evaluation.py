@@ -74,7 +74,7 @@ async def temperatures(context: Context, engine: Engine, values: Sequence[float]
     return found | {"eval.think.accuracy.best": max(found.values())}
 
 
-async def extra(context: Context, engine: Engine, source: str) -> dict[str, float]:
+async def extra_questions(context: Context, engine: Engine, source: str) -> dict[str, float]:
     """Greedy accuracy on questions of another source, asked directly: {"eval.extra.accuracy": …}."""
     settings = context.recipe.evaluation
     prompts = held_out(context, source, settings.prompts, think=False)

@@ -214,7 +214,7 @@ class Optimised(StageBase):
 class Sft(Optimised):
     """Supervised: negative log-likelihood of the assistant's words. normalise = "token": mean over all answer
     tokens of the batch; "row": summed over each row's tokens, divided by the number of rows (SAIL-VL2, think-fusion).
-    `reset` names parameters to start anew (a fresh connector); `upcycle` makes the dense decoder a mixture of experts."""
+    `reset` names parameters to start anew (a fresh connector); `upcycle` makes the decoder a mixture of experts."""
 
     kind: Literal["sft"]
     batch_size: PositiveInt
@@ -335,7 +335,7 @@ def _merge(base: dict[str, Any], over: dict[str, Any], origin: str) -> dict[str,
 
 
 def _merge_stages(base: list[dict[str, Any]], over: Any, origin: str) -> list[dict[str, Any]]:
-    """`[[stages]]` appends or changes by name; `stages.NAME.key = …` changes one stage, or appends one with a `kind`."""
+    """`[[stages]]` appends or changes by name; `stages.NAME.key = …` changes one, or appends one that has a `kind`."""
     changes = over if isinstance(over, list) else [{**fields, "name": name} for name, fields in over.items()]
     merged = {stage["name"]: stage for stage in base}
     for change in changes:
@@ -358,7 +358,7 @@ def _explain(table: dict[str, Any], origin: str, error: ValidationError) -> Iter
         path = [part for part in problem["loc"] if part not in kinds]
         key = _readable(table, path)
         if problem["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(str(path[-1]), _known_keys(problem["loc"], table), 1)
+            near = difflib.get_close_matches(str(path[-1]), _known_keys(problem["loc"]), 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             yield f"{origin}: unknown key {key!r}{hint}"
         else:
@@ -373,7 +373,7 @@ def _readable(table: dict[str, Any], path: Sequence[int | str]) -> str:
     return ".".join(map(str, path))
 
 
-def _known_keys(loc: Sequence[int | str], table: dict[str, Any]) -> list[str]:
+def _known_keys(loc: Sequence[int | str]) -> list[str]:
     models: dict[str, type[Table]] = {"sft": Sft, "rl": Rl, "synthesize": Synthesize, "evaluate": Evaluate}
     current: type[Table] | None = Recipe
     for part in loc[:-1]:

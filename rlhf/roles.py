@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from rlhf.types import Batch, Group, Probe, Prompt, Sampling, Score, StepStats, TrainSpec
 
@@ -50,8 +50,9 @@ class Trainer(Protocol):
         """Held-out loss: {"loss": …}, no gradient."""
         ...
 
-    async def publish(self, engine: Engine, version: int) -> SyncReport:
-        """Send the weights to the engine as `version` and prove that they arrived. Raises SyncError."""
+    async def publish(self, engine: Any, version: int) -> SyncReport:
+        """Send the weights to an engine of the same cast as `version` and prove that they arrived. Raises
+        SyncError."""
         ...
 
     async def save(self, folder: Path) -> None: ...

@@ -15,7 +15,7 @@ from rlhf.roles import SyncReport
 from rlhf.types import Batch, Group, Probe, Prompt, Rollout, Sampling, Score, StepStats, TrainSpec
 
 
-class Killed(Exception):
+class KilledError(Exception):
     """What a test raises in the place of a SIGKILL."""
 
 
@@ -37,7 +37,7 @@ class FakeEngine:
         for index in range(sampling.num):
             draw = random.Random(f"{sampling.seed}/{prompt.key}/{index}")
             text = self._text(prompt, draw)
-            ids = tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"]) + (self.tokenizer.eos_token_id,)
+            ids = (*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id)
             count = len(ids)
             rollouts.append(Rollout(ids, (-0.5,) * count, (self.version,) * count, text, "stop"))
         return Group(prompt, prompt.token_ids, tuple(rollouts))
@@ -68,7 +68,7 @@ class FakeTrainer:
 
     async def step(self, batch: Batch) -> StepStats:
         if self.die_at is not None and len(self.batches) >= self.die_at:
-            raise Killed
+            raise KilledError
         self.batches.append(batch)
         self.steps += len(batch.updates)
         gap = [1e-6] * sum(update.num_tokens for update in batch.updates[:1])

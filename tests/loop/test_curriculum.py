@@ -14,7 +14,7 @@ from rlhf.curriculum import Curriculum, GateError
 from rlhf.footprint import Footprint
 from rlhf.recipe import Recipe, Sft, load
 from rlhf.tracking import Tracker
-from tests.loop.cast import FakeCast, Killed
+from tests.loop.cast import FakeCast, KilledError
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 FILES = [RECIPES / "think_fusion_digits.toml", RECIPES / "sizes" / "smoke.toml"]
@@ -25,17 +25,16 @@ def recipe(*overrides: str) -> Recipe:
     return load(FILES, [*QUIET, *overrides])
 
 
-def run(recipe: Recipe, folder: Path, cast: FakeCast | None = None) -> FakeCast:
-    """Run a recipe in folder on a fake cast, as the command line would."""
+def run(recipe: Recipe, folder: Path) -> FakeCast:
+    """Run a recipe in folder on a fake cast, as the command line would, and return the cast."""
 
     async def go() -> FakeCast:
         with Tracker(folder, recipe.name, recipe.tracking) as tracker:
-            curriculum = Curriculum(recipe, folder, cast, tracker, Footprint())  # type: ignore[arg-type]
+            curriculum = Curriculum(recipe, folder, tracker, Footprint())
             curriculum.prepare()
-            played = cast or FakeCast(curriculum.tokenizer())
-            curriculum.actors = played  # type: ignore[assignment]
-            await curriculum.run()
-            return played
+            cast = FakeCast(curriculum.tokenizer())
+            await curriculum.run(cast)
+            return cast
 
     return asyncio.run(go())
 
@@ -103,21 +102,25 @@ def test_a_changed_stage_runs_again_with_what_follows(finished: tuple[Path, Fake
 
 
 def test_killed_in_the_middle_of_rl_continues_from_the_checkpoint(tmp_path: Path) -> None:
-    wanted = recipe("stages.language.steps = 4", "stages.long-cot.steps = 4", "stages.rl-verifiable.steps = 5", "stages.rl-verifiable.checkpoint_every = 2")
+    wanted = recipe(
+        "stages.language.steps = 4",
+        "stages.long-cot.steps = 4",
+        "stages.rl-verifiable.steps = 5",
+        "stages.rl-verifiable.checkpoint_every = 2",
+    )
     whole = run(wanted, tmp_path / "whole")
     folder = tmp_path / "killed"
 
     async def killed() -> None:
         with Tracker(folder, wanted.name, wanted.tracking) as tracker:
-            curriculum = Curriculum(wanted, folder, None, tracker, Footprint())  # type: ignore[arg-type]
+            curriculum = Curriculum(wanted, folder, tracker, Footprint())
             curriculum.prepare()
             cast = FakeCast(curriculum.tokenizer())
             before_rl = sum(stage.steps for stage in wanted.stages[:6] if isinstance(stage, Sft))
             cast.trainer.die_at = before_rl + 3
-            curriculum.actors = cast  # type: ignore[assignment]
-            await curriculum.run()
+            await curriculum.run(cast)
 
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         asyncio.run(killed())
     again = run(wanted, folder)
     assert Path(again.trainer.begun[0].model).parent.name == "06-long-cot"
@@ -146,7 +149,7 @@ def test_a_full_disk_leaves_no_partial_artifact(tmp_path: Path, monkeypatch: pyt
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("tests.loop.cast.FakeTrainer.export", no_space)
-    with pytest.raises(CheckpointError, match="artifact: could not be written .*No space left"):
+    with pytest.raises(CheckpointError, match=r"artifact: could not be written .*No space left"):
         run(recipe(), tmp_path)
     assert not list(tmp_path.glob("stages/*/artifact"))
     assert not list(tmp_path.glob("stages/*/.partial*"))
