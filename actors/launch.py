@@ -41,6 +41,10 @@ class ActorTimeoutError(TimeoutError):
     """A remote call missed its deadline; names the actor, the call and the recipe key of the deadline."""
 
 
+class ActorLostError(RuntimeError):
+    """A process died and its work cannot be given to another; names it and what to do."""
+
+
 async def within(seconds: float, deadline: str, what: str, reference: Any) -> Any:
     """Await a remote call for at most `seconds`; `deadline` is its key in the recipe's [deadlines]."""
     try:
@@ -259,11 +263,14 @@ class TrainerHandle:
         """Call every rank; the first failure ends the wait, since the others may be stuck in a collective."""
         calls = [getattr(rank, method).remote(*arguments) for rank in self.ranks]
         seconds = getattr(self.deadlines, deadline)
-        return list(
-            await asyncio.gather(
-                *(within(seconds, deadline, f"trainer rank {i}: {method}", call) for i, call in enumerate(calls))
+        try:
+            return list(
+                await asyncio.gather(
+                    *(within(seconds, deadline, f"trainer rank {i}: {method}", call) for i, call in enumerate(calls))
+                )
             )
-        )
+        except RayActorError as error:
+            raise ActorLostError(f"a trainer rank died during {method!r}: {str(error).splitlines()[0]}") from error
 
 
 @dataclass

@@ -75,15 +75,10 @@ class _Plain(argparse.RawDescriptionHelpFormatter):
 def run_command(parsed: argparse.Namespace) -> int:
     recipe = load(parsed.recipe, parsed.override)
     plan = make_plan(recipe, verdicts=read_verdicts(parsed.runs / "verdicts.json"))
-    from rlhf.data.rows import DataError
-
     folder = parsed.runs / recipe.name
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with _locked(folder):
-            return asyncio.run(_run(recipe, plan, folder, parsed.address))
-    except DataError as error:
-        return _fail(error, UNUSABLE)
+    with _locked(folder):
+        return asyncio.run(_run(recipe, plan, folder, parsed.address))
 
 
 async def _run(recipe: Recipe, plan: Plan, folder: Path, address: str | None) -> int:
@@ -94,6 +89,7 @@ async def _run(recipe: Recipe, plan: Plan, folder: Path, address: str | None) ->
     from rlhf import report
     from rlhf.checkpoint import CheckpointError
     from rlhf.curriculum import Curriculum, GateError
+    from rlhf.data.rows import DataError
     from rlhf.footprint import Footprint
     from rlhf.tracking import Tracker
 
@@ -114,9 +110,11 @@ async def _run(recipe: Recipe, plan: Plan, folder: Path, address: str | None) ->
         return 0
     except GateError as error:
         return _fail(error, GATE_MISSED)
+    except DataError as error:
+        return _fail(error, UNUSABLE)
     except asyncio.CancelledError:
         return _fail("interrupted; the same command continues from the last checkpoint", INTERRUPTED)
-    except (CheckpointError, RuntimeError, TimeoutError, OSError) as error:
+    except (CheckpointError, RuntimeError, ValueError, TimeoutError, OSError) as error:
         if os.environ.get("RLHF_TRACEBACK"):
             raise
         return _fail(f"{type(error).__name__}: {error}\nthe same command continues from the last checkpoint", FAILED)

@@ -120,7 +120,14 @@ class Curriculum:
             }
             log.metrics(metrics, report.examples)
             log.artifact(lineage)
-        result = {"name": stage.name, "kind": stage.kind, "seconds": seconds, "metrics": metrics, "artifact": lineage}
+        result = {
+            "name": stage.name,
+            "kind": stage.kind,
+            "seconds": seconds,
+            "budget_minutes": stage.budget_minutes,
+            "metrics": metrics,
+            "artifact": lineage,
+        }
         write_json(folder / "result.json", result)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         return result

@@ -36,12 +36,13 @@ class Totals:
             self.gap_counts = [old + int(new) for old, new in zip(self.gap_counts, counts, strict=True)]
             self.gap_above += int((gaps > 1e-4).sum())
             self.gap_max = max(self.gap_max, float(gaps.max()))
-        seen = {"sync.seconds": sync.seconds, "sync.proof_seconds": sync.proof_seconds} | dict(sync.metrics)
-        for name, value in seen.items():
+        for name, value in (("sync", sync.seconds), ("proof", sync.proof_seconds)):
+            self.sums[f"{name}_seconds"] = self.sums.get(f"{name}_seconds", 0.0) + value
+        for name, value in {"sync.seconds.max": sync.seconds, **sync.metrics}.items():
             self.sync_max[name] = max(self.sync_max.get(name, value), value)
 
     def metrics(self) -> dict[str, float]:
-        """Names as in summary.json: rl.*, logprob_gap.*, sync_probe.max, sync.seconds."""
+        """Names as in summary.json: means rl.*, the distribution logprob_gap.*, maxima sync_probe.* and sync.*."""
         found = {f"rl.{name}": value / max(self.steps, 1) for name, value in self.sums.items()}
         total = sum(self.gap_counts)
         if total:

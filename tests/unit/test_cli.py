@@ -1,0 +1,66 @@
+"""What a user sees who gets something wrong: a sentence that names it, a nonzero status, nothing started."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rlhf.cli import main
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "think_fusion_digits.toml"
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    status = main(arguments)
+    shown = capsys.readouterr()
+    return status, shown.out + shown.err
+
+
+def test_an_unknown_key_names_the_nearest(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    status, shown = run(capsys, "run", str(RECIPE), "--runs", str(tmp_path), "-o", "stages.long-cot.stepz = 3")
+    assert status == 2
+    assert "unknown key 'stages.long-cot.stepz'; did you mean 'steps'?" in shown
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_recipe_that_is_not_there(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    status, shown = run(capsys, "plan", str(tmp_path / "none.toml"))
+    assert status == 2
+    assert "none.toml: cannot be read" in shown
+
+
+def test_an_impossible_batch_is_refused_before_anything_starts(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    status, shown = run(
+        capsys, "run", str(RECIPE), "--runs", str(tmp_path), "-o", "stages.rl-verifiable.updates_per_batch = 3"
+    )
+    assert status == 2
+    assert "stage 'rl-verifiable'" in shown
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_of_the_shipped_recipe(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    status, shown = run(capsys, "plan", str(RECIPE), "--runs", str(tmp_path))
+    assert status == 0
+    assert "2 engine cold start(s)" in shown
+    assert "rl-mixed" in shown
+
+
+def test_a_folder_in_use_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    import fcntl
+
+    folder = tmp_path / "think-fusion-digits"
+    folder.mkdir()
+    with (folder / ".lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        status, shown = run(capsys, "run", str(RECIPE), "--runs", str(tmp_path))
+    assert status == 2
+    assert "another `rlhf run` is using this run folder" in shown
+
+
+def test_a_report_of_a_folder_that_is_not_there(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    status, shown = run(capsys, "report", str(tmp_path / "none"))
+    assert status == 2
+    assert "no such run folder" in shown
