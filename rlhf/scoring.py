@@ -22,7 +22,7 @@ class Judge:
 
     engine: Engine
     tokenizer: PreTrainedTokenizerBase
-    max_tokens: int = 24
+    max_tokens: int = 80
 
     async def score(self, groups: Sequence[Group]) -> list[list[Score]]:
         """One verdict a rollout: 1.0 sound, 0.0 unsound; a reply that does not parse is a failure."""

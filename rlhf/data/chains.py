@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 
 KINDS = {
     "read": "perception",
@@ -78,11 +79,27 @@ def answer_of(category: str, digits: Sequence[int], target: int | None = None) -
 
 def write_chain(chain: Chain, rng: random.Random) -> str:
     """The chain in one of its phrasings, think tags and boxed answer included."""
+    return write_with_critique(chain, chain.digits, rng)[0]
+
+
+def write_with_critique(chain: Chain, digits: Sequence[int], rng: random.Random) -> tuple[str, str]:
+    """The chain in one of its phrasings, and what a careful judge of an image of `digits` says of it: each digit as
+    claimed and as seen, each step, result and conclusion and box, every one with yes or no, and the verdict last.
+
+        8 3 no . 5 5 yes . 8 + 5 = 13 yes . 13 13 13 yes . no
+    """
     steps, result = _steps(chain, rng)
     concluded = result if chain.concluded is None else chain.concluded
     boxed = concluded if chain.boxed is None else chain.boxed
     conclusion = rng.choice(CONCLUSIONS[chain.category]).format(concluded)
-    return f"<think>{' '.join([_reading(chain.digits, rng), *steps, conclusion])}</think>\\boxed{{{boxed}}}"
+    text = f"<think>{' '.join([_reading(chain.digits, rng), *steps, conclusion])}</think>\\boxed{{{boxed}}}"
+    findings = [(f"{said} {seen}", said == seen) for said, seen in zip_longest(chain.digits, digits, fillvalue="-")]
+    for index, step in enumerate(steps):
+        wrong = chain.slip is not None and (len(steps) == 1 or index == chain.slip)
+        findings.append((step.removesuffix("."), not wrong))
+    findings.append((f"{result} {concluded} {boxed}", result == concluded == boxed))
+    lines = [f"{what} {'yes' if right else 'no'}" for what, right in findings]
+    return text, " . ".join([*lines, "yes" if all(right for _, right in findings) else "no"])
 
 
 def corrupt(chain: Chain, rng: random.Random) -> tuple[str, Chain]:

@@ -18,7 +18,17 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from rlhf.data.chains import CATEGORIES, KINDS, Chain, ChainCheck, answer_of, check_chain, corrupt, write_chain
+from rlhf.data.chains import (
+    CATEGORIES,
+    KINDS,
+    Chain,
+    ChainCheck,
+    answer_of,
+    check_chain,
+    corrupt,
+    write_chain,
+    write_with_critique,
+)
 from rlhf.data.judging import judge_question
 from rlhf.data.rows import DataError, Row
 
@@ -43,13 +53,13 @@ COUNT_OF = ("how many {} are there?", "count the {}.")
 @dataclass(frozen=True)
 class Options:
     """min_digits to max_digits a picture (1 to 4); categories asked; augmentation 0 (centred, upright size) to 1;
-    reading: a judge first says which digits it sees itself; corrupted: the share of unsound chains it is shown."""
+    critique: a judge goes through the chain before its verdict; corrupted: the share of unsound chains it is shown."""
 
     min_digits: int = 1
     max_digits: int = 4
     categories: tuple[str, ...] = CATEGORIES
     augmentation: float = 1.0
-    reading: bool = False
+    critique: bool = False
     corrupted: float = 0.5
 
 
@@ -261,8 +271,8 @@ def _judged(rng: random.Random, options: Options, split: str, sound: bool) -> tu
     truth = Chain(puzzle.category, puzzle.digits, puzzle.target)
     kind, chain = ("none", truth) if sound else corrupt(truth, rng)
     verdict = "yes" if sound else "no"
-    reading = " ".join(str(digit) for digit in puzzle.digits)
-    return puzzle, write_chain(chain, rng), kind, f"{reading} . {verdict}" if options.reading else verdict
+    text, critique = write_with_critique(chain, puzzle.digits, rng)
+    return puzzle, text, kind, critique if options.critique else verdict
 
 
 def _verdict_columns(row: Row, sound: bool, corruption: str) -> Row:

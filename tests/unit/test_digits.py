@@ -182,12 +182,18 @@ def test_chains_and_answers_are_short():
     assert np.mean(lengths["chains"]) <= 32
 
 
-def test_a_judge_can_say_its_reading_first():
-    for row in build("judge", 40, "train", 0, {"reading": True}):
-        reading, _, verdict = reply(row).partition(" . ")
-        assert reading == " ".join(map(str, row["digits"]))
-        assert verdict == row["answer"]
-        assert parse_verdict(reply(row)) is row["sound"]
+def test_a_judge_can_go_through_the_chain_before_its_verdict():
+    shares = Counter()
+    for row in build("judge", 400, "train", 0, {"critique": True}):
+        *findings, verdict = reply(row).split(" . ")
+        seen = [finding.split()[1] for finding in findings if len(finding.split()) == 3][: len(row["digits"])]
+        assert [digit for digit in seen if digit != "-"] == list(map(str, row["digits"]))
+        faults = [finding for finding in findings if finding.endswith("no")]
+        assert bool(faults) == (not row["sound"])
+        assert verdict == ("yes" if row["sound"] else "no")
+        assert parse_verdict(reply(row)) == row["sound"]
+        shares[row["corruption"]] += 1
+    assert len(shares) == 4
 
 
 def test_judging_words():

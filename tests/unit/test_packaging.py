@@ -30,7 +30,7 @@ def test_every_package_is_typed(wheel: zipfile.ZipFile) -> None:
 
 def test_recipes_are_shared_data(wheel: zipfile.ZipFile) -> None:
     shipped = {name.partition("/share/thinkfusion/recipes/")[2] for name in wheel.namelist()} - {""}
-    here = {str(path.relative_to(ROOT / "recipes")) for path in (ROOT / "recipes").rglob("*.toml")}
+    here = {str(path.relative_to(ROOT / "recipes")) for path in (ROOT / "recipes").rglob("*") if path.is_file()}
     assert shipped == here
     assert here
 
