@@ -1,6 +1,6 @@
 """Weights on their way from the trainer to the engines: both ends of one protocol.
 
-The trainer cuts its parameters into buckets (`to_buckets`); a `Publication` carries handles to them; the rollout
+The trainer cuts its parameters into buckets (`TrainerRank.weights`); a `Publication` carries handles; the rollout
 worker turns each into the update its engine takes (`transport(name).update`), between `start` and `finish`.
 
     cpu    (name, array) pairs through Ray's object store; `CpuWeightTransferEngine` below loads them
@@ -11,7 +11,7 @@ worker turns each into the update its engine takes (`transport(name).update`), b
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,28 +34,6 @@ Bucket = list[tuple[str, NDArray[Any]]]
 
 class CoverageError(RuntimeError):
     """A publication and an engine's model do not cover each other; the message names the parameters."""
-
-
-def to_buckets(named: Iterable[tuple[str, torch.Tensor]], bucket_bytes: int) -> Iterator[Bucket]:
-    """Cut named parameters into lists of (name, array) of about `bucket_bytes` bytes, in order.
-
-    Arrays are copies, so the next optimizer step cannot change what travels. bfloat16, which numpy lacks, travels as
-    its bits in uint16. A parameter larger than a bucket has one of its own.
-    """
-    if bucket_bytes <= 0:
-        raise ValueError(f"bucket_bytes must be positive, got {bucket_bytes}")
-    bucket: Bucket = []
-    size = 0
-    for name, tensor in named:
-        value = tensor.detach().cpu()
-        array = value.view(torch.uint16).numpy() if value.dtype == torch.bfloat16 else value.numpy()
-        if bucket and size + array.nbytes > bucket_bytes:
-            yield bucket
-            bucket, size = [], 0
-        bucket.append((name, array.copy()))
-        size += array.nbytes
-    if bucket:
-        yield bucket
 
 
 def from_array(array: NDArray[Any]) -> torch.Tensor:

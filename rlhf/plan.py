@@ -210,7 +210,7 @@ def make_plan(recipe: Recipe, cluster: Cluster | None = None, verdicts: Sequence
     _refuse(feasibility.problems(recipe))
     architectures = _architectures(recipe)
     colocated = _colocated(recipe, cluster)
-    _refuse((*_stage_shapes(recipe, architectures), *_machine(recipe, cluster, colocated)))
+    _refuse((*_stage_shapes(recipe, architectures), *_machine(recipe, cluster)))
     implementation = _implementation(recipe, next(iter(architectures.values())))
     engines = _engines(recipe, architectures, implementation, verdicts)
     stages = tuple(_stage(recipe, stage, architectures[stage.name], engines[stage.name]) for stage in recipe.stages)
@@ -221,7 +221,7 @@ def make_plan(recipe: Recipe, cluster: Cluster | None = None, verdicts: Sequence
         actors=_actors(recipe, cluster, stages, trainer, engine),
         stages=stages,
         world_size=recipe.resources.trainer_ranks,
-        transport=_transport(recipe, colocated),
+        transport=_transport(recipe),
         colocated=colocated,
         implementation=implementation,
         memory_gib=memory,
@@ -310,12 +310,15 @@ def _stage_shapes(recipe: Recipe, architectures: dict[str, Architecture]) -> Ite
         )
 
 
-def _machine(recipe: Recipe, cluster: Cluster, colocated: bool) -> Iterator[str]:
+def _machine(recipe: Recipe, cluster: Cluster) -> Iterator[str]:
     """Problems of placing the recipe on the machine."""
     r = recipe.resources
+    if r.transport in ("ipc", "nccl"):
+        yield (
+            f'resources.transport = "{r.transport}": engines can receive it, but the trainer has no sender for it yet; '
+            'use "auto", which goes through host memory'
+        )
     if r.device == "cpu":
-        if r.transport in ("ipc", "nccl"):
-            yield f'resources.transport = "{r.transport}" moves GPU memory; on device = "cpu" use "cpu" or "auto"'
         if r.trainer_ranks > cluster.cpus:
             yield f"resources.trainer_ranks = {r.trainer_ranks} on {cluster.cpus} cores; use at most {cluster.cpus}"
         if r.tensor_parallel > 1:
@@ -333,12 +336,6 @@ def _machine(recipe: Recipe, cluster: Cluster, colocated: bool) -> Iterator[str]
                 f"resources.rollout_workers × tensor_parallel = {r.rollout_workers * r.tensor_parallel} on "
                 f"{cluster.gpus} GPUs; lower one of them"
             )
-        if r.transport == "ipc" and not colocated:
-            yield 'resources.transport = "ipc" needs trainer and engines on the same GPUs; use "nccl" or "auto"'
-        if r.transport == "nccl" and colocated:
-            yield 'resources.transport = "nccl" needs GPUs of their own for the engines; use "ipc" or "auto"'
-        if r.transport == "cpu":
-            yield 'resources.transport = "cpu" is for engines on CPU; use "auto"'
     for key, number, threads in (
         ("trainer", r.trainer_ranks, r.trainer_threads),
         ("rollout", r.rollout_workers, r.rollout_threads),
@@ -359,12 +356,8 @@ def _colocated(recipe: Recipe, cluster: Cluster) -> bool:
     return r.device == "cuda" and r.trainer_ranks + r.rollout_workers * r.tensor_parallel > cluster.gpus
 
 
-def _transport(recipe: Recipe, colocated: bool) -> Transport:
-    if recipe.resources.transport != "auto":
-        return recipe.resources.transport
-    if recipe.resources.device == "cpu":
-        return "cpu"
-    return "ipc" if colocated else "nccl"
+def _transport(recipe: Recipe) -> Transport:
+    return "cpu" if recipe.resources.transport == "auto" else recipe.resources.transport
 
 
 def _implementation(recipe: Recipe, first: Architecture) -> str:

@@ -148,9 +148,9 @@ def test_shares_of_the_machine_add_up() -> None:
 def test_transport_and_placement_on_gpus() -> None:
     one, two = (Cluster(16, 128, gpus, 80.0) for gpus in (1, 2))
     assert (plan().transport, plan().colocated) == ("cpu", False)
-    assert (made := plan("resources.device = 'cuda'", cluster=one)).transport == "ipc"
+    assert (made := plan("resources.device = 'cuda'", cluster=one)).transport == "cpu"
     assert made.colocated
-    assert plan("resources.device = 'cuda'", cluster=two).transport == "nccl"
+    assert not plan("resources.device = 'cuda'", cluster=two).colocated
 
 
 def test_verdicts_are_quoted_for_the_installed_versions_only() -> None:
@@ -242,7 +242,7 @@ REFUSALS = {
     "no room for the picture": ("stages.improve.max_tokens = 245", "a picture of up to 16 tokens"),
     "budget under a row": ("resources.token_budget = 128", "token_budget = 128 is less than resources.max_model_len"),
     "cuda without gpus": ("resources.device = 'cuda'", "there is no GPU here"),
-    "nccl on cpu": ("resources.transport = 'nccl'", '"nccl" moves GPU memory'),
+    "nccl on cpu": ("resources.transport = 'nccl'", "the trainer has no sender for it yet"),
     "tensor parallel on cpu": ("resources.tensor_parallel = 2", "tensor_parallel needs GPUs"),
     "a clip that never binds": ("stages.improve.clip_high = 0.2", "a clip range of 0.2 never binds for GSPO"),
     "same name as a source": (
@@ -283,8 +283,7 @@ def test_gpu_refusals() -> None:
         "resources.tensor_parallel = 4": "tensor_parallel = 4 on 2 GPUs",
         "resources.trainer_ranks = 4": "trainer_ranks = 4 on 2 GPUs",
         "resources.rollout_workers = 3": "on 2 GPUs; lower one",
-        "resources.transport = 'ipc'": "needs trainer and engines on the same GPUs",
-        "resources.transport = 'cpu'": "is for engines on CPU",
+        "resources.transport = 'ipc'": "the trainer has no sender for it yet",
         "resources.kv_cache_gib = 4": "a GPU has 0.5",
     }.items():
         with pytest.raises(PlanError, match=words):
