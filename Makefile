@@ -10,6 +10,9 @@ PY := $(VENV)/bin/python
 UV := $(VENV)/bin/uv
 UV_VERSION := 0.13.9
 STAMP := $(VENV)/.installed
+TORCHVISION := torchvision==0.28.0
+# for one test, which shows it to its own processes only
+ASIDE := $(VENV)/torchvision
 CODE := rlhf actors rewards tests
 
 # uv does not read pip's settings. Where pip is told of a folder with the CPU torch wheel, hand the folder on;
@@ -34,7 +37,7 @@ $(UV):
 	$(PY) -m pip install --quiet uv==$(UV_VERSION)
 
 $(STAMP): pyproject.toml docker/constraints.txt | $(UV)
-	$(UV_RUN) pip install --python $(PY) --no-deps $(TORCH) -r docker/constraints.txt
+	$(UV_RUN) pip install --python $(PY) --no-deps --compile-bytecode $(TORCH) -r docker/constraints.txt
 	$(UV_RUN) pip install --python $(PY) --no-deps --editable .
 	touch $@
 
@@ -43,10 +46,10 @@ demo: $(STAMP)  ## run the think-fusion curriculum on real scanned digits, then 
 	@report=$$(ls -t runs/*/report.html 2>/dev/null | head -1); \
 	  if [ -n "$$report" ]; then echo "The report: $$PWD/$$report"; else echo "no report under runs/" >&2; exit 1; fi
 
-test: $(STAMP)  ## unit, loop and end-to-end tests
+test: $(STAMP) $(ASIDE)  ## unit, loop and end-to-end tests
 	$(PY) -m pytest $(ARGS)
 
-check: $(STAMP)  ## what CI runs: format, lint, types, docker files, tests
+check: $(STAMP) $(ASIDE)  ## what CI runs: format, lint, types, docker files, tests
 	$(PY) -m ruff format --check $(CODE)
 	$(PY) -m ruff check $(CODE)
 	$(PY) -m mypy
@@ -56,8 +59,13 @@ check: $(STAMP)  ## what CI runs: format, lint, types, docker files, tests
 bench: $(STAMP)  ## measure against the peers; writes tests/bench/results
 	$(PY) -m pytest tests/bench --override-ini 'timeout=1800' $(ARGS)
 
+# pyproject.toml keeps torchvision out of every resolution; it is asked for by name here, without that file
 torchvision: $(STAMP)  ## add torchvision, which some Hugging Face vision-language models need
-	$(UV_RUN) pip install --python $(PY) --no-deps $(TORCH) torchvision==0.28.0
+	UV_NO_CONFIG=1 $(UV_RUN) pip install --python $(PY) --no-deps $(TORCH) $(TORCHVISION)
+
+$(ASIDE): $(STAMP)
+	UV_NO_CONFIG=1 $(UV_RUN) pip install --python $(PY) --no-deps $(TORCH) --target $@ $(TORCHVISION)
+	touch $@
 
 lock: $(STAMP)  ## write docker/constraints.txt anew from pyproject.toml
 	$(UV_RUN) pip compile pyproject.toml --python $(PY) --extra cpu --extra dev $(TORCH) --upgrade --quiet \

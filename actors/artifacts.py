@@ -1,11 +1,10 @@
-"""Reading artifacts of the run from disk for an engine that is already running: weights, architecture, probe scores."""
+"""Reading artifacts of the run from disk for an engine that is already running: weights and probe scores."""
 
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,6 @@ from safetensors import safe_open
 from rlhf.types import Media, Probe, ProbeScores
 
 PROBES = "probe_scores.json"
-VOLATILE = {"_name_or_path", "dtype", "torch_dtype", "transformers_version"}
-
-
-def architecture(folder: Path) -> str:
-    """A digest of the model's configuration: folders that share it can share an engine."""
-    config = json.loads((base_of(folder) / "config.json").read_text())
-    return hashlib.sha256(json.dumps(_stable(config), sort_keys=True).encode()).hexdigest()
 
 
 def read_weights(folder: Path) -> list[tuple[str, np.ndarray[Any, Any]]]:
@@ -93,12 +85,6 @@ def _merge(folder: Path, weights: dict[str, np.ndarray[Any, Any]]) -> None:
                 target = name.removeprefix("base_model.model.").replace(".lora_A.weight", ".weight")
                 down, up = tensors.get_tensor(name), tensors.get_tensor(name.replace(".lora_A.", ".lora_B."))
                 weights[target] = weights[target] + scale * (up @ down)
-
-
-def _stable(config: Any) -> Any:
-    if isinstance(config, Mapping):
-        return {key: _stable(value) for key, value in config.items() if key not in VOLATILE}
-    return config
 
 
 def _tuples(rows: list[list[Any]]) -> tuple[tuple[Any, ...], ...]:

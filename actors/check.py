@@ -16,22 +16,19 @@ from ray.exceptions import RayError
 
 from actors.launch import ActorTimeoutError, launch
 from rlhf.curriculum import Curriculum
-from rlhf.plan import Verdict, installed_versions, make_plan, read_verdicts
-from rlhf.recipe import Recipe, Sft
+from rlhf.plan import Verdict, implementations, installed_versions, make_plan, read_verdicts
+from rlhf.recipe import Implementation, Recipe, Sft
 
-PREFERENCE = ("vllm", "transformers")
 VERDICTS = "verdicts.json"
 
 
 async def check(recipe: Recipe, folder: Path) -> list[Verdict]:
     """Measure every implementation that `model.implementation` allows, and keep the verdicts in `folder`'s parent."""
-    wanted = recipe.model.implementation
+    architecture = make_plan(_narrowed(recipe, recipe.model.implementation)).stages[0].architecture
     found = []
-    for implementation in PREFERENCE if wanted == "auto" else (wanted,):
-        narrowed = _narrowed(recipe, implementation)
-        architecture = make_plan(narrowed).stages[0].architecture.digest
-        gap, proven = await _measure(narrowed, folder)
-        found.append(Verdict(architecture, implementation, gap, proven, installed_versions()))
+    for implementation in implementations(recipe.model.implementation, architecture):
+        gap, proven = await _measure(_narrowed(recipe, implementation), folder)
+        found.append(Verdict(architecture.digest, implementation, gap, proven, installed_versions()))
     keep(folder.parent / VERDICTS, found)
     return found
 
@@ -44,7 +41,7 @@ def keep(path: Path, found: Sequence[Verdict]) -> None:
     path.write_text(json.dumps(rows, indent=1))
 
 
-def _narrowed(recipe: Recipe, implementation: str) -> Recipe:
+def _narrowed(recipe: Recipe, implementation: Implementation) -> Recipe:
     """The recipe with one stage that would train [model], under one implementation."""
     source = recipe.evaluation.data or next(iter(recipe.data))
     stage = Sft(name="check", kind="sft", data={source: 1.0}, steps=1, batch_size=1, lr=1e-6)

@@ -21,12 +21,13 @@ from ray.exceptions import RayActorError
 from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors.artifacts import architecture, base_of, read_probes, read_weights, write_probes
+from actors.artifacts import base_of, read_probes, read_weights, write_probes
 from actors.reward import RewardWorker
 from actors.rollout import EngineSettings, RolloutWorker
 from actors.trainer import TrainerRank
 from rewards.base import Item, items_of
 from rlhf.agreement import Agreement, compare, localise
+from rlhf.architecture import from_folder
 from rlhf.models import load_processor, masked_ids
 from rlhf.plan import Plan
 from rlhf.recipe import Deadlines, Recipe
@@ -356,7 +357,8 @@ class Placement:
             kv_cache_gib=resources.kv_cache_gib,
             threads=resources.rollout_threads,
             seed=self.recipe.seed,
-            implementation=self.recipe.model.implementation,
+            # a bridge is registered with vLLM as its Transformers backend, and known by no other name
+            implementation="auto" if from_folder(folder).is_bridge else self.plan.implementation,
             tensor_parallel=resources.tensor_parallel,
             device=resources.device,
             masked_tokens=masked_ids(load_processor(folder)),
@@ -404,7 +406,7 @@ class Cast:
         yield engines
 
     async def _engine(self, role: str, folder: Path, busy: list[EngineHandle]) -> EngineHandle:
-        kind = architecture(folder)
+        kind = from_folder(base_of(folder)).digest
         for engine in self.engines:
             if engine.architecture == kind and engine not in busy:
                 await engine.open(folder)

@@ -19,10 +19,12 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from PIL import Image
 
+from rlhf.recipe import Implementation
 from rlhf.types import Finish, Group, Media, Probe, ProbeScores, Prompt, Publication, Rollout, Sampling
 
 if TYPE_CHECKING:
@@ -50,7 +52,7 @@ class EngineSettings:
     kv_cache_gib: float = 0.25
     threads: int = 1
     seed: int = 0
-    implementation: Literal["auto", "vllm", "transformers"] = "auto"
+    implementation: Implementation = "auto"
     tensor_parallel: int = 1
     device: Literal["cpu", "cuda"] = "cpu"
     masked_tokens: tuple[int, ...] = ()
@@ -288,22 +290,19 @@ class RolloutWorker:
     def _start(self) -> None:
         settings = self.settings
         set_environment(settings)
-        from actors import vllm_plugin
-
-        vllm_plugin.define_vision_ops()  # before vLLM imports transformers' image code
         import torch
 
         torch.set_num_threads(settings.threads)
-        from transformers import AutoProcessor
         from vllm.config import WeightTransferConfig
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        from actors import weights
+        from actors import vllm_plugin, weights
+        from rlhf.models import load_processor
 
         vllm_plugin.register()
         self._transport = weights.transport(settings.transport)
-        self._processor = AutoProcessor.from_pretrained(self._model)
+        self._processor = load_processor(Path(self._model))
         self._tokenizer = self._processor.tokenizer
         on_cpu = settings.device == "cpu"
         self._engine: LLMEngine = LLMEngine.from_engine_args(
@@ -425,13 +424,12 @@ class RolloutWorker:
             prompt["multi_modal_data"] = {"image": list(images)}
             prompt["multi_modal_uuids"] = {"image": list(digests)}
         (rendered,) = self._engine.renderer.render_cmpl([parse_model_prompt(self._engine.model_config, prompt)])
-        if hasattr(self._processor, "expand"):
-            wanted = self._processor.expand(token_ids, [one.size for one in media])
-            if list(rendered["prompt_token_ids"]) != list(wanted):
-                raise ValueError(
-                    f"the engine expanded {len(token_ids)} ids to {len(rendered['prompt_token_ids'])}, the processor "
-                    f"to {len(wanted)}: send un-expanded ids, one placeholder for each image"
-                )
+        wanted = self._processor.expand(token_ids, [one.size for one in media])
+        if list(rendered["prompt_token_ids"]) != list(wanted):
+            raise ValueError(
+                f"the engine expanded {len(token_ids)} ids to {len(rendered['prompt_token_ids'])}, the processor "
+                f"to {len(wanted)}: send un-expanded ids, one placeholder for each image"
+            )
         return rendered  # type: ignore[no-any-return]
 
     def _process(self, rendered: Mapping[str, Any], params: Any) -> Any:

@@ -105,15 +105,15 @@ class TrainerRank:
         """The trainer's log-probabilities on fixed sequences."""
         from rlhf.agreement import probe_model
 
-        with self._begun.evaluating() as (model, processor):
-            return probe_model(model, processor, probes)
+        with self._begun.evaluating() as (model, processor, visual):
+            return probe_model(model, processor, visual, probes)
 
     def fingerprints(self, probes: Sequence[Probe]) -> Any:
         """Outputs of every module on fixed sequences, to find where an engine differs."""
         from rlhf.agreement import fingerprint_model
 
-        with self._begun.evaluating() as (model, processor):
-            return fingerprint_model(model, processor, probes)
+        with self._begun.evaluating() as (model, processor, visual):
+            return fingerprint_model(model, processor, visual, probes)
 
     def weights(self, bucket_bytes: int) -> list[Bucket]:
         """All parameters, whole, LoRA merged, under the model's own names, as copies in buckets of about bucket_bytes
@@ -175,7 +175,7 @@ class _Stage:
             _loop_over_experts(model)
         self.model: Any = model if spec.lora is None else _adapt(model, spec)
         groups, self._rates = _parameter_groups(self.model, spec)
-        self._optimizer = torch.optim.AdamW(groups, lr=0.0, betas=spec.betas)
+        self._optimizer = torch.optim.AdamW(groups, lr=0.0, betas=spec.betas, fused=True)
         self.engine = deepspeed.initialize(model=self.model, optimizer=self._optimizer, config=_config(spec))[0]
         self.steps = 0
         parameters = list(self.model.parameters())
@@ -311,7 +311,7 @@ class _Stage:
         return {"loss": reduced["nll"], "tokens": reduced["tokens"]}
 
     @contextmanager
-    def evaluating(self) -> Iterator[tuple[nn.Module, Any]]:
+    def evaluating(self) -> Iterator[tuple[nn.Module, Any, Visual]]:
         """The model without dropout. A bridge keeps its training flag at the place that decides whether text-only
         rows run a zero-weight vision pass: under ZeRO-3 every rank must run the same modules to gather them."""
         model = self.model if self.spec.lora is None else self.model.get_base_model()
@@ -319,7 +319,7 @@ class _Stage:
         inner = model.model
         inner.training = True
         try:
-            yield model, self.processor
+            yield model, self.processor, self.visual
         finally:
             self.engine.train()
 

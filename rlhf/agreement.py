@@ -16,10 +16,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import nn
 
-from rlhf.types import Media, Probe, ProbeScores
+from rlhf.batching import Visual, collate
+from rlhf.types import Media, Probe, ProbeScores, Sample
 
 SKETCH_WIDTH = 8
 Parts = Sequence[tuple[str, slice]]
@@ -30,8 +30,6 @@ class ProbeProcessor(Protocol):
     """What probing asks of a bridge's processor."""
 
     def expand(self, token_ids: Sequence[int], sizes: Sequence[tuple[int, int]]) -> list[int]: ...
-
-    def pixel_values(self, images: Sequence[Image.Image]) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -137,35 +135,38 @@ def _verdict(gaps: list[float], skipped: int, unreached: tuple[str, ...], proble
     return Agreement(worst, mean, len(gaps), skipped, unreached, ok, told)
 
 
-def probe_model(model: nn.Module, processor: ProbeProcessor, probes: Sequence[Probe]) -> ProbeScores:
+def probe_model(model: nn.Module, processor: ProbeProcessor, visual: Visual, probes: Sequence[Probe]) -> ProbeScores:
     """Score probes with the trainer's model: unmasked log-probs at temperature 1 in float32, and router margins."""
-    logprobs, margins, expanded = [], [], []
-    reached: dict[str, set[int]] = {}
-    total = 0
-    for probe in probes:
-        with _routers(model) as routers:
-            ids, logits = _forward(model, processor, probe)
-        values = logits[:-1].float().log_softmax(-1).gather(-1, torch.tensor(ids[1:], device=logits.device)[:, None])
-        logprobs.append(tuple(values[:, 0].tolist()))
-        expanded.append(tuple(ids))
+    with _routers(model) as routers:
+        expanded, logits = _forward(model, processor, visual, probes)
+    logprobs, margins = [], []
+    reached: dict[str, set[int]] = {name: set() for name in routers}
+    for index, ids in enumerate(expanded):
+        values = logits[index, : len(ids) - 1].float().log_softmax(-1)
+        targets = torch.tensor(ids[1:], device=logits.device)[:, None]
+        logprobs.append(tuple(values.gather(-1, targets)[:, 0].tolist()))
         lowest = np.full(len(ids) - 1, np.inf)
-        for name, (choice, margin, num) in routers.items():
-            total = num
-            reached.setdefault(name, set()).update(choice.flatten().tolist())
-            lowest = np.minimum(lowest, margin[:-1])
+        for name, (choice, margin, _) in routers.items():
+            # routers see all rows of the padded batch; this probe's come first in its own stretch
+            own = slice(index * logits.shape[1], index * logits.shape[1] + len(ids))
+            reached[name].update(choice[own].flatten().tolist())
+            lowest = np.minimum(lowest, margin[own][:-1])
         margins.append(tuple(np.minimum.accumulate(lowest).tolist()))
     visited = {name: tuple(sorted(experts)) for name, experts in reached.items()}
-    return ProbeScores(tuple(expanded), tuple(logprobs), tuple(margins), visited, total)
+    total = max((count for _, _, count in routers.values()), default=0)
+    return ProbeScores(tuple(map(tuple, expanded)), tuple(logprobs), tuple(margins), visited, total)
 
 
-def fingerprint_model(model: nn.Module, processor: ProbeProcessor, probes: Sequence[Probe]) -> Fingerprints:
+def fingerprint_model(
+    model: nn.Module, processor: ProbeProcessor, visual: Visual, probes: Sequence[Probe]
+) -> Fingerprints:
     """Fingerprints of the trainer's model on the probes, one probe at a time."""
     routing: dict[str, list[NDArray[np.int64]]] = {}
     margins: dict[str, list[Floats]] = {}
     with recording(model) as prints:
         for probe in probes:
             with _routers(model) as routers:
-                _forward(model, processor, probe)
+                _forward(model, processor, visual, [probe])
             for name, (choice, margin, _) in routers.items():
                 routing.setdefault(name, []).append(choice)
                 margins.setdefault(name, []).append(margin)
@@ -176,18 +177,18 @@ def fingerprint_model(model: nn.Module, processor: ProbeProcessor, probes: Seque
     )
 
 
-def _forward(model: nn.Module, processor: ProbeProcessor, probe: Probe) -> tuple[list[int], torch.Tensor]:
-    """Expanded ids of a probe and its logits [length, vocabulary]."""
-    device = next(model.parameters()).device
-    ids = processor.expand(probe.token_ids, [media.size for media in probe.media])
-    inputs: dict[str, Any] = {"input_ids": torch.tensor([ids], device=device)}
-    if probe.media:
-        inputs["pixel_values"] = processor.pixel_values([media.open() for media in probe.media]).to(device)
+def _forward(
+    model: nn.Module, processor: ProbeProcessor, visual: Visual, probes: Sequence[Probe]
+) -> tuple[list[list[int]], torch.Tensor]:
+    """Expanded ids of the probes and their logits [probes, longest, vocabulary], by the path of training."""
+    expanded = [processor.expand(probe.token_ids, [media.size for media in probe.media]) for probe in probes]
+    rows = [Sample("probe", tuple(ids), 1, probe.media) for ids, probe in zip(expanded, probes, strict=True)]
+    inputs = collate(rows, visual).to(next(model.parameters()).device).model_inputs()
     training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            return ids, model(**inputs, use_cache=False).logits[0]
+            return expanded, model(**inputs, use_cache=False).logits[: len(rows)]
     finally:
         model.train(training)
 

@@ -19,6 +19,8 @@ from rlhf.bridge.naming import DENSE, MODEL_TYPE, MOE
 from rlhf.recipe import Lora, Model
 
 GIB = float(2**30)
+# what saving a model writes beside its architecture
+VOLATILE = {"_name_or_path", "dtype", "torch_dtype", "transformers_version"}
 BRIDGE_SLOTS = ("vision", "encoder", "tiler", "connector", "packer", "decoder")
 SLOT_DEFAULTS: dict[str, dict[str, Any]] = {
     "encoder": {"type": "tower"},
@@ -346,4 +348,11 @@ def _product(shape: list[int]) -> int:
 
 
 def _canonical(tables: Mapping[str, Any]) -> str:
-    return json.dumps(tables, sort_keys=True, default=str)
+    return json.dumps(_lasting(tables), sort_keys=True, default=str)
+
+
+def _lasting(value: Any) -> Any:
+    """Without what saving a model writes beside its architecture."""
+    if not isinstance(value, Mapping):
+        return value
+    return {name: _lasting(inner) for name, inner in value.items() if name not in VOLATILE}

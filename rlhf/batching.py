@@ -19,12 +19,16 @@ from torch import Tensor
 
 from rlhf.types import Batch, Media, Sample, Update
 
+# What one more forward and backward costs beside its tokens, as a share of the token budget: measured on two CPU cores
+# with a budget of 4,096 and a decoder of width 128 (about 80 tokens' worth)
+CALL_COST = 1 / 32
+
 
 def make_batch(
     samples: Sequence[Sample], updates: int, ranks: int, token_budget: int, shuffle_seed: int | None = None
 ) -> Batch:
     """Cut samples into `updates` optimizer steps of (nearly) equal row counts, each over `ranks` ranks balanced by
-    tokens, each rank into micro-batches of rows × longest row ≤ token_budget, longest first.
+    tokens, each rank into micro-batches of rows × longest row ≤ token_budget, longest first, with little padding.
 
     shuffle_seed decides which optimizer step a row falls into; None keeps the order given. Every rank has the same
     number of micro-batches in an update; one that ran out gets empty ones. Rows of weight 0 are kept (they cost a
@@ -82,14 +86,29 @@ def _make_update(samples: Sequence[Sample], ranks: int, token_budget: int) -> Up
 
 
 def _cut(samples: Sequence[Sample], token_budget: int) -> list[tuple[Sample, ...]]:
-    """Micro-batches of samples already sorted longest first: the first row of each sets its padded length."""
-    cut: list[list[Sample]] = []
-    for sample in samples:
-        if cut and (len(cut[-1]) + 1) * _length(cut[-1][0]) <= token_budget:
-            cut[-1].append(sample)
-        else:
-            cut.append([sample])
-    return [tuple(rows) for rows in cut]
+    """Micro-batches of samples already sorted longest first: the first row of each sets its padded length.
+
+    Of all cuts within the budget, the one with the fewest padded tokens, a micro-batch more being as dear as
+    CALL_COST of the budget in padding; cheapest[end] is what the first `end` rows cost.
+    """
+    call = token_budget * CALL_COST
+    cheapest, starts = [0.0], [0]
+    for end in range(1, len(samples) + 1):
+        costs = []
+        for start in range(end - 1, -1, -1):
+            padded = (end - start) * _length(samples[start])
+            if padded > token_budget:
+                break
+            costs.append((cheapest[start] + padded + call, start))
+        cost, start = min(costs)
+        cheapest.append(cost)
+        starts.append(start)
+    cut: list[tuple[Sample, ...]] = []
+    end = len(samples)
+    while end:
+        cut.append(tuple(samples[starts[end] : end]))
+        end = starts[end]
+    return cut[::-1]
 
 
 def _length(sample: Sample) -> int:

@@ -6,6 +6,7 @@ bootstrap intervals over questions; a difference to an earlier stage is paired o
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -44,9 +45,11 @@ async def both_modes(context: Context, engine: Engine, earlier: Answers | None =
     metrics: dict[str, float] = {}
     correct: dict[str, dict[str, float]] = {}
     examples: list[dict[str, Any]] = []
-    for mode in ("think", "direct"):
-        prompts = held_out(context, settings.data, settings.prompts, think=mode == "think")
-        found, shares, shown = await _mode(context, engine, prompts, settings)
+    modes = ("think", "direct")
+    # all at once: the engine is never left with the few longest answers of one mode
+    asked = (held_out(context, settings.data, settings.prompts, think=mode == "think") for mode in modes)
+    reports = await asyncio.gather(*(_mode(context, engine, prompts, settings) for prompts in asked))
+    for mode, (found, shares, shown) in zip(modes, reports, strict=True):
         metrics |= {f"eval.{mode}.{name}": value for name, value in found.items()}
         correct[mode] = shares
         examples += shown
@@ -170,8 +173,10 @@ async def _mode(
 ) -> tuple[dict[str, float], dict[str, float], list[dict[str, Any]]]:
     seed = derive(context.recipe.seed, "evaluation", settings.temperature)
     sampling = Sampling(settings.samples, settings.temperature, settings.max_tokens, seed)
-    sampled = await engine.generate(prompts, sampling)
-    greedy = await engine.generate(prompts, dataclasses.replace(sampling, num=1, temperature=0.0))
+    sampled, greedy = await asyncio.gather(
+        engine.generate(prompts, sampling),
+        engine.generate(prompts, dataclasses.replace(sampling, num=1, temperature=0.0)),
+    )
     score = context.actors.rewards.score
     answers, greedy_answers = await score(settings.answer, sampled), await score(settings.answer, greedy)
     formats = await score(FORMAT, sampled)

@@ -36,7 +36,7 @@ def open_model(path: str) -> tuple[PreTrainedModel, Any, Visual]:
         model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
     except ValueError as error:
         raise ValueError(f"{path} holds no vision-language model that transformers can load: {error}") from error
-    processor = AutoProcessor.from_pretrained(path)
+    processor = ForeignProcessor(AutoProcessor.from_pretrained(path))
     return model, processor, ForeignVisual(model, processor)
 
 
@@ -46,15 +46,46 @@ def mixes_experts(model: PreTrainedModel) -> bool:
     return any(text.get(name) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
 
 
+class ForeignProcessor:
+    """An ordinary processor under the names a bridge's has: one placeholder for each image in un-expanded ids, and
+    `expand` for as many as the model takes."""
+
+    def __init__(self, processor: Any) -> None:
+        self._inner = processor
+        self.tokenizer = processor.tokenizer
+        self.image_processor = processor.image_processor
+        self.image_token_id = int(processor.image_token_id)
+        self.media_token_ids = tuple(
+            int(value)
+            for name in ("image", "video", "audio")
+            if (value := getattr(processor, f"{name}_token_id", None))
+        )
+
+    def expand(self, token_ids: Sequence[int], sizes: Sequence[tuple[int, int]]) -> list[int]:
+        """token_ids with the placeholder of every image (width, height) repeated as often as it has features. Raises
+        ValueError when placeholders and images differ in number."""
+        if list(token_ids).count(self.image_token_id) != len(sizes):
+            raise ValueError(f"{list(token_ids).count(self.image_token_id)} image placeholders for {len(sizes)} images")
+        if not sizes:
+            return list(token_ids)
+        # transformers' own count, which vLLM's Transformers backend relies on too
+        found = self._inner._get_num_multimodal_tokens(image_sizes=[(height, width) for width, height in sizes])
+        counts = iter(found["num_image_tokens"])
+        return [token for one in token_ids for token in ([one] * next(counts) if one == self.image_token_id else [one])]
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        self._inner.save_pretrained(folder)
+
+
 class ForeignVisual:
     """Media of an ordinary Hugging Face model, through its own image processor. The model computes its own positions
     (M-RoPE) and runs its vision tower only when there is a picture, so text-only micro-batches get a blank one."""
 
     explicit_positions = False
 
-    def __init__(self, model: PreTrainedModel, processor: Any) -> None:
+    def __init__(self, model: PreTrainedModel, processor: ForeignProcessor) -> None:
         self._processor = processor
-        self._image_token_id = int(model.config.image_token_id)
+        self._image_token_id = processor.image_token_id
         self._token_types = "mm_token_type_ids" in inspect.signature(model.forward).parameters
         self.pad_id = pad_of(processor.tokenizer)
 
@@ -72,6 +103,5 @@ class ForeignVisual:
         picture = Image.new("RGB", (64, 64))
         buffer = io.BytesIO()
         picture.save(buffer, "PNG")
-        text = self._processor(text=[self._processor.image_token], images=[picture], return_tensors="pt")
-        ids = tuple(int(token) for token in text["input_ids"][0])
-        return Sample("blank", (*ids, self.pad_id), len(ids), (Media(buffer.getvalue(), picture.size),), weight=0.0)
+        ids = (*self._processor.expand([self._image_token_id], [picture.size]), self.pad_id)
+        return Sample("blank", ids, len(ids) - 1, (Media(buffer.getvalue(), picture.size),), weight=0.0)

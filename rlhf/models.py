@@ -11,6 +11,7 @@ from transformers import AutoProcessor
 import rlhf.bridge
 from rlhf.data.rows import Rows
 from rlhf.data.tokenizer import train_tokenizer
+from rlhf.foreign import ForeignProcessor
 from rlhf.recipe import Recipe
 from rlhf.stage import derive
 
@@ -43,10 +44,12 @@ def texts(rows: Rows) -> Iterator[str]:
 def load_processor(folder: Path) -> Any:
     """The processor of a bridge folder or of any Hugging Face vision-language model."""
     rlhf.bridge.register()
-    return AutoProcessor.from_pretrained(str(folder))
+    processor = AutoProcessor.from_pretrained(str(folder))
+    return processor if hasattr(processor, "expand") else ForeignProcessor(processor)
 
 
 def masked_ids(processor: Any) -> tuple[int, ...]:
-    """Token ids a policy may never sample: the media placeholder and padding."""
-    ids = {processor.image_token_id, processor.tokenizer.pad_token_id}
+    """Token ids a policy may never sample: media placeholders and padding."""
+    placeholders = getattr(processor, "media_token_ids", (processor.image_token_id,))
+    ids = {*placeholders, processor.tokenizer.pad_token_id}
     return tuple(sorted(ids - {None, processor.tokenizer.eos_token_id}))

@@ -18,7 +18,7 @@ from typing import Literal
 
 from rlhf import feasibility
 from rlhf.architecture import GIB, Architecture, activation_bytes, architecture_of, training_bytes
-from rlhf.recipe import Evaluate, Recipe, Rl, Sft, Stage, Synthesize
+from rlhf.recipe import Evaluate, Implementation, Recipe, Rl, Sft, Stage, Synthesize
 
 Transport = Literal["cpu", "ipc", "nccl"]
 
@@ -53,7 +53,7 @@ class Verdict:
     """What `rlhf check` measured: the largest log-prob gap of an implementation of an architecture, with versions."""
 
     architecture: str
-    implementation: str
+    implementation: Implementation
     max_gap: float
     proven: bool
     versions: tuple[tuple[str, str], ...] = ()
@@ -141,7 +141,7 @@ class Plan:
     world_size: int
     transport: Transport
     colocated: bool
-    implementation: str
+    implementation: Implementation
     memory_gib: float
     memory_limit_gib: float
     budget_minutes: float | None
@@ -211,7 +211,7 @@ def make_plan(recipe: Recipe, cluster: Cluster | None = None, verdicts: Sequence
     architectures = _architectures(recipe)
     colocated = _colocated(recipe, cluster)
     _refuse((*_stage_shapes(recipe, architectures), *_machine(recipe, cluster)))
-    implementation = _implementation(recipe, next(iter(architectures.values())))
+    implementation = _implementation(recipe, next(iter(architectures.values())), verdicts)
     engines = _engines(recipe, architectures, implementation, verdicts)
     stages = tuple(_stage(recipe, stage, architectures[stage.name], engines[stage.name]) for stage in recipe.stages)
     memory, trainer, engine = _memory(recipe, stages)
@@ -360,12 +360,31 @@ def _transport(recipe: Recipe) -> Transport:
     return "cpu" if recipe.resources.transport == "auto" else recipe.resources.transport
 
 
-def _implementation(recipe: Recipe, first: Architecture) -> str:
+def implementations(wanted: Implementation, architecture: Architecture) -> tuple[Implementation, ...]:
+    """vLLM's implementations that may serve an architecture, the preferred first."""
+    if wanted != "auto":
+        return (wanted,)
+    return ("transformers",) if architecture.is_bridge else ("vllm", "transformers")
+
+
+def _implementation(recipe: Recipe, first: Architecture, verdicts: Sequence[Verdict]) -> Implementation:
     """A bridge runs through vLLM's Transformers backend; any other model prefers vLLM's own implementation, since the
-    backend loses what it does not know of (Qwen3-VL's deepstack features: a log-prob gap of 0.2, and no warning)."""
-    if recipe.model.implementation != "auto":
-        return recipe.model.implementation
-    return "transformers" if first.is_bridge else "vllm"
+    backend loses what it does not know of (Qwen3-VL's deepstack features: a log-prob gap of 0.2, and no warning).
+    What `rlhf check` measured decides against that preference."""
+    found = {
+        choice: _verdict(first, choice, verdicts) for choice in implementations(recipe.model.implementation, first)
+    }
+    if len(found) == 1:
+        return next(iter(found))
+    for wanted in ("proven", "unproven"):
+        for choice, verdict in found.items():
+            if verdict.startswith(wanted):
+                return choice
+    measured = ", ".join(f"{choice}: {verdict}" for choice, verdict in found.items())
+    raise PlanError(
+        f"[model]: no vLLM implementation computes what the trainer computes ({measured}); set model.implementation "
+        "to run one all the same, or choose another model"
+    )
 
 
 def _algorithm(stage: Rl, architecture: Architecture) -> str | None:
@@ -377,7 +396,7 @@ def _algorithm(stage: Rl, architecture: Architecture) -> str | None:
 
 
 def _engines(
-    recipe: Recipe, architectures: dict[str, Architecture], implementation: str, verdicts: Sequence[Verdict]
+    recipe: Recipe, architectures: dict[str, Architecture], implementation: Implementation, verdicts: Sequence[Verdict]
 ) -> dict[str, tuple[EngineUse, ...]]:
     """Stage name → engines it uses. Engines outlive stages: one of the same architecture takes new weights, a role
     that finds none free starts its own."""
@@ -414,7 +433,7 @@ def _merged(uses: Sequence[EngineUse]) -> Iterator[EngineUse]:
     yield from (first[role] for role in dict.fromkeys(use.role for use in uses))
 
 
-def _verdict(architecture: Architecture, implementation: str, verdicts: Sequence[Verdict]) -> str:
+def _verdict(architecture: Architecture, implementation: Implementation, verdicts: Sequence[Verdict]) -> str:
     here = installed_versions()
     for verdict in verdicts:
         same = (verdict.architecture, verdict.implementation) == (architecture.digest, implementation)

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError,
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Implementation = Literal["auto", "vllm", "transformers"]  # of vLLM: its own, or its Transformers backend
 
 
 class RecipeError(ValueError):
@@ -58,7 +59,7 @@ class Model(Table):
     path: str | None = None
     bridge: dict[str, dict[str, Any]] | None = None
     tokenizer: Tokenizer = Tokenizer()
-    implementation: Literal["auto", "vllm", "transformers"] = "auto"
+    implementation: Implementation = "auto"
 
     @model_validator(mode="after")
     def _one_source(self) -> Model:

@@ -27,14 +27,16 @@ class Judge:
     async def score(self, groups: Sequence[Group]) -> list[list[Score]]:
         """One verdict a rollout: 1.0 sound, 0.0 unsound; a reply that does not parse is a failure."""
         asked = [judging.ask(group, self.tokenizer) for group in groups]
-        prompts = [prompt for row in asked for prompt in row if prompt is not None]
-        replies = iter(await self.engine.generate(prompts, Sampling(temperature=0.0, max_tokens=self.max_tokens)))
+        # the same chain twice under one question is judged once: the judge is greedy
+        distinct = {
+            (g, prompt.token_ids): prompt for g, row in enumerate(asked) for prompt in row if prompt is not None
+        }
+        sampling = Sampling(temperature=0.0, max_tokens=self.max_tokens)
+        replies = await self.engine.generate(list(distinct.values()), sampling)
+        said = {key: judging.verdict(reply.rollouts[0].text) for key, reply in zip(distinct, replies, strict=True)}
         return [
-            [
-                judging.without_chain() if prompt is None else judging.verdict(next(replies).rollouts[0].text)
-                for prompt in row
-            ]
-            for row in asked
+            [judging.without_chain() if prompt is None else said[g, prompt.token_ids] for prompt in row]
+            for g, row in enumerate(asked)
         ]
 
 

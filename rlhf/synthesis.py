@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from rlhf.data.formatting import as_prompt
+from rlhf.data.rows import Row
 from rlhf.evaluation import agreement, record
 from rlhf.recipe import Synthesize
 from rlhf.roles import Engine
 from rlhf.scoring import Judge
 from rlhf.stage import Context, derive
-from rlhf.types import Group, Sampling, Score
+from rlhf.types import Group, Prompt, Sampling, Score
 
-CHUNK = 128  # prompts a call: small enough to show progress, large enough to fill the engine
+CHUNK = 128  # prompts a call: small enough to show progress
+AHEAD = 2  # calls in the engine while one is scored and judged
 
 
 async def run(
@@ -33,9 +38,8 @@ async def run(
     groups: list[Group] = []
     answers: list[list[Score]] = []
     verdicts: list[list[Score]] = []
-    for step, start in enumerate(range(0, len(asked), CHUNK)):
-        chunk = asked[start : start + CHUNK]
-        sampled = await engine.generate([prompt for _, prompt in chunk], sampling)
+    chunks = [asked[start : start + CHUNK] for start in range(0, len(asked), CHUNK)]
+    async for step, chunk, sampled in _sampled(engine, chunks, sampling):
         scored = await context.actors.rewards.score(stage.answer, sampled)
         judged = await judge.score(sampled) if judge is not None else []
         for g, (row, _) in enumerate(chunk):
@@ -66,6 +70,22 @@ async def run(
             "ask more prompts, or start from a model whose answers vary more"
         )
     return kept, metrics
+
+
+async def _sampled(
+    engine: Engine, chunks: Sequence[Sequence[tuple[Row, Prompt]]], sampling: Sampling
+) -> AsyncIterator[tuple[int, Sequence[tuple[Row, Prompt]], list[Group]]]:
+    """(number, chunk, its groups) in order, with calls for the next chunks already in the engine."""
+    calls: deque[asyncio.Task[list[Group]]] = deque()
+    waiting = iter(chunks)
+    try:
+        for step, chunk in enumerate(chunks):
+            for ahead in itertools.islice(waiting, 1 + AHEAD - len(calls)):
+                calls.append(asyncio.create_task(engine.generate([prompt for _, prompt in ahead], sampling)))
+            yield step, chunk, await calls.popleft()
+    finally:
+        for call in calls:
+            call.cancel()
 
 
 def _by_difficulty(stage: Synthesize, row: dict[str, Any], scores: list[Score]) -> list[dict[str, Any]]:

@@ -23,7 +23,8 @@ KINDS = {
     "sorted": "reasoning",
 }
 CATEGORIES = tuple(KINDS)
-CORRUPTIONS = ("wrong_digit", "wrong_arithmetic", "wrong_conclusion")
+# how often each is drawn: the last two change one of many numbers, which a judge is slower to learn
+CORRUPTIONS = {"wrong_digit": 1, "wrong_arithmetic": 2, "wrong_conclusion": 2}
 
 CONCLUSIONS = {
     "read": ("so {}.", "they read {}."),
@@ -83,31 +84,76 @@ def write_chain(chain: Chain, rng: random.Random) -> str:
 
 
 def write_with_critique(chain: Chain, digits: Sequence[int], rng: random.Random) -> tuple[str, str]:
-    """The chain in one of its phrasings, and what a careful judge of an image of `digits` says of it: each digit as
-    claimed and as seen, each step, result and conclusion and box, every one with yes or no, and the verdict last.
+    """The chain in one of its phrasings, and what a careful judge of an image of `digits` says of it.
 
-        8 3 no . 5 5 yes . 8 + 5 = 13 yes . 13 13 13 yes . no
+    The judge works everything out itself, then copies what the chain says, then compares: each digit as seen and as
+    read, each step's result, the last result with the conclusion, that with the box. It ends at the first fault with
+    no, or at the end with yes. For an image of 3 and 5, and "i see 3 and 5. 3 + 5 = 9. so 9.":
+
+        3 3 ok. 5 5 ok. 3 + 5 = 8 9 bad. no
     """
     steps, result = _steps(chain, rng)
     concluded = result if chain.concluded is None else chain.concluded
     boxed = concluded if chain.boxed is None else chain.boxed
     conclusion = rng.choice(CONCLUSIONS[chain.category]).format(concluded)
-    text = f"<think>{' '.join([_reading(chain.digits, rng), *steps, conclusion])}</think>\\boxed{{{boxed}}}"
-    findings = [(f"{said} {seen}", said == seen) for said, seen in zip_longest(chain.digits, digits, fillvalue="-")]
-    for index, step in enumerate(steps):
-        wrong = chain.slip is not None and (len(steps) == 1 or index == chain.slip)
-        findings.append((step.removesuffix("."), not wrong))
-    findings.append((f"{result} {concluded} {boxed}", result == concluded == boxed))
-    lines = [f"{what} {'yes' if right else 'no'}" for what, right in findings]
-    return text, " . ".join([*lines, "yes" if all(right for _, right in findings) else "no"])
+    sentences = [_reading(chain.digits, rng), *(step.sentence for step in steps), conclusion]
+    text = f"<think>{' '.join(sentences)}</think>\\boxed{{{boxed}}}"
+    findings = _pairs(_listed(digits), _listed(chain.digits))
+    findings += [finding for step in steps for finding in step.findings]
+    findings += [*_pairs(result, concluded), *_pairs(concluded, boxed)]
+    said = []
+    for asks, right, claimed in findings:
+        said.append(compared(asks, right, claimed))
+        if right != claimed:
+            return text, " ".join([*said, "no"])
+    return text, " ".join([*said, "yes"])
+
+
+def compared(asks: str, right: str, said: str) -> str:
+    """One finding of a critique: "8 + 5 = 13 12 bad."."""
+    return " ".join([*([asks] if asks else []), right, said, "ok." if right == said else "bad."])
+
+
+def _pairs(right: str, said: str) -> list[tuple[str, str, str]]:
+    """Findings that compare two lists element by element; "-" stands for one that is missing."""
+    return [("", one, other) for one, other in zip_longest(right.split(), said.split(), fillvalue="-")]
+
+
+def write_fact(rng: random.Random) -> str:
+    """One small truth in the words of a chain or of a critique: a sum, a difference, the larger of two, same or not, or
+    a claim of the first three (half of them false) with the finding on it."""
+    one, other = rng.randrange(10), rng.randrange(10)
+    subject = rng.choice(("sum", "difference", "larger", "same"))
+    if subject == "same":
+        number = one if rng.random() < 0.6 else rng.randrange(10, 40)
+        near = _nearby(number, rng) if number > 9 else other
+        return compared("", str(number), str(number if rng.random() < 0.5 else near))
+    if subject == "sum":
+        total = sum(rng.randrange(10) for _ in range(rng.choice((1, 1, 2, 3))))
+        asks, right = f"{total} + {one} =", total + one
+    elif subject == "difference":
+        asks, right = f"{max(one, other)} - {min(one, other)} =", abs(one - other)
+    else:
+        asks, right = f"{one} or {other}:", max(one, other)
+    if rng.random() < 0.5:
+        said = right if rng.random() < 0.5 else min(one, other) if subject == "larger" else _nearby(right, rng)
+        return f"{asks} {said}. {compared(asks, str(right), str(said))}"
+    if subject == "larger" and rng.random() < 0.5:
+        return f"of {one} and {other}, {right}."
+    return f"{asks} {right}."
+
+
+def _nearby(number: int, rng: random.Random) -> int:
+    steps = (-10, -2, -1, 1, 2, 10) if number > 9 else (-2, -1, 1, 2)
+    return rng.choice([number + step for step in steps if number + step >= 0])
 
 
 def corrupt(chain: Chain, rng: random.Random) -> tuple[str, Chain]:
     """One of CORRUPTIONS and the sound `chain` with it, as a weak model would write it: a digit misread, left out or
     seen double and everything after consistent with it; one false step, everything after consistent; or an answer
     that does not follow."""
-    possible = [kind for kind in CORRUPTIONS if kind != "wrong_arithmetic" or _slippable(chain)]
-    kind = rng.choice(possible)
+    possible = {kind: share for kind, share in CORRUPTIONS.items() if kind != "wrong_arithmetic" or _slippable(chain)}
+    (kind,) = rng.choices(list(possible), list(possible.values()))
     if kind == "wrong_digit":
         return kind, replace(chain, digits=_misread(chain, rng))
     if kind == "wrong_arithmetic":
@@ -165,39 +211,60 @@ def _reading(digits: Sequence[int], rng: random.Random) -> str:
     )
 
 
-def _steps(chain: Chain, rng: random.Random) -> tuple[list[str], str]:
-    """The sentences between reading and conclusion, and the result they lead to."""
+@dataclass(frozen=True)
+class _Step:
+    """A sentence of a chain, and what its judge checks: (what it asks, the right result, the one the chain gives)."""
+
+    sentence: str
+    findings: Sequence[tuple[str, str, str]]
+
+
+def _steps(chain: Chain, rng: random.Random) -> tuple[list[_Step], str]:
+    """The steps between reading and conclusion, and the result they lead to."""
     digits, slip = chain.digits, chain.slip
+    steps: list[_Step] = []
     match chain.category:
         case "sum":
-            total, steps = digits[0], []
+            total = digits[0]
             for i, digit in enumerate(digits[1:]):
-                result = total + digit if i != slip else int(_other_answer("sum", str(total + digit), rng))
-                steps.append(f"{total} + {digit} = {result}.")
-                total = result
+                right = str(total + digit)
+                said = right if i != slip else _other_answer("sum", right, rng)
+                asks = f"{total} + {digit} ="
+                steps.append(_Step(f"{asks} {said}.", [(asks, right, said)]))
+                total = int(said)
             return steps, str(total)
         case "difference":
-            high, low = max(digits), min(digits)
-            gap = high - low if slip is None else int(_other_answer("difference", str(high - low), rng))
-            return [f"{high} - {low} = {gap}."], str(gap)
+            right = str(max(digits) - min(digits))
+            said = right if slip is None else _other_answer("difference", right, rng)
+            asks = f"{max(digits)} - {min(digits)} ="
+            return [_Step(f"{asks} {said}.", [(asks, right, said)])], said
         case "larger":
-            best, steps = digits[0], []
+            best = digits[0]
             form = rng.choice(("{} or {}: {}.", "of {} and {}, {}."))
             for i, digit in enumerate(digits[1:]):
                 winner = max(best, digit) if i != slip else min(best, digit)
-                steps.append(form.format(best, digit, winner))
+                finding = (f"{best} or {digit}:", str(max(best, digit)), str(winner))
+                steps.append(_Step(form.format(best, digit, winner), [finding]))
                 best = winner
             return steps, str(best)
         case "sorted":
             order = sorted(digits)
             if slip is not None:
                 order[slip], order[slip + 1] = order[slip + 1], order[slip]
-            return [f"{rng.choice(('smallest', 'start with'))} {', then '.join(map(str, order))}."], _listed(order)
+            sentence = f"{rng.choice(('smallest', 'start with'))} {', then '.join(map(str, order))}."
+            return [_Step(sentence, _pairs(_listed(sorted(digits)), _listed(order)))], _listed(order)
         case "count" if chain.target is not None:
-            hits = [(digit == chain.target) != (i == slip) for i, digit in enumerate(digits)]
-            said = [f"{digit} {'yes' if hit else 'no'}" for digit, hit in zip(digits, hits, strict=True)]
-            return [f"{', '.join(said)}."], str(sum(hits))
-    return [], answer_of(chain.category, digits, chain.target)
+            said_hits = [(digit == chain.target) != (i == slip) for i, digit in enumerate(digits)]
+            hits = [
+                (digit, _word(digit == chain.target), _word(hit)) for digit, hit in zip(digits, said_hits, strict=True)
+            ]
+            sentence = f"{', '.join(f'{digit} {said}' for digit, _, said in hits)}."
+            return [_Step(sentence, [(str(digit), right, said) for digit, right, said in hits])], str(sum(said_hits))
+    return steps, answer_of(chain.category, digits, chain.target)
+
+
+def _word(hit: bool) -> str:
+    return "yes" if hit else "no"
 
 
 def _slippable(chain: Chain) -> list[int]:

@@ -27,6 +27,7 @@ from rlhf.data.chains import (
     check_chain,
     corrupt,
     write_chain,
+    write_fact,
     write_with_critique,
 )
 from rlhf.data.judging import judge_question
@@ -35,6 +36,7 @@ from rlhf.data.rows import DataError, Row
 __all__ = ["ChainCheck", "Options", "Puzzle", "build", "check_chain", "render", "scans"]
 
 CELL = 24
+FACTS_PER_ROW = 12
 NUM_TRAIN = 1400
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 PLURALS = (*(f"{word}s" for word in WORDS[:6]), "sixes", *(f"{word}s" for word in WORDS[7:]))
@@ -89,6 +91,7 @@ def build(table: str, rows: int, split: str, seed: int, options: Mapping[str, An
     prompts     every category, no answer (for reinforcement learning)
     judge       a reply to be judged beside the image: half sound, half corrupted; the answer is yes or no
     judge_text  the same, the digits given in the text
+    facts       no image: a dozen small truths a reply, those that chains are made of and judges check
 
     split "heldout" makes any of them from held-out scans, with a third of the augmentation. Columns: answer, category,
     kind, digits, target, question, think, scans; judge tables add sound and corruption.
@@ -103,6 +106,7 @@ def build(table: str, rows: int, split: str, seed: int, options: Mapping[str, An
         "prompts": _prompt_row,
         "judge": _judge_row,
         "judge_text": _judge_text_row,
+        "facts": _facts_row,
     }
     if table not in makers:
         raise DataError(f"digits has no table {table!r}{_nearest(table, list(makers))}; it has {', '.join(makers)}")
@@ -297,3 +301,9 @@ def _judge_text_row(rng: random.Random, options: Options, split: str, turn: int)
     puzzle, chain, corruption, reply = _judged(rng, options, split, sound)
     asked = f"{_told(puzzle, rng)} {judge_question(puzzle.question, chain)}"
     return _verdict_columns(_row(puzzle, asked, reply, False, None), sound, corruption)
+
+
+def _facts_row(rng: random.Random, options: Options, split: str, _turn: int) -> Row:
+    puzzle = _puzzle(rng, options, split)
+    facts = [write_fact(rng) for _ in range(FACTS_PER_ROW)]
+    return _row(puzzle, "facts.", " ".join(facts), False, None)

@@ -55,9 +55,18 @@ def _builder(name: str, reference: str) -> Builder:
 
 
 def _code_digest(build: Builder) -> str:
-    try:
-        text = inspect.getsource(inspect.getmodule(build) or build)
-    except OSError:
-        # a builder typed into an interpreter has no file; its rows follow the spec alone
-        text = ""
-    return hashlib.sha256(text.encode()).hexdigest()
+    """Of the builder's module and of what it takes from modules of its own package."""
+    own = inspect.getmodule(build)
+    if own is None:
+        return ""
+    package = own.__name__.rpartition(".")[0]
+    used = {inspect.getmodule(value) for value in vars(own).values()} - {None}
+    modules = [own, *(module for module in used if module and package and module.__name__.startswith(f"{package}."))]
+    texts = {}
+    for module in modules:
+        try:
+            texts[module.__name__] = inspect.getsource(module)
+        except OSError:
+            # a builder typed into an interpreter has no file; its rows follow the spec alone
+            continue
+    return hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()

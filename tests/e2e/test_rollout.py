@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rlhf import bridge
 from rlhf.agreement import compare, fingerprint_model, group_name, localise, make_probes, probe_model
+from rlhf.batching import BridgeVisual
 from rlhf.types import Group, Media, Probe, Prompt, Publication, Sampling
 
 pytestmark = pytest.mark.timeout(180)
@@ -307,8 +308,8 @@ def probes_of(model: Any) -> list[Probe]:
 
 def test_every_spoiled_parameter_is_caught_and_named(pair: Any) -> None:
     engine, model, processor = pair
-    probes = probes_of(model)
-    ours, prints = probe_model(model, processor, probes), fingerprint_model(model, processor, probes)
+    probes, visual = probes_of(model), BridgeVisual(processor)
+    ours, prints = probe_model(model, processor, visual, probes), fingerprint_model(model, processor, visual, probes)
     engine.publish(parameters(model))
     good = compare(ours, engine("score", probes))
     assert good.ok, good.message

@@ -1,6 +1,7 @@
 """The digits builder, its chains, and the program that verifies them."""
 
 import io
+import re
 from collections import Counter
 
 import numpy as np
@@ -185,15 +186,37 @@ def test_chains_and_answers_are_short():
 def test_a_judge_can_go_through_the_chain_before_its_verdict():
     shares = Counter()
     for row in build("judge", 400, "train", 0, {"critique": True}):
-        *findings, verdict = reply(row).split(" . ")
-        seen = [finding.split()[1] for finding in findings if len(finding.split()) == 3][: len(row["digits"])]
-        assert [digit for digit in seen if digit != "-"] == list(map(str, row["digits"]))
-        faults = [finding for finding in findings if finding.endswith("no")]
-        assert bool(faults) == (not row["sound"])
-        assert verdict == ("yes" if row["sound"] else "no")
+        *findings, verdict = reply(row).split(".")
+        seen = [finding.split()[0] for finding in findings][: len(row["digits"])]
+        assert [digit for digit in seen if digit != "-"] == list(map(str, row["digits"]))[: len(seen)]
+        for finding in findings:
+            right, said, word = finding.split()[-3:]
+            assert word == ("ok" if right == said else "bad"), finding
+        faults = [finding for finding in findings if finding.endswith("bad")]
+        assert faults == ([] if row["sound"] else findings[-1:])
+        assert verdict.strip() == ("yes" if row["sound"] else "no")
         assert parse_verdict(reply(row)) == row["sound"]
         shares[row["corruption"]] += 1
     assert len(shares) == 4
+
+
+def test_facts_are_true():
+    bad = 0
+    for row in build("facts", 100, "train", 0, {}):
+        for fact in reply(row).rstrip(".").split(". "):
+            if finding := re.fullmatch(r"(?:.*[=:] )?(\S+) (\S+) (ok|bad)", fact):
+                assert (finding[1] == finding[2]) == (finding[3] == "ok"), fact
+                bad += finding[3] == "bad"
+    assert bad > 200
+    # what is neither a finding nor the claim before one is true
+    for row in build("facts", 100, "train", 0, {}):
+        facts = reply(row).rstrip(".").split(". ")
+        for fact, after in zip(facts, [*facts[1:], ""], strict=True):
+            if fact.endswith(("ok", "bad")) or after.endswith(("ok", "bad")):
+                continue
+            left, right = re.fullmatch(r"(.*)(?: =|:|,) (\d+)", fact).groups()
+            one, other = map(int, re.findall(r"\d+", left))
+            assert int(right) == (one + other if "+" in left else one - other if "-" in left else max(one, other)), fact
 
 
 def test_judging_words():
