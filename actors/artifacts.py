@@ -22,13 +22,15 @@ def read_weights(folder: Path) -> list[tuple[str, np.ndarray[Any, Any]]]:
 
     bfloat16 files are not read here: numpy has no such type, and such models start with vLLM's own loader.
     """
-    base = base_of(folder)
+    if base_of(folder) != folder:
+        from rlhf.foreign import open_model
+
+        merged = open_model(str(folder))[0]
+        return [(name, parameter.detach().numpy()) for name, parameter in merged.named_parameters()]
     weights = {}
-    for file in sorted(base.glob("*.safetensors")):
+    for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="numpy") as tensors:
             weights.update({name: tensors.get_tensor(name) for name in tensors.keys()})  # noqa: SIM118  not a dict
-    if base != folder:
-        _merge(folder, weights)
     return list(weights.items())
 
 
@@ -73,18 +75,6 @@ def base_of(folder: Path) -> Path:
     """The folder that holds the weights: of adapters in peft's format, their base; else the folder itself."""
     adapter = folder / "adapter_config.json"
     return Path(json.loads(adapter.read_text())["base_model_name_or_path"]) if adapter.exists() else folder
-
-
-def _merge(folder: Path, weights: dict[str, np.ndarray[Any, Any]]) -> None:
-    """W + (alpha / r)·B·A for every adapted weight (LoRA, arXiv 2106.09685)."""
-    config = json.loads((folder / "adapter_config.json").read_text())
-    scale = config["lora_alpha"] / config["r"]
-    with safe_open(folder / "adapter_model.safetensors", framework="numpy") as tensors:
-        for name in tensors.keys():  # noqa: SIM118
-            if ".lora_A." in name:
-                target = name.removeprefix("base_model.model.").replace(".lora_A.weight", ".weight")
-                down, up = tensors.get_tensor(name), tensors.get_tensor(name.replace(".lora_A.", ".lora_B."))
-                weights[target] = weights[target] + scale * (up @ down)
 
 
 def _tuples(rows: list[list[Any]]) -> tuple[tuple[Any, ...], ...]:

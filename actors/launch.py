@@ -31,7 +31,7 @@ from rlhf.architecture import from_folder
 from rlhf.models import load_processor, masked_ids
 from rlhf.plan import Plan
 from rlhf.recipe import Deadlines, Recipe
-from rlhf.roles import SyncError, SyncReport
+from rlhf.roles import ActorLostError, SyncError, SyncReport
 from rlhf.types import Batch, Group, Probe, ProbeScores, Prompt, Publication, Sampling, Score, StepStats, TrainSpec
 
 BUCKET_BYTES = 64 * 2**20
@@ -40,10 +40,6 @@ REWARD_CHUNK = 64  # items a call: small enough that a hang costs little, large 
 
 class ActorTimeoutError(TimeoutError):
     """A remote call missed its deadline; names the actor, the call and the recipe key of the deadline."""
-
-
-class ActorLostError(RuntimeError):
-    """A process died and its work cannot be given to another; names it and what to do."""
 
 
 async def within(seconds: float, deadline: str, what: str, reference: Any) -> Any:
@@ -65,7 +61,7 @@ class RolloutActor(RolloutWorker):
 
     def fetch(self, publication: Publication) -> float:
         """Load a publication; returns the engine's seconds."""
-        return self.load(publication, ray.get(list(publication.buckets))).seconds
+        return self.load(publication, ray.get(list(publication.buckets), timeout=self.settings.deadline)).seconds
 
     def open(self, folder: str, version: int) -> float:
         """Load an artifact's weights from its folder; returns the engine's seconds."""
@@ -234,9 +230,6 @@ class TrainerHandle:
         await self._all("export", "save", str(folder))
         write_probes(folder, self.probes, (await self._all("probe", "sync", self.probes))[0])
 
-    async def end(self) -> None:
-        await self._all("end", "save")
-
     async def agree(self, engine: EngineHandle) -> Agreement:
         """How far the engine's live log-probs are from the trainer's on the probes; of several workers, the worst."""
         expected, found = await asyncio.gather(self._all("probe", "sync", self.probes), engine.score(self.probes))
@@ -397,6 +390,11 @@ class Cast:
     @property
     def cold_starts(self) -> int:
         return sum(len(engine.workers) + engine.restarts for engine in self.engines)
+
+    async def renew_trainer(self) -> None:
+        for rank in self.trainer.ranks:
+            ray.kill(rank)
+        self.trainer.ranks = await self.placement.trainer()
 
     @contextlib.asynccontextmanager
     async def serving(self, models: Mapping[str, Path]) -> AsyncIterator[Mapping[str, EngineHandle]]:

@@ -14,6 +14,7 @@ Running a finished or killed run again skips the stages whose inputs are unchang
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
 import time
@@ -35,13 +36,14 @@ from rlhf.feasibility import judges_of, parent_of
 from rlhf.footprint import Footprint
 from rlhf.models import build_model, load_processor, masked_ids
 from rlhf.recipe import Evaluate, Gate, Recipe, Rl, Sft, Stage, Synthesize
-from rlhf.roles import Actors, Engine
+from rlhf.roles import ActorLostError, Actors, Engine
 from rlhf.scoring import Judge
 from rlhf.stage import Context, derive
 from rlhf.tracking import Tracker, stage_folder
 from rlhf.types import Loss, Media, TrainSpec
 
 NUM_PROBES, PROBE_LENGTH = 12, 48
+RENEWALS = 2  # times one stage may lose the trainer
 ANSWERS = "answers.json"  # mode → question → share of right samples, for paired differences between stages
 
 
@@ -61,6 +63,7 @@ class Curriculum:
     sources: dict[str, Rows] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
     earlier_seconds: float = 0.0
+    idle: bool = True
     actors: Actors = field(init=False)
 
     async def run(self, actors: Actors) -> None:
@@ -73,7 +76,7 @@ class Curriculum:
             inputs = self._inputs(stage)
             result = self._finished(folder, inputs)
             if result is None:
-                result = await self._stage(stage, index, folder, inputs)
+                result = await self._survive(stage, index, folder, inputs)
             result["gates"] = [check(gate, result["metrics"]) for gate in stage.gates]
             result["status"] = "done" if all(gate["passed"] for gate in result["gates"]) else "gate failed"
             self.results[stage.name] = result
@@ -81,6 +84,18 @@ class Curriculum:
             for gate in result["gates"]:
                 if not gate["passed"]:
                     raise GateError(explain(stage, gate))
+
+    async def _survive(self, stage: Stage, index: int, folder: Path, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The stage, continued from its last checkpoint when it loses the trainer; RENEWALS times at most."""
+        self.idle = False
+        for attempt in itertools.count():
+            try:
+                return await self._stage(stage, index, folder, inputs)
+            except ActorLostError:
+                if attempt == RENEWALS:
+                    raise
+                await self.actors.renew_trainer()
+        raise AssertionError("unreachable")
 
     async def _stage(self, stage: Stage, index: int, folder: Path, inputs: dict[str, Any]) -> dict[str, Any]:
         if folder.exists() and _read(folder / "inputs.json") != inputs:
@@ -280,7 +295,8 @@ class Curriculum:
             {
                 "name": self.recipe.name,
                 "seed": self.recipe.seed,
-                "wall_seconds": self.earlier_seconds + time.monotonic() - self.started,
+                # looking at finished stages again is not part of the run
+                "wall_seconds": self.earlier_seconds + (0.0 if self.idle else time.monotonic() - self.started),
                 "peak_rss_gib": self.footprint.peak_gib,
                 "engine_cold_starts": self.actors.cold_starts,
                 "stages": list(self.results.values()),

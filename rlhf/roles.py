@@ -28,6 +28,10 @@ class SyncError(RuntimeError):
     """The engine does not compute what the trainer computes; the message names the parameter group."""
 
 
+class ActorLostError(RuntimeError):
+    """A process of the trainer died; a new one can continue from the last checkpoint."""
+
+
 class Engine(Protocol):
     """One model served by one or more rollout workers."""
 
@@ -37,7 +41,7 @@ class Engine(Protocol):
 
 
 class Trainer(Protocol):
-    """The policy's optimiser, over all its ranks."""
+    """The policy's optimiser, over all its ranks. Every method raises ActorLostError when one of them died."""
 
     async def begin(self, spec: TrainSpec, probes: Sequence[Probe]) -> Mapping[str, float]:
         """Load the model and make it ready to train; returns its facts (num_parameters, num_trainable, moe). Every
@@ -63,8 +67,6 @@ class Trainer(Protocol):
         """Write the model as a Hugging Face folder (peft's format with LoRA) with its probe scores."""
         ...
 
-    async def end(self) -> None: ...
-
 
 class Rewards(Protocol):
     """Reward functions in processes of their own."""
@@ -86,6 +88,10 @@ class Actors(Protocol):
     def serving(self, models: Mapping[str, Path]) -> AbstractAsyncContextManager[Mapping[str, Engine]]:
         """Engines for these models (role → artifact folder) while the context lasts; an engine of the same
         architecture is reused with new weights, proven against the artifact's probe scores."""
+        ...
+
+    async def renew_trainer(self) -> None:
+        """Replace the trainer's processes by new ones, in which no stage has begun."""
         ...
 
     @property

@@ -23,8 +23,8 @@ KINDS = {
     "sorted": "reasoning",
 }
 CATEGORIES = tuple(KINDS)
-# how often each is drawn: the last two change one of many numbers, which a judge is slower to learn
-CORRUPTIONS = {"wrong_digit": 1, "wrong_arithmetic": 2, "wrong_conclusion": 2}
+# how often each is drawn
+CORRUPTIONS = {"wrong_digit": 4, "wrong_arithmetic": 3, "missing_step": 2, "wrong_conclusion": 3}
 
 CONCLUSIONS = {
     "read": ("so {}.", "they read {}."),
@@ -41,13 +41,14 @@ CONFUSED = ((6, 8), (7, 4), (7, 3), (5, 8), (9, 1), (3, 9), (0, 8), (1, 2), (3, 
 
 @dataclass(frozen=True)
 class Chain:
-    """What a chain will say. digits: those it reads. slip: the index of the step that goes wrong. concluded and
-    boxed: said instead of what the steps give."""
+    """What a chain will say. digits: those it reads. slips: the indices of the steps that go wrong, skipped: of the
+    one left out. concluded and boxed: said instead of what the steps give."""
 
     category: str
     digits: tuple[int, ...]
     target: int | None = None
-    slip: int | None = None
+    slips: frozenset[int] = frozenset()
+    skipped: int | None = None
     concluded: str | None = None
     boxed: str | None = None
 
@@ -96,7 +97,7 @@ def write_with_critique(chain: Chain, digits: Sequence[int], rng: random.Random)
     concluded = result if chain.concluded is None else chain.concluded
     boxed = concluded if chain.boxed is None else chain.boxed
     conclusion = rng.choice(CONCLUSIONS[chain.category]).format(concluded)
-    sentences = [_reading(chain.digits, rng), *(step.sentence for step in steps), conclusion]
+    sentences = [_reading(chain.digits, rng), *(step.sentence for step in steps if step.sentence), conclusion]
     text = f"<think>{' '.join(sentences)}</think>\\boxed{{{boxed}}}"
     findings = _pairs(_listed(digits), _listed(chain.digits))
     findings += [finding for step in steps for finding in step.findings]
@@ -120,44 +121,42 @@ def _pairs(right: str, said: str) -> list[tuple[str, str, str]]:
 
 
 def write_fact(rng: random.Random) -> str:
-    """One small truth in the words of a chain or of a critique: a sum, a difference, the larger of two, same or not, or
-    a claim of the first three (half of them false) with the finding on it."""
+    """One small truth in the words of a chain or of a critique: a sum, a difference, the larger of two, same or not.
+
+    No false claims to find fault with: they taught false sums (thinking accuracy 0.56 instead of 0.61 after stage A).
+    """
     one, other = rng.randrange(10), rng.randrange(10)
-    subject = rng.choice(("sum", "difference", "larger", "same"))
-    if subject == "same":
-        number = one if rng.random() < 0.6 else rng.randrange(10, 40)
-        near = _nearby(number, rng) if number > 9 else other
-        return compared("", str(number), str(number if rng.random() < 0.5 else near))
-    if subject == "sum":
-        total = sum(rng.randrange(10) for _ in range(rng.choice((1, 1, 2, 3))))
-        asks, right = f"{total} + {one} =", total + one
-    elif subject == "difference":
-        asks, right = f"{max(one, other)} - {min(one, other)} =", abs(one - other)
-    else:
-        asks, right = f"{one} or {other}:", max(one, other)
-    if rng.random() < 0.5:
-        said = right if rng.random() < 0.5 else min(one, other) if subject == "larger" else _nearby(right, rng)
-        return f"{asks} {said}. {compared(asks, str(right), str(said))}"
-    if subject == "larger" and rng.random() < 0.5:
-        return f"of {one} and {other}, {right}."
-    return f"{asks} {right}."
-
-
-def _nearby(number: int, rng: random.Random) -> int:
-    steps = (-10, -2, -1, 1, 2, 10) if number > 9 else (-2, -1, 1, 2)
-    return rng.choice([number + step for step in steps if number + step >= 0])
+    match rng.choice(("sum", "difference", "larger", "same")):
+        case "sum":
+            total = sum(rng.randrange(10) for _ in range(rng.choice((1, 1, 2, 3))))
+            return f"{total} + {one} = {total + one}."
+        case "difference":
+            return f"{max(one, other)} - {min(one, other)} = {abs(one - other)}."
+        case "larger":
+            return rng.choice(("{} or {}: {}.", "of {} and {}, {}.")).format(one, other, max(one, other))
+        case _:
+            number = one if rng.random() < 0.6 else rng.randrange(10, 40)
+            near = number + rng.choice((-10, -2, -1, 1, 2, 10)) if number > 9 else other
+            return compared("", str(number), str(number if rng.random() < 0.5 else near))
 
 
 def corrupt(chain: Chain, rng: random.Random) -> tuple[str, Chain]:
-    """One of CORRUPTIONS and the sound `chain` with it, as a weak model would write it: a digit misread, left out or
-    seen double and everything after consistent with it; one false step, everything after consistent; or an answer
-    that does not follow."""
-    possible = {kind: share for kind, share in CORRUPTIONS.items() if kind != "wrong_arithmetic" or _slippable(chain)}
+    """One of CORRUPTIONS and the sound `chain` with it, as a weak model would write it: digits misread, left out,
+    seen double or in another's place, or steps that are false, everything after consistent with them; a step left out;
+    or an answer that does not follow.
+
+    One fault is often not alone: where the picture nearly always shows what the chain says, a judge learns to copy the
+    chain instead of looking.
+    """
+    steps = {"wrong_arithmetic": _slippable(chain), "missing_step": _skippable(chain)}
+    possible = {kind: share for kind, share in CORRUPTIONS.items() if steps.get(kind, [0])}
     (kind,) = rng.choices(list(possible), list(possible.values()))
     if kind == "wrong_digit":
         return kind, replace(chain, digits=_misread(chain, rng))
     if kind == "wrong_arithmetic":
-        return kind, replace(chain, slip=rng.choice(_slippable(chain)))
+        return kind, replace(chain, slips=frozenset(_some(steps[kind], rng)))
+    if kind == "missing_step":
+        return kind, replace(chain, skipped=rng.choice(steps[kind]))
     wrong = _other_answer(chain.category, answer_of(chain.category, chain.digits, chain.target), rng)
     return kind, replace(chain, concluded=wrong) if rng.random() < 0.5 else replace(chain, boxed=wrong)
 
@@ -221,46 +220,56 @@ class _Step:
 
 def _steps(chain: Chain, rng: random.Random) -> tuple[list[_Step], str]:
     """The steps between reading and conclusion, and the result they lead to."""
-    digits, slip = chain.digits, chain.slip
+    digits, slips, skipped = chain.digits, chain.slips, chain.skipped
     steps: list[_Step] = []
     match chain.category:
         case "sum":
             total = digits[0]
             for i, digit in enumerate(digits[1:]):
                 right = str(total + digit)
-                said = right if i != slip else _other_answer("sum", right, rng)
+                given = right if i not in slips else _other_answer("sum", right, rng)
                 asks = f"{total} + {digit} ="
-                steps.append(_Step(f"{asks} {said}.", [(asks, right, said)]))
-                total = int(said)
+                steps.append(_step(f"{asks} {given}.", asks, right, given, i == skipped))
+                total = int(given)
             return steps, str(total)
         case "difference":
             right = str(max(digits) - min(digits))
-            said = right if slip is None else _other_answer("difference", right, rng)
+            result = right if not slips else _other_answer("difference", right, rng)
             asks = f"{max(digits)} - {min(digits)} ="
-            return [_Step(f"{asks} {said}.", [(asks, right, said)])], said
+            return [_step(f"{asks} {result}.", asks, right, result, skipped == 0)], result
         case "larger":
             best = digits[0]
             form = rng.choice(("{} or {}: {}.", "of {} and {}, {}."))
             for i, digit in enumerate(digits[1:]):
-                winner = max(best, digit) if i != slip else min(best, digit)
-                finding = (f"{best} or {digit}:", str(max(best, digit)), str(winner))
-                steps.append(_Step(form.format(best, digit, winner), [finding]))
+                winner = max(best, digit) if i not in slips else min(best, digit)
+                sentence, asks = form.format(best, digit, winner), f"{best} or {digit}:"
+                steps.append(_step(sentence, asks, str(max(best, digit)), str(winner), i == skipped))
                 best = winner
             return steps, str(best)
         case "sorted":
             order = sorted(digits)
-            if slip is not None:
+            for slip in slips:
                 order[slip], order[slip + 1] = order[slip + 1], order[slip]
             sentence = f"{rng.choice(('smallest', 'start with'))} {', then '.join(map(str, order))}."
+            if skipped is not None:
+                return [_Step("", _pairs(_listed(order), ""))], _listed(order)
             return [_Step(sentence, _pairs(_listed(sorted(digits)), _listed(order)))], _listed(order)
         case "count" if chain.target is not None:
-            said_hits = [(digit == chain.target) != (i == slip) for i, digit in enumerate(digits)]
-            hits = [
-                (digit, _word(digit == chain.target), _word(hit)) for digit, hit in zip(digits, said_hits, strict=True)
+            said_hits = [(digit == chain.target) != (i in slips) for i, digit in enumerate(digits)]
+            said = [_word(hit) for hit in said_hits]
+            shown = [
+                f"{digit} {word}" for i, (digit, word) in enumerate(zip(digits, said, strict=True)) if i != skipped
             ]
-            sentence = f"{', '.join(f'{digit} {said}' for digit, _, said in hits)}."
-            return [_Step(sentence, [(str(digit), right, said) for digit, right, said in hits])], str(sum(said_hits))
+            findings = [
+                (str(digit), _word(digit == chain.target), "-" if i == skipped else said[i])
+                for i, digit in enumerate(digits)
+            ]
+            return [_Step(f"{', '.join(shown)}." if shown else "", findings)], str(sum(said_hits))
     return steps, answer_of(chain.category, digits, chain.target)
+
+
+def _step(sentence: str, asks: str, right: str, said: str, skipped: bool) -> _Step:
+    return _Step("", [(asks, right, "-")]) if skipped else _Step(sentence, [(asks, right, said)])
 
 
 def _word(hit: bool) -> str:
@@ -285,25 +294,52 @@ def _slippable(chain: Chain) -> list[int]:
     return []
 
 
+def _some(indices: Sequence[int], rng: random.Random) -> list[int]:
+    """One of them, and each of the others two times in five."""
+    first = rng.choice(indices)
+    return [index for index in indices if index == first or rng.random() < 0.4]
+
+
+def _skippable(chain: Chain) -> list[int]:
+    """The steps that can be left out."""
+    match chain.category:
+        case "sum" | "larger":
+            return list(range(len(chain.digits) - 1))
+        case "difference" | "sorted":
+            return [0]
+        case "count" if chain.target is not None:
+            return list(range(len(chain.digits)))
+    return []
+
+
 def _misread(chain: Chain, rng: random.Random) -> tuple[int, ...]:
     digits = list(chain.digits)
     place = rng.randrange(len(digits))
     draw = rng.random()
     # a difference has exactly two digits, and a sum of one digit would have no step
     least, most = (2, 2) if chain.category == "difference" else (1 if KINDS[chain.category] == "perception" else 2, 4)
-    if draw < 0.15 and len(digits) > least:
+    if draw < 0.2 and len(digits) > least:
         del digits[place]
-    elif draw < 0.3 and len(digits) < most:
+    elif draw < 0.4 and len(digits) < most:
         digits.insert(place, rng.choice((digits[place], rng.randrange(10))))
+    elif draw < 0.55 and place and digits[place] != digits[place - 1]:
+        digits[place - 1], digits[place] = digits[place], digits[place - 1]
     else:
-        others = CONFUSED[digits[place]] if rng.random() < 0.7 else [d for d in range(10) if d != digits[place]]
-        digits[place] = rng.choice(others)
+        for other in _some(range(len(digits)), rng):
+            likely = CONFUSED[digits[other]] if rng.random() < 0.7 else [d for d in range(10) if d != digits[other]]
+            digits[other] = rng.choice(likely)
     return tuple(digits)
 
 
 def _other_answer(category: str, right: str, rng: random.Random) -> str:
     """A wrong answer close to the right one; only a sum can be above 9."""
     numbers = [int(word) for word in right.split()]
+    if category in ("read", "sorted") and rng.random() < 0.3:
+        place = rng.randrange(len(numbers))
+        shorter = numbers[:place] + numbers[place + 1 :]
+        return _listed(
+            shorter if shorter and rng.random() < 0.5 else [*numbers[:place], numbers[place], *numbers[place:]]
+        )
     if len(numbers) > 1 and len(set(numbers)) > 1 and rng.random() < 0.5:
         first, second = rng.choice([(i, j) for i in range(len(numbers)) for j in range(i) if numbers[i] != numbers[j]])
         numbers[first], numbers[second] = numbers[second], numbers[first]

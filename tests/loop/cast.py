@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rewards.base import evaluate, items_of, resolve
-from rlhf.roles import SyncReport
+from rlhf.roles import ActorLostError, SyncReport
 from rlhf.types import Batch, Group, Probe, Prompt, Rollout, Sampling, Score, StepStats, TrainSpec
 
 
@@ -60,6 +60,7 @@ class FakeTrainer:
         self.batches: list[Batch] = []
         self.steps = 0
         self.die_at: int | None = None
+        self.lost_at: int | None = None
 
     async def begin(self, spec: TrainSpec, probes: Sequence[Probe]) -> Mapping[str, float]:
         self.begun.append(spec)
@@ -69,6 +70,9 @@ class FakeTrainer:
     async def step(self, batch: Batch) -> StepStats:
         if self.die_at is not None and len(self.batches) >= self.die_at:
             raise KilledError
+        if self.lost_at is not None and len(self.batches) >= self.lost_at:
+            self.lost_at = None
+            raise ActorLostError("a trainer rank died during 'step'")
         self.batches.append(batch)
         self.steps += len(batch.updates)
         gap = [1e-6] * sum(update.num_tokens for update in batch.updates[:1])
@@ -92,8 +96,6 @@ class FakeTrainer:
         shutil.copytree(self.begun[-1].model, folder, dirs_exist_ok=True)
         (folder / "trained.json").write_text(json.dumps([self.begun[-1].seed, dict(self.begun[-1].train), self.steps]))
 
-    async def end(self) -> None: ...
-
 
 class FakeRewards:
     """The real reward functions, called in this process."""
@@ -113,6 +115,10 @@ class FakeCast:
         self.trainer = FakeTrainer(self.engine)
         self.rewards = FakeRewards()
         self.served: list[dict[str, Path]] = []
+        self.renewals = 0
+
+    async def renew_trainer(self) -> None:
+        self.renewals += 1
 
     @contextlib.asynccontextmanager
     async def serving(self, models: Mapping[str, Path]) -> AsyncIterator[Mapping[str, FakeEngine]]:

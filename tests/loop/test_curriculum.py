@@ -131,6 +131,28 @@ def test_killed_in_the_middle_of_rl_continues_from_the_checkpoint(tmp_path: Path
     assert digests[0] == digests[1]
 
 
+def test_a_lost_trainer_is_replaced_and_the_stage_goes_on(tmp_path: Path) -> None:
+    wanted = recipe("stages.language.steps = 5", "stages.language.checkpoint_every = 2")
+    whole = run(wanted, tmp_path / "whole")
+    folder = tmp_path / "lost"
+
+    async def lose() -> FakeCast:
+        with Tracker(folder, wanted.name, wanted.tracking) as tracker:
+            curriculum = Curriculum(wanted, folder, tracker, Footprint())
+            curriculum.prepare()
+            cast = FakeCast(curriculum.tokenizer())
+            cast.trainer.lost_at = 3
+            await curriculum.run(cast)
+        return cast
+
+    cast = asyncio.run(lose())
+    assert cast.renewals == 1
+    # steps 1, 2, 3 (lost before its checkpoint), then from the checkpoint of step 2: 3, 4, 5
+    assert cast.trainer.batches[:6] == [*whole.trainer.batches[:3], *whole.trainer.batches[2:5]]
+    digests = [[stage["artifact"]["digest"] for stage in summary(f)["stages"]] for f in (folder, tmp_path / "whole")]
+    assert digests[0] == digests[1]
+
+
 def test_a_missed_gate_stops_the_job_and_keeps_the_artifact(tmp_path: Path) -> None:
     strict = recipe('stages.align.gates = [{metric = "eval.extra.accuracy", min = 1.1}]')
     with pytest.raises(GateError, match=r"'align' missed its gate: eval.extra.accuracy is .*at least 1.1"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import random
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from rlhf.batching import Cached, collate, concatenate, make_batch
+from rlhf.batching import CALL_COST, Cached, collate, concatenate, make_batch
 from rlhf.types import Media, Sample
 
 
@@ -41,6 +42,23 @@ def test_batch_holds_every_row_once_within_the_budget(num, updates, ranks):
         assert update.num_tokens == sum(len(s.token_ids) - 2 for s in found)
         assert update.num_rows == len(found)
     assert max(u.num_rows for u in batch.updates) - min(u.num_rows for u in batch.updates) <= 1
+
+
+def test_the_cut_is_the_cheapest_one():
+    """Against every way of cutting eight rows, sorted longest first, into runs."""
+    budget = 120
+    for seed in range(20):
+        samples = rows(8, seed)
+        lengths = sorted((len(sample.token_ids) for sample in samples), reverse=True)
+        costs = []
+        for cuts in itertools.product([False, True], repeat=7):
+            ends = [*(place + 1 for place, cut in enumerate(cuts) if cut), 8]
+            padded = [(end - start) * lengths[start] for start, end in itertools.pairwise([0, *ends])]
+            if max(padded) <= budget:
+                costs.append(sum(padded) + CALL_COST * budget * len(padded))
+        parts = make_batch(samples, 1, 1, budget).updates[0].micro_batches[0]
+        found = sum(len(part) * len(part[0].token_ids) + CALL_COST * budget for part in parts)
+        assert found == pytest.approx(min(costs))
 
 
 def test_ranks_are_balanced_by_tokens():

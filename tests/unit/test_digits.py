@@ -107,9 +107,9 @@ def test_every_sound_chain_passes_and_every_corruption_fails():
         assert check.sound == row["sound"] == (row["answer"] == "yes"), (row["corruption"], check.reason, text)
         seen[row["category"], row["corruption"]] += 1
     for category in CATEGORIES:
-        arithmetic = set() if category == "read" else {"wrong_arithmetic"}
+        steps = set() if category == "read" else {"wrong_arithmetic", "missing_step"}
         kinds = {kind for named, kind in seen if named == category}
-        assert kinds == {"none", "wrong_digit", "wrong_conclusion"} | arithmetic
+        assert kinds == {"none", "wrong_digit", "wrong_conclusion"} | steps
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_a_judge_can_go_through_the_chain_before_its_verdict():
         assert verdict.strip() == ("yes" if row["sound"] else "no")
         assert parse_verdict(reply(row)) == row["sound"]
         shares[row["corruption"]] += 1
-    assert len(shares) == 4
+    assert len(shares) == 5
 
 
 def test_facts_are_true():
@@ -207,12 +207,10 @@ def test_facts_are_true():
             if finding := re.fullmatch(r"(?:.*[=:] )?(\S+) (\S+) (ok|bad)", fact):
                 assert (finding[1] == finding[2]) == (finding[3] == "ok"), fact
                 bad += finding[3] == "bad"
-    assert bad > 200
-    # what is neither a finding nor the claim before one is true
+    assert bad > 50
     for row in build("facts", 100, "train", 0, {}):
-        facts = reply(row).rstrip(".").split(". ")
-        for fact, after in zip(facts, [*facts[1:], ""], strict=True):
-            if fact.endswith(("ok", "bad")) or after.endswith(("ok", "bad")):
+        for fact in reply(row).rstrip(".").split(". "):
+            if fact.endswith(("ok", "bad")):
                 continue
             left, right = re.fullmatch(r"(.*)(?: =|:|,) (\d+)", fact).groups()
             one, other = map(int, re.findall(r"\d+", left))

@@ -162,6 +162,25 @@ def test_verdicts_are_quoted_for_the_installed_versions_only() -> None:
     assert plan().stages[0].engines[0].verdict == "unproven"
 
 
+def test_what_check_measured_chooses_the_implementation(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["OtherForConditionalGeneration"], "hidden_size": 8}')
+    text = re.sub(r"(?ms)^\[model.*?(?=^\[(?!model))", f'[model]\npath = "{tmp_path}"\n\n', TOY)
+    text = text.replace("upcycle = {num_experts = 2, top_k = 1}", "")
+    digest = plan(text=text).stages[0].architecture.digest
+
+    def chosen(**gaps: float) -> str:
+        found = [Verdict(digest, name, gap, gap < 1e-4, installed_versions()) for name, gap in gaps.items()]
+        return plan(text=text, verdicts=tuple(found)).implementation
+
+    assert chosen() == "vllm"
+    assert chosen(vllm=5e-7, transformers=0.2) == "vllm"
+    assert chosen(vllm=0.3, transformers=1e-6) == "transformers"
+    assert chosen(vllm=0.3) == "transformers"
+    with pytest.raises(PlanError, match=r"vllm: refuted \(log-prob gap 3.0e-01\), transformers: refuted"):
+        chosen(vllm=0.3, transformers=0.2)
+    assert plan().implementation == "transformers"
+
+
 def test_verdict_files(tmp_path: Path) -> None:
     path = tmp_path / "verdicts.json"
     assert read_verdicts(path) == ()

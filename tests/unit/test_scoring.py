@@ -1,0 +1,53 @@
+"""A judge's verdicts reach the rollouts they are about, and no chain is judged twice."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from rlhf.data.tokenizer import train_tokenizer
+from rlhf.recipe import Chat
+from rlhf.scoring import Judge
+from rlhf.types import Group, Prompt, Rollout, Sampling
+
+SOUND = "<think>i see 3. so 3.</think>\\boxed{3}"
+UNSOUND = "<think>i see 8. so 8.</think>\\boxed{8}"
+TOKENIZER = train_tokenizer([SOUND, UNSOUND, "question: read the digits. reply: sound?"] * 5, 300, Chat())
+
+
+class Engine:
+    """Says that chains about an 8 are unsound, and counts what it is asked."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    async def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
+        assert sampling.temperature == 0.0
+        self.asked += len(prompts)
+        texts = ["no" if "8" in prompt.question else "yes" for prompt in prompts]
+        return [
+            Group(prompt, prompt.token_ids, (Rollout((1,), (0.0,), (0,), text, "stop"),))
+            for prompt, text in zip(prompts, texts, strict=True)
+        ]
+
+
+def group(question: str, *texts: str) -> Group:
+    rollouts = tuple(Rollout((1, 2), (0.0, 0.0), (0, 0), text, "stop") for text in texts)
+    return Group(Prompt(question, "s", question, (1,), (), True, {}), (1,), rollouts)
+
+
+def test_each_rollout_gets_its_own_verdict_and_equal_ones_are_asked_once() -> None:
+    engine = Engine()
+    groups = [
+        group("read the digits.", SOUND, UNSOUND, SOUND, "\\boxed{3}"),
+        group("count the digits.", SOUND, UNSOUND, UNSOUND),
+    ]
+    scores = asyncio.run(Judge(engine, TOKENIZER).score(groups))
+    assert [[score.value for score in row] for row in scores] == [[1.0, 0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]
+    assert engine.asked == 4  # two chains under each of two questions; the one without a chain is not asked
+
+
+def test_pictures_tell_equal_questions_apart() -> None:
+    engine = Engine()
+    asyncio.run(Judge(engine, TOKENIZER).score([group("read the digits.", SOUND), group("read the digits.", SOUND)]))
+    assert engine.asked == 2
