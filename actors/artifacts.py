@@ -22,15 +22,13 @@ def read_weights(folder: Path) -> list[tuple[str, np.ndarray[Any, Any]]]:
 
     bfloat16 files are not read here: numpy has no such type, and such models start with vLLM's own loader.
     """
-    if base_of(folder) != folder:
-        from rlhf.foreign import open_model
-
-        merged = open_model(str(folder))[0]
-        return [(name, parameter.detach().numpy()) for name, parameter in merged.named_parameters()]
+    base = base_of(folder)
     weights = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted(base.glob("*.safetensors")):
         with safe_open(file, framework="numpy") as tensors:
             weights.update({name: tensors.get_tensor(name) for name in tensors.keys()})  # noqa: SIM118  not a dict
+    if base != folder:
+        _merge(folder, weights)
     return list(weights.items())
 
 
@@ -79,3 +77,16 @@ def base_of(folder: Path) -> Path:
 
 def _tuples(rows: list[list[Any]]) -> tuple[tuple[Any, ...], ...]:
     return tuple(tuple(row) for row in rows)
+
+
+def _merge(folder: Path, weights: dict[str, np.ndarray[Any, Any]]) -> None:
+    """W + (alpha / r)·B·A for every adapted weight (LoRA, arXiv 2106.09685). Not by peft: in an engine's process vLLM
+    has changed the decoder classes, and transformers can build no model of its own."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    scale = config["lora_alpha"] / config["r"]
+    with safe_open(folder / "adapter_model.safetensors", framework="numpy") as tensors:
+        for name in tensors.keys():  # noqa: SIM118
+            if ".lora_A." in name:
+                target = name.removeprefix("base_model.model.").replace(".lora_A.weight", ".weight")
+                down, up = tensors.get_tensor(name), tensors.get_tensor(name.replace(".lora_A.", ".lora_B."))
+                weights[target] = weights[target] + scale * (up @ down)

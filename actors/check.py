@@ -44,9 +44,12 @@ def keep(path: Path, found: Sequence[Verdict]) -> None:
 def _narrowed(recipe: Recipe, implementation: Implementation) -> Recipe:
     """The recipe with one stage that would train [model], under one implementation."""
     source = recipe.evaluation.data or next(iter(recipe.data))
-    stage = Sft(name="check", kind="sft", data={source: 1.0}, steps=1, batch_size=1, lr=1e-6)
+    rows = recipe.data[source]  # under a second name: no stage may train on the held-out questions, nor does this one
+    stage = Sft(name="measure", kind="sft", data={"check": 1.0}, steps=1, batch_size=1, lr=1e-6)
     model = recipe.model.model_copy(update={"implementation": implementation})
-    return recipe.model_copy(update={"model": model, "stages": [stage]})
+    evaluation = recipe.evaluation.model_copy(update={"data": source, "prompts": 1})
+    changed = {"model": model, "stages": [stage], "evaluation": evaluation, "data": {**recipe.data, "check": rows}}
+    return recipe.model_copy(update=changed)
 
 
 async def _measure(recipe: Recipe, folder: Path) -> tuple[float, bool]:

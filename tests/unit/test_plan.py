@@ -165,7 +165,7 @@ def test_verdicts_are_quoted_for_the_installed_versions_only() -> None:
 def test_what_check_measured_chooses_the_implementation(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"architectures": ["OtherForConditionalGeneration"], "hidden_size": 8}')
     text = re.sub(r"(?ms)^\[model.*?(?=^\[(?!model))", f'[model]\npath = "{tmp_path}"\n\n', TOY)
-    text = text.replace("upcycle = {num_experts = 2, top_k = 1}", "")
+    text = text.replace("upcycle = {num_experts = 4, top_k = 2}", "")
     digest = plan(text=text).stages[0].architecture.digest
 
     def chosen(**gaps: float) -> str:
