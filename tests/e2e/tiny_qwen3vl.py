@@ -64,7 +64,13 @@ def write(folder: Path) -> None:
             "num_key_value_heads": 1,
             "head_dim": 32,
             "max_position_embeddings": 512,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 4, 4]},
+            # transformers always interleaves; vLLM must be told, as the published configurations do
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [8, 4, 4],
+                "mrope_interleaved": True,
+            },
             "tie_word_embeddings": True,
         },
         vision_config={
@@ -94,7 +100,10 @@ def write(folder: Path) -> None:
                 parameter.mul_(4)  # far from uniform: a lost feature must show in the log-probs
     model.save_pretrained(folder)
     sizes = {"shortest_edge": 32 * 32, "longest_edge": 64 * 64}
-    pictures = Qwen2VLImageProcessor(patch_size=8, merge_size=2, temporal_patch_size=2, size=sizes)
+    half = [0.5, 0.5, 0.5]  # Qwen3-VL's own
+    pictures = Qwen2VLImageProcessor(
+        patch_size=8, merge_size=2, temporal_patch_size=2, size=sizes, image_mean=half, image_std=half
+    )
     videos = Qwen3VLVideoProcessor(patch_size=8, merge_size=2, temporal_patch_size=2)
     Qwen3VLProcessor(pictures, words, videos, chat_template=TEMPLATE).save_pretrained(folder)
 
