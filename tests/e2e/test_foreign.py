@@ -1,5 +1,5 @@
-"""An ordinary Hugging Face vision-language model (a tiny random Qwen3-VL) through `rlhf check`. vLLM's own implementation
-computes what the trainer computes; its Transformers backend loses the deepstack features, and only the check tells."""
+"""An ordinary Hugging Face vision-language model (a tiny random Qwen3-VL) through `rlhf check`: vLLM's own
+implementation computes what the trainer computes, its Transformers backend loses the deepstack features."""
 
 from __future__ import annotations
 
