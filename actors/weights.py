@@ -195,13 +195,13 @@ def prepack_experts(model: torch.nn.Module) -> None:
 
 
 def prepack_tied_head(model: torch.nn.Module) -> None:
-    """Pack the language-model head again from its reloaded weight.
+    """Pack the language-model head again from its reloaded weight, wherever the model keeps it.
 
     For vLLM 0.32 on CPU: a head tied to the embedding keeps the packed copy made on first load.
     """
-    head = getattr(model, "lm_head", None)
-    if head is not None and hasattr(head, "cpu_linear"):
-        dispatch_cpu_unquantized_gemm(head, remove_weight=False)
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] == "lm_head" and hasattr(module, "cpu_linear"):
+            dispatch_cpu_unquantized_gemm(module, remove_weight=False)
 
 
 def _some(names: Sequence[str], shown: int = 5) -> str:

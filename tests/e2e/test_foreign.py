@@ -1,4 +1,4 @@
-"""An ordinary Hugging Face vision-language model (a tiny random Qwen3-VL) through `rlhf check`: vLLM's own
+"""An ordinary Hugging Face vision-language model (a tiny random Qwen3-VL) through `rlhf check` and RL steps. vLLM's own
 implementation computes what the trainer computes, its Transformers backend loses the deepstack features."""
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def rlhf(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_check_tells_which_implementation_serves_an_ordinary_model(tmp_path: Path) -> None:
+def test_an_ordinary_model_is_checked_then_trained(tmp_path: Path) -> None:
     model, reward, recipe = tmp_path / "model", tmp_path / "reward.py", tmp_path / "recipe.toml"
     made = rlhf(str(Path(__file__).with_name("tiny_qwen3vl.py")), str(model))
     assert made.returncode == 0, made.stderr[-2000:]
@@ -86,3 +86,11 @@ def test_the_check_tells_which_implementation_serves_an_ordinary_model(tmp_path:
     assert verdicts["vllm"]["proven"]
     assert verdicts["vllm"]["max_gap"] < 1e-5
     assert not verdicts["transformers"]["proven"]
+
+    ran = rlhf("-m", "rlhf.cli", "run", str(recipe), "--runs", str(tmp_path))
+    assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-2000:]
+    (stage,) = json.loads((tmp_path / "ordinary" / "summary.json").read_text())["stages"]
+    metrics = stage["metrics"]
+    assert metrics["logprob_gap.p999"] < 2e-5
+    assert metrics["sync_probe.max"] < 1e-4
+    assert (tmp_path / "ordinary" / stage["artifact"]["path"] / "model.safetensors").is_file()
