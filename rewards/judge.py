@@ -11,7 +11,7 @@ from rewards.base import Item, items_of
 from rlhf.data.formatting import as_prompt
 from rlhf.data.judging import judge_question, parse_verdict
 from rlhf.recipe import Chat
-from rlhf.types import Group, Prompt, Score
+from rlhf.types import Group, Prompt, Rollout, Score
 
 CHAIN = re.compile(r"<think>(.*?)</think>", re.DOTALL)
 
@@ -32,12 +32,14 @@ def without_chain() -> Score:
     return Score("scored", 0.0, note="no chain of thought to judge")
 
 
-def verdict(reply: str) -> Score:
-    """1.0 for yes, 0.0 for no; a reply without either is a failure, never a 0."""
-    said = parse_verdict(reply)
+def verdict(reply: Rollout) -> Score:
+    """1.0 for yes, 0.0 for no; a reply without either, or cut off before its end, is a failure, never a 0."""
+    if reply.finish != "stop":
+        return Score("failed", note=f"the judge had not finished after {len(reply.token_ids)} tokens: {reply.text!r}")
+    said = parse_verdict(reply.text)
     if said is None:
-        return Score("failed", note=f"the judge said neither yes nor no: {reply[:200]!r}")
-    return Score("scored", 1.0 if said else 0.0, note=f"the judge said {reply[:200]!r}")
+        return Score("failed", note=f"the judge said neither yes nor no: {reply.text!r}")
+    return Score("scored", 1.0 if said else 0.0, note=f"the judge said {reply.text!r}")
 
 
 def _prompt(item: Item, place: int, tokenizer: PreTrainedTokenizerBase) -> Prompt | None:

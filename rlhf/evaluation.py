@@ -91,7 +91,7 @@ async def judge_quality(context: Context, engine: Engine, source: str) -> Report
     `corruption`. "Positive" is a verdict of sound."""
     prompts = held_out(context, source, len(context.rows(source)), think=False)
     groups = await engine.generate(prompts, Sampling(temperature=0.0, max_tokens=context.recipe.evaluation.max_tokens))
-    said = [verdict(group.rollouts[0].text) for group in groups]
+    said = [verdict(group.rollouts[0]) for group in groups]
     truth = [bool(group.prompt.columns["sound"]) for group in groups]
     metrics = agreement(said, truth, "judge")
     by_kind: dict[str, list[Score]] = defaultdict(list)

@@ -105,9 +105,14 @@ def _evaluation(recipe: Recipe) -> Iterator[str]:
             f"evaluation.prompts = {recipe.evaluation.prompts}, but data.{data} has {source.rows} rows; "
             f"lower the one or raise data.{data}.rows"
         )
+    asked = {stage.name for stage in recipe.stages if isinstance(stage, Synthesize) and data in stage.data}
     for stage in recipe.stages:
-        if isinstance(stage, Sft | Rl) and data in stage.data:
-            yield f"stage {stage.name!r} trains on {data!r}, the held-out questions of [evaluation]; use another source"
+        for name in sorted({data, *asked} & stage.data.keys()) if isinstance(stage, Sft | Rl) else ():
+            made = "" if name == data else f", which asks {data!r}"
+            yield (
+                f"stage {stage.name!r} trains on {name!r}{made}, the held-out questions of [evaluation]; "
+                "use another source"
+            )
 
 
 def _stage(recipe: Recipe, stage: Stage) -> Iterator[str]:
@@ -120,8 +125,8 @@ def _stage(recipe: Recipe, stage: Stage) -> Iterator[str]:
         yield from _sft(recipe, stage)
     if isinstance(stage, Rl):
         yield from _rl(recipe, stage)
-    if isinstance(stage, Synthesize) and stage.method == "difficulty" and stage.judge:
-        yield 'a difficulty filter asks no judge; leave `judge` out, or use method = "rejection"'
+    if isinstance(stage, Synthesize):
+        yield from _synthesize(stage)
     yield from _lengths(recipe, stage)
     for gate in stage.gates:
         yield from _gate(recipe, stage, gate.metric)
@@ -171,6 +176,17 @@ def _sft(recipe: Recipe, stage: Sft) -> Iterator[str]:
         yield f"batch_size = {stage.batch_size} gives some of {ranks} trainer ranks no row; use at least {ranks}"
     if stage.upcycle is not None and stage.lora is not None:
         yield "upcycle makes experts that a LoRA adapter would leave frozen copies of one another; use one of the two"
+
+
+def _synthesize(stage: Synthesize) -> Iterator[str]:
+    if stage.method == "difficulty" and stage.judge:
+        yield 'a difficulty filter asks no judge; leave `judge` out, or use method = "rejection"'
+    if stage.method == "critique" and stage.critic is None:
+        yield 'method = "critique" needs a critic: a reward function whose note is what the judge should say'
+    if stage.method != "critique" and stage.critic is not None:
+        yield f'method = "{stage.method}" asks no critic; leave `critic` out, or use method = "critique"'
+    if stage.critic is not None:
+        yield from _function("critic", stage.critic)
 
 
 def _rl(recipe: Recipe, stage: Rl) -> Iterator[str]:

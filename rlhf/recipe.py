@@ -244,10 +244,12 @@ class Rl(Optimised):
 class Synthesize(StageBase):
     """Make data with a model. method "difficulty": ask `samples` times, keep prompts by how many answers were right
     (`drop` maps a category to the counts that go: "none_right", "all_right"; "*" for any other).
-    method "rejection": keep rollouts whose answer is right and, with `judge`, whose chain is judged sound."""
+    method "rejection": keep rollouts whose answer is right and, with `judge`, whose chain is judged sound.
+    method "critique": every rollout becomes a row for a judge to learn from or to be measured on. `critic`, a reward
+    function, says whether it is sound, and in its Score's note what the judge should reply, ending in yes or no."""
 
     kind: Literal["synthesize"]
-    method: Literal["difficulty", "rejection"]
+    method: Literal["difficulty", "rejection", "critique"]
     data: dict[Name, Positive]
     prompts: PositiveInt
     samples: PositiveInt = 4
@@ -257,6 +259,7 @@ class Synthesize(StageBase):
     category: str = "category"
     drop: dict[str, list[Literal["none_right", "all_right"]]] = {"*": ["none_right", "all_right"]}
     judge: Name | None = None
+    critic: str | None = None
     per_prompt: PositiveInt = 1
     min_rows: PositiveInt = 1
 

@@ -33,7 +33,7 @@ class Judge:
         }
         sampling = Sampling(temperature=0.0, max_tokens=self.max_tokens)
         replies = await self.engine.generate(list(distinct.values()), sampling)
-        said = {key: judging.verdict(reply.rollouts[0].text) for key, reply in zip(distinct, replies, strict=True)}
+        said = {key: judging.verdict(reply.rollouts[0]) for key, reply in zip(distinct, replies, strict=True)}
         return [
             [judging.without_chain() if prompt is None else said[g, prompt.token_ids] for prompt in row]
             for g, row in enumerate(asked)

@@ -1,4 +1,5 @@
-"""Data made with a model: the difficulty filter before an RL stage, and rejection sampling after it (SAIL-VL2 §5)."""
+"""Data made with a model: the difficulty filter before an RL stage, rejection sampling after it (SAIL-VL2 §5), and
+critiques of a policy's own chains for its judge to learn from."""
 
 from __future__ import annotations
 
@@ -8,7 +9,9 @@ from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+from rewards import judge as judging
 from rlhf.data.formatting import as_prompt
+from rlhf.data.judging import parse_verdict
 from rlhf.data.rows import Row
 from rlhf.evaluation import agreement, record
 from rlhf.recipe import Synthesize
@@ -42,11 +45,14 @@ async def run(
     async for step, chunk, sampled in _sampled(engine, chunks, sampling):
         scored = await context.actors.rewards.score(stage.answer, sampled)
         judged = await judge.score(sampled) if judge is not None else []
+        said = await context.actors.rewards.score(stage.critic, sampled) if stage.critic is not None else []
         for g, (row, _) in enumerate(chunk):
             if stage.method == "difficulty":
                 kept += _by_difficulty(stage, row, scored[g])
-            else:
+            elif stage.method == "rejection":
                 kept += _accepted(stage, row, sampled[g], scored[g], judged[g] if judged else None)
+            else:
+                kept += _criticised(stage, row, sampled[g], said[g], context.tokenizer)
         groups, answers, verdicts = groups + sampled, answers + scored, verdicts + judged
         context.log.log(step, {"prompts": float(len(groups)), "kept": float(len(kept))}, {})
         if step == 0:
@@ -109,6 +115,29 @@ def _accepted(
         row | {"messages": [*question, {"role": "assistant", "content": rollout.text}], "think": True}
         for rollout in unique
     ]
+
+
+def _criticised(
+    stage: Synthesize, row: dict[str, Any], group: Group, critiques: list[Score], tokenizer: Any
+) -> list[dict[str, Any]]:
+    """Rows as a judge learns from them: the judge's question, and the critique, which ends in its verdict."""
+    rows = {}
+    for asked, critique in zip(judging.ask(group, tokenizer), critiques, strict=True):
+        if critique.value is None:
+            raise RuntimeError(f"stage {stage.name!r}: {stage.critic} failed on {group.prompt.key}: {critique.note}")
+        sound = critique.value == 1.0
+        if parse_verdict(critique.note) is not sound:
+            raise ValueError(
+                f"stage {stage.name!r}: {stage.critic} gave {group.prompt.key} the value {critique.value:g}, but its "
+                f"note, which is what the judge learns to say, ends otherwise: {critique.note!r}"
+            )
+        if asked is not None:  # without a chain there is nothing to judge
+            shown = [{"type": medium.kind} for medium in asked.media]
+            question = {"role": "user", "content": [*shown, {"type": "text", "text": asked.question}]}
+            reply = {"role": "assistant", "content": [{"type": "text", "text": critique.note}]}
+            columns = {"answer": "yes" if sound else "no", "sound": sound, "corruption": "none" if sound else "own"}
+            rows[asked.question] = row | {"messages": [question, reply], "think": False} | columns
+    return list(rows.values())[: stage.per_prompt]
 
 
 def _counts(stage: Synthesize, asked: list[tuple[dict[str, Any], Any]], answers: list[list[Score]]) -> dict[str, float]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 
@@ -34,6 +34,15 @@ CONCLUSIONS = {
     "larger": ("so {}.", "the largest is {}."),
     "sorted": ("so {}.", "in order {}."),
 }
+
+FORM = re.compile(r"\s*<think>([^<>]*)</think>\s*\\boxed\{([^{}]*)\}\s*")
+STEP = {
+    "sum": re.compile(r"\d+ \+ \d+ = \d+"),
+    "difference": re.compile(r"\d+ - \d+ = \d+"),
+    "larger": re.compile(r"\d or \d: \d|of \d and \d, \d"),
+}
+
+Finding = tuple[str, str, str]  # of a judge: what is asked, the right result, what the reply says
 
 # what a weak reader of handwriting takes each digit for
 CONFUSED = ((6, 8), (7, 4), (7, 3), (5, 8), (9, 1), (3, 9), (0, 8), (1, 2), (3, 6), (4, 5))
@@ -81,43 +90,109 @@ def answer_of(category: str, digits: Sequence[int], target: int | None = None) -
 
 def write_chain(chain: Chain, rng: random.Random) -> str:
     """The chain in one of its phrasings, think tags and boxed answer included."""
-    return write_with_critique(chain, chain.digits, rng)[0]
-
-
-def write_with_critique(chain: Chain, digits: Sequence[int], rng: random.Random) -> tuple[str, str]:
-    """The chain in one of its phrasings, and what a careful judge of an image of `digits` says of it.
-
-    The judge works everything out itself, then copies what the chain says, then compares: each digit as seen and as
-    read, each step's result, the last result with the conclusion, that with the box. It ends at the first fault with
-    no, or at the end with yes. For an image of 3 and 5, and "i see 3 and 5. 3 + 5 = 9. so 9.":
-
-        3 3 ok. 5 5 ok. 3 + 5 = 8 9 bad. no
-    """
     steps, result = _steps(chain, rng)
     concluded = result if chain.concluded is None else chain.concluded
     boxed = concluded if chain.boxed is None else chain.boxed
     conclusion = rng.choice(CONCLUSIONS[chain.category]).format(concluded)
-    sentences = [_reading(chain.digits, rng), *(step.sentence for step in steps if step.sentence), conclusion]
-    text = f"<think>{' '.join(sentences)}</think>\\boxed{{{boxed}}}"
-    findings = _pairs(_listed(digits), _listed(chain.digits))
-    findings += [finding for step in steps for finding in step.findings]
-    findings += [*_pairs(result, concluded), *_pairs(concluded, boxed)]
-    said = []
-    for asks, right, claimed in findings:
-        said.append(compared(asks, right, claimed))
-        if right != claimed:
-            return text, " ".join([*said, "no"])
-    return text, " ".join([*said, "yes"])
+    sentences = [_reading(chain.digits, rng), *filter(None, steps), conclusion]
+    return f"<think>{' '.join(sentences)}</think>\\boxed{{{boxed}}}"
+
+
+def critique_of(category: str, digits: Sequence[int], text: str, target: int | None = None) -> str:
+    """What a careful judge of an image of `digits` says of a reply, written by `write_chain` or by a model.
+
+    It goes through the reply and, before each thing the reply says, works out by itself what should stand there: each
+    digit it sees, the result of each step from what the reply said before, the conclusion, the box. Then it copies what
+    does stand there ("-": nothing) and says bad where the two differ. The verdict is yes when nothing was bad. For an
+    image of 3 and 5, and "i see 3 and 6. 3 + 6 = 8. so 8.":
+
+        see 3 3. 5 6 bad. 3 + 6 = 9 8 bad. so 8 8. box 8 8. no
+
+    It expects the steps that `write_chain` writes, in their order, and finds fault with other ways to the same end that
+    `check_chain` accepts.
+    """
+    form = FORM.fullmatch(text)
+    if form is None:
+        return "no"
+    findings = list(_findings(category, digits, _sentences(form[1]), _numbers_text(form[2]), target))
+    sound = all(right == said for _, right, said in findings)
+    return " ".join([*(compared(*finding) for finding in findings), "yes" if sound else "no"])
+
+
+def _findings(
+    category: str, digits: Sequence[int], sentences: Sequence[str], boxed: str | None, target: int | None
+) -> Iterator[Finding]:
+    reading, *claims = sentences or [""]
+    conclusion = claims.pop() if claims else ""
+    seen = _parse_reading(reading) or []
+    yield from _pairs(_listed(digits), _listed(seen), "see")
+    result = yield from _step_findings(category, seen, claims, target)
+    # a sentence too many leaves the conclusion without its step
+    concluded = None if claims else _parse_conclusion(category, conclusion)
+    yield from _pairs(result, concluded or "", "so")
+    yield from _pairs(concluded or result, boxed or "", "box")
+
+
+def _step_findings(
+    category: str, seen: Sequence[int], claims: list[str], target: int | None
+) -> Generator[Finding, None, str]:
+    """Findings on the steps between reading and conclusion, each from what was said before it; takes the sentences it
+    finds out of `claims` and returns the result they lead to."""
+    if category in ("sum", "larger") and seen:
+        total = seen[0]
+        for left, digit in zip(range(len(seen) - 1, 0, -1), seen[1:], strict=True):
+            adds = category == "sum"
+            asks = f"{total} + {digit} =" if adds else f"{total} or {digit}:"
+            right = total + digit if adds else max(total, digit)
+            said = _claimed(category, (total, digit), claims, left)
+            yield asks, str(right), said or "-"
+            total = int(said or right)
+        return str(total)
+    if category == "difference" and seen:
+        high, low = max(seen), min(seen)
+        said = _claimed(category, (high, low), claims, 1)
+        yield f"{high} - {low} =", str(high - low), said or "-"
+        return said or str(high - low)
+    if category == "sorted":
+        match = re.fullmatch(r"(?:smallest|start with) (.+)", claims.pop(0) if claims else "")
+        order = (_parse_list(match[1]) if match else None) or []
+        yield from _pairs(_listed(sorted(seen)), _listed(order), "order")
+        return _listed(order or sorted(seen))
+    if category == "count" and target is not None:
+        words = claims.pop(0).split(", ") if claims else []
+        hits = 0
+        for digit, word in zip_longest(map(str, seen), words[: len(seen)], fillvalue=""):
+            right = _word(digit == str(target))
+            said = word.removeprefix(f"{digit} ") if word.startswith(f"{digit} ") else ""
+            yield digit, right, said or "-"
+            hits += (said or right) == "yes"
+        yield from _pairs("", " ".join(word.partition(" ")[0] for word in words[len(seen) :]))
+        return str(hits)
+    return answer_of(category, seen, target) if seen else ""
+
+
+def _claimed(category: str, operands: tuple[int, int], claims: list[str], left: int) -> str | None:
+    """The result that the next sentence gives for `operands`, if it is about them. It is taken out of `claims` then, or
+    when no more than the `left` steps would remain without a sentence: then it stands in the step's place."""
+    if not claims:
+        return None
+    *about, result = re.findall(r"\d+", claims[0]) if STEP[category].fullmatch(claims[0]) else [""]
+    wanted = list(map(str, operands))
+    follows = about == wanted or (category != "difference" and about == wanted[::-1])
+    if follows or len(claims) >= left:
+        del claims[0]
+    return result if follows else None
 
 
 def compared(asks: str, right: str, said: str) -> str:
-    """One finding of a critique: "8 + 5 = 13 12 bad."."""
-    return " ".join([*([asks] if asks else []), right, said, "ok." if right == said else "bad."])
+    """One finding of a critique: "8 + 5 = 13 12 bad.", "8 + 5 = 13 13."."""
+    return " ".join([*([asks] if asks else []), right, said]) + ("." if right == said else " bad.")
 
 
-def _pairs(right: str, said: str) -> list[tuple[str, str, str]]:
-    """Findings that compare two lists element by element; "-" stands for one that is missing."""
-    return [("", one, other) for one, other in zip_longest(right.split(), said.split(), fillvalue="-")]
+def _pairs(right: str, said: str, label: str = "") -> list[Finding]:
+    """Findings that compare two lists element by element, `label` before the first; "-": one that is missing."""
+    pairs = zip_longest(right.split(), said.split(), fillvalue="-")
+    return [(label if place == 0 else "", one, other) for place, (one, other) in enumerate(pairs)]
 
 
 def write_fact(rng: random.Random) -> str:
@@ -161,6 +236,26 @@ def corrupt(chain: Chain, rng: random.Random) -> tuple[str, Chain]:
     return kind, replace(chain, concluded=wrong) if rng.random() < 0.5 else replace(chain, boxed=wrong)
 
 
+def spoil(chain: Chain, share: float, rng: random.Random) -> Chain:
+    """The sound `chain` with each of its parts wrong with probability `share`: digits, steps, conclusion, box.
+
+    For a judge to learn from. Where nearly everything a reply says is right, a judge learns to copy: what it reads in
+    the reply for what it sees, what it worked out for what the reply says.
+    """
+    digits = tuple(_mistaken(digit, rng) if rng.random() < share else digit for digit in chain.digits)
+    chain = replace(chain, digits=digits)
+    if rng.random() < share / 2:
+        chain = replace(chain, digits=_misread(chain, rng))
+    chain = replace(chain, slips=frozenset(step for step in _slippable(chain) if rng.random() < share))
+    if rng.random() < share / 2 and (skippable := _skippable(chain)):
+        chain = replace(chain, skipped=rng.choice(skippable))
+    right = answer_of(chain.category, chain.digits, chain.target)
+    if rng.random() < share:
+        right = _other_answer(chain.category, right, rng)
+        chain = replace(chain, concluded=right)
+    return replace(chain, boxed=_other_answer(chain.category, right, rng)) if rng.random() < share else chain
+
+
 def check_chain(category: str, digits: Sequence[int], text: str, answer: str, target: int | None = None) -> ChainCheck:
     """Verify a free-form `<think>…</think>\\boxed{…}` against the image's true digits, step by step.
 
@@ -168,11 +263,10 @@ def check_chain(category: str, digits: Sequence[int], text: str, answer: str, ta
     each once; it concludes what the last step gave; the box holds that, and it is `answer`. `target` is the digit
     counted by "how many sevens". What cannot be parsed is unsound, with the reason.
     """
-    outer = re.fullmatch(r"\s*<think>([^<>]*)</think>\s*\\boxed\{([^{}]*)\}\s*", text)
+    outer = FORM.fullmatch(text)
     if outer is None:
         return ChainCheck(False, "not of the form <think>…</think>\\boxed{…}")
-    sentences = [" ".join(part.split()).lower() for part in outer[1].split(".")]
-    sentences = [sentence for sentence in sentences if sentence]
+    sentences = _sentences(outer[1])
     if len(sentences) < 2:
         return ChainCheck(False, "the chain needs at least a reading and a conclusion")
     seen = _parse_reading(sentences[0])
@@ -210,40 +304,29 @@ def _reading(digits: Sequence[int], rng: random.Random) -> str:
     )
 
 
-@dataclass(frozen=True)
-class _Step:
-    """A sentence of a chain, and what its judge checks: (what it asks, the right result, the one the chain gives)."""
-
-    sentence: str
-    findings: Sequence[tuple[str, str, str]]
-
-
-def _steps(chain: Chain, rng: random.Random) -> tuple[list[_Step], str]:
-    """The steps between reading and conclusion, and the result they lead to."""
+def _steps(chain: Chain, rng: random.Random) -> tuple[list[str], str]:
+    """The sentences between reading and conclusion (empty: left out), and the result they lead to."""
     digits, slips, skipped = chain.digits, chain.slips, chain.skipped
-    steps: list[_Step] = []
+    steps: list[str] = []
     match chain.category:
         case "sum":
             total = digits[0]
             for i, digit in enumerate(digits[1:]):
                 right = str(total + digit)
                 given = right if i not in slips else _other_answer("sum", right, rng)
-                asks = f"{total} + {digit} ="
-                steps.append(_step(f"{asks} {given}.", asks, right, given, i == skipped))
+                steps.append(f"{total} + {digit} = {given}." if i != skipped else "")
                 total = int(given)
             return steps, str(total)
         case "difference":
             right = str(max(digits) - min(digits))
             result = right if not slips else _other_answer("difference", right, rng)
-            asks = f"{max(digits)} - {min(digits)} ="
-            return [_step(f"{asks} {result}.", asks, right, result, skipped == 0)], result
+            return [f"{max(digits)} - {min(digits)} = {result}." if skipped is None else ""], result
         case "larger":
             best = digits[0]
             form = rng.choice(("{} or {}: {}.", "of {} and {}, {}."))
             for i, digit in enumerate(digits[1:]):
                 winner = max(best, digit) if i not in slips else min(best, digit)
-                sentence, asks = form.format(best, digit, winner), f"{best} or {digit}:"
-                steps.append(_step(sentence, asks, str(max(best, digit)), str(winner), i == skipped))
+                steps.append(form.format(best, digit, winner) if i != skipped else "")
                 best = winner
             return steps, str(best)
         case "sorted":
@@ -251,25 +334,12 @@ def _steps(chain: Chain, rng: random.Random) -> tuple[list[_Step], str]:
             for slip in slips:
                 order[slip], order[slip + 1] = order[slip + 1], order[slip]
             sentence = f"{rng.choice(('smallest', 'start with'))} {', then '.join(map(str, order))}."
-            if skipped is not None:
-                return [_Step("", _pairs(_listed(order), ""))], _listed(order)
-            return [_Step(sentence, _pairs(_listed(sorted(digits)), _listed(order)))], _listed(order)
+            return [sentence if skipped is None else ""], _listed(order)
         case "count" if chain.target is not None:
-            said_hits = [(digit == chain.target) != (i in slips) for i, digit in enumerate(digits)]
-            said = [_word(hit) for hit in said_hits]
-            shown = [
-                f"{digit} {word}" for i, (digit, word) in enumerate(zip(digits, said, strict=True)) if i != skipped
-            ]
-            findings = [
-                (str(digit), _word(digit == chain.target), "-" if i == skipped else said[i])
-                for i, digit in enumerate(digits)
-            ]
-            return [_Step(f"{', '.join(shown)}." if shown else "", findings)], str(sum(said_hits))
+            said = [(digit == chain.target) != (i in slips) for i, digit in enumerate(digits)]
+            shown = [f"{digit} {_word(said[i])}" for i, digit in enumerate(digits) if i != skipped]
+            return [f"{', '.join(shown)}." if shown else ""], str(sum(said))
     return steps, answer_of(chain.category, digits, chain.target)
-
-
-def _step(sentence: str, asks: str, right: str, said: str, skipped: bool) -> _Step:
-    return _Step("", [(asks, right, "-")]) if skipped else _Step(sentence, [(asks, right, said)])
 
 
 def _word(hit: bool) -> str:
@@ -326,9 +396,12 @@ def _misread(chain: Chain, rng: random.Random) -> tuple[int, ...]:
         digits[place - 1], digits[place] = digits[place], digits[place - 1]
     else:
         for other in _some(range(len(digits)), rng):
-            likely = CONFUSED[digits[other]] if rng.random() < 0.7 else [d for d in range(10) if d != digits[other]]
-            digits[other] = rng.choice(likely)
+            digits[other] = _mistaken(digits[other], rng)
     return tuple(digits)
+
+
+def _mistaken(digit: int, rng: random.Random) -> int:
+    return rng.choice(CONFUSED[digit] if rng.random() < 0.7 else [d for d in range(10) if d != digit])
 
 
 def _other_answer(category: str, right: str, rng: random.Random) -> str:
@@ -362,6 +435,12 @@ def _listed(numbers: Sequence[int]) -> str:
 def _numbers_text(text: str) -> str | None:
     words = text.replace(",", " ").split()
     return _listed([int(word) for word in words]) if words and all(re.fullmatch(r"\d{1,4}", w) for w in words) else None
+
+
+def _sentences(chain: str) -> list[str]:
+    """Lower case, white space squeezed, without their full stops; empty ones left out."""
+    sentences = [" ".join(part.split()).lower() for part in chain.split(".")]
+    return [sentence for sentence in sentences if sentence]
 
 
 def _parse_list(text: str) -> list[int] | None:

@@ -26,11 +26,12 @@ from rlhf.data.chains import (
     answer_of,
     check_chain,
     corrupt,
+    critique_of,
+    spoil,
     write_chain,
     write_fact,
-    write_with_critique,
 )
-from rlhf.data.judging import judge_question
+from rlhf.data.judging import judge_question, parse_verdict
 from rlhf.data.rows import DataError, Row
 
 __all__ = ["ChainCheck", "Options", "Puzzle", "build", "check_chain", "render", "scans"]
@@ -55,7 +56,8 @@ COUNT_OF = ("how many {} are there?", "count the {}.")
 @dataclass(frozen=True)
 class Options:
     """min_digits to max_digits a picture (1 to 4); categories asked; augmentation 0 (centred, upright size) to 1;
-    critique: a judge goes through the chain before its verdict; corrupted: the share of unsound chains it is shown."""
+    critique: a judge goes through the chain before its verdict; corrupted: the share of corrupted chains it is shown;
+    faults: with what probability each part of those is wrong (0: one kind of fault each, which the row names)."""
 
     min_digits: int = 1
     max_digits: int = 4
@@ -63,6 +65,7 @@ class Options:
     augmentation: float = 1.0
     critique: bool = False
     corrupted: float = 0.5
+    faults: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -165,8 +168,9 @@ def _options(table: str, given: Mapping[str, Any]) -> Options:
         raise DataError(f"min_digits {chosen.min_digits}, max_digits {chosen.max_digits}: 1 ≤ min ≤ max ≤ 4 is needed")
     if not 0 <= chosen.augmentation <= 1:
         raise DataError(f"augmentation {chosen.augmentation}: from 0 to 1")
-    if not 0 <= chosen.corrupted <= 1:
-        raise DataError(f"corrupted {chosen.corrupted}: from 0 to 1")
+    for name in ("corrupted", "faults"):
+        if not 0 <= getattr(chosen, name) <= 1:
+            raise DataError(f"{name} {getattr(chosen, name)}: from 0 to 1")
     for category in chosen.categories:
         if category not in CATEGORIES:
             raise DataError(f"digits has no category {category!r}{_nearest(category, list(CATEGORIES))}")
@@ -269,38 +273,42 @@ def _prompt_row(rng: random.Random, options: Options, split: str, _turn: int) ->
     return _row(puzzle, puzzle.question, None, True, _picture(puzzle, rng, options, split))
 
 
-def _judged(rng: random.Random, options: Options, split: str, sound: bool) -> tuple[Puzzle, str, str, str]:
-    """A puzzle, the reply to judge, the kind of corruption, and the judge's answer."""
+@dataclass(frozen=True)
+class _Judged:
+    """A puzzle, a reply to it, the kind of corruption, what the judge should say of it, and whether it is sound."""
+
+    puzzle: Puzzle
+    text: str
+    corruption: str
+    verdict: str
+    sound: bool
+
+    def row(self, asked: str, image: bytes | None) -> Row:
+        row = _row(self.puzzle, asked + judge_question(self.puzzle.question, self.text), self.verdict, False, image)
+        return {**row, "answer": "yes" if self.sound else "no", "sound": self.sound, "corruption": self.corruption}
+
+
+def _judged(rng: random.Random, options: Options, split: str, turn: int) -> _Judged:
     puzzle = _puzzle(rng, options, split)
-    truth = Chain(puzzle.category, puzzle.digits, puzzle.target)
-    kind, chain = ("none", truth) if sound else corrupt(truth, rng)
-    verdict = "yes" if sound else "no"
-    text, critique = write_with_critique(chain, puzzle.digits, rng)
-    return puzzle, text, kind, critique if options.critique else verdict
-
-
-def _verdict_columns(row: Row, sound: bool, corruption: str) -> Row:
-    return {**row, "answer": "yes" if sound else "no", "sound": sound, "corruption": corruption}
-
-
-def _is_sound(turn: int, options: Options) -> bool:
-    """Spreads the corrupted rows evenly: every second one at a share of 0.5."""
-    return int((turn + 1) * options.corrupted) == int(turn * options.corrupted)
+    kind, chain = "none", Chain(puzzle.category, puzzle.digits, puzzle.target)
+    # spread evenly: every second one at a share of 0.5
+    if int((turn + 1) * options.corrupted) != int(turn * options.corrupted):
+        kind, chain = ("several", spoil(chain, options.faults, rng)) if options.faults else corrupt(chain, rng)
+    text = write_chain(chain, rng)
+    critique = critique_of(puzzle.category, puzzle.digits, text, puzzle.target)
+    sound = bool(parse_verdict(critique))
+    reply = critique if options.critique else critique.split()[-1]
+    return _Judged(puzzle, text, "none" if sound else kind, reply, sound)
 
 
 def _judge_row(rng: random.Random, options: Options, split: str, turn: int) -> Row:
-    sound = _is_sound(turn, options)
-    puzzle, chain, corruption, reply = _judged(rng, options, split, sound)
-    image = _picture(puzzle, rng, options, split)
-    row = _row(puzzle, judge_question(puzzle.question, chain), reply, False, image)
-    return _verdict_columns(row, sound, corruption)
+    judged = _judged(rng, options, split, turn)
+    return judged.row("", _picture(judged.puzzle, rng, options, split))
 
 
 def _judge_text_row(rng: random.Random, options: Options, split: str, turn: int) -> Row:
-    sound = _is_sound(turn, options)
-    puzzle, chain, corruption, reply = _judged(rng, options, split, sound)
-    asked = f"{_told(puzzle, rng)} {judge_question(puzzle.question, chain)}"
-    return _verdict_columns(_row(puzzle, asked, reply, False, None), sound, corruption)
+    judged = _judged(rng, options, split, turn)
+    return judged.row(f"{_told(judged.puzzle, rng)} ", None)
 
 
 def _facts_row(rng: random.Random, options: Options, split: str, _turn: int) -> Row:

@@ -70,7 +70,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def test_it_finishes_every_stage(run: Run) -> None:
-    assert [stage["status"] for stage in run.summary["stages"]] == ["done"] * 15
+    assert [stage["status"] for stage in run.summary["stages"]] == ["done"] * 18
     assert {stage["kind"] for stage in run.summary["stages"]} == {"sft", "rl", "synthesize", "evaluate"}
     assert 0 < run.summary["peak_rss_gib"] <= 8
 

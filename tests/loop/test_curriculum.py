@@ -25,14 +25,16 @@ def recipe(*overrides: str) -> Recipe:
     return load(FILES, [*QUIET, *overrides])
 
 
-def run(recipe: Recipe, folder: Path) -> FakeCast:
-    """Run a recipe in folder on a fake cast, as the command line would, and return the cast."""
+def run(recipe: Recipe, folder: Path, die_at: int | None = None, lost_at: int | None = None) -> FakeCast:
+    """Run a recipe in folder on a fake cast, as the command line would, and return the cast. Its trainer raises
+    KilledError at step `die_at` of the whole run, and ActorLostError, once, at step `lost_at`."""
 
     async def go() -> FakeCast:
         with Tracker(folder, recipe.name, recipe.tracking) as tracker:
             curriculum = Curriculum(recipe, folder, tracker, Footprint())
             curriculum.prepare()
             cast = FakeCast(curriculum.tokenizer())
+            cast.trainer.die_at, cast.trainer.lost_at = die_at, lost_at
             await curriculum.run(cast)
             return cast
 
@@ -98,7 +100,7 @@ def test_a_changed_stage_runs_again_with_what_follows(finished: tuple[Path, Fake
     shutil.copytree(finished[0], folder)
     again = run(recipe("stages.think-fusion.lr = 1e-5"), folder)
     begun = [Path(spec.model).parent.name for spec in again.trainer.begun]
-    assert begun == ["08-rl-verifiable", "11-think-fusion"]  # think-fusion itself, then rl-mixed on top of it
+    assert begun == ["08-rl-verifiable", "14-think-fusion"]  # think-fusion itself, then rl-mixed on top of it
 
 
 def test_killed_in_the_middle_of_rl_continues_from_the_checkpoint(tmp_path: Path) -> None:
@@ -110,18 +112,9 @@ def test_killed_in_the_middle_of_rl_continues_from_the_checkpoint(tmp_path: Path
     )
     whole = run(wanted, tmp_path / "whole")
     folder = tmp_path / "killed"
-
-    async def killed() -> None:
-        with Tracker(folder, wanted.name, wanted.tracking) as tracker:
-            curriculum = Curriculum(wanted, folder, tracker, Footprint())
-            curriculum.prepare()
-            cast = FakeCast(curriculum.tokenizer())
-            before_rl = sum(stage.steps for stage in wanted.stages[:6] if isinstance(stage, Sft))
-            cast.trainer.die_at = before_rl + 3
-            await curriculum.run(cast)
-
+    before_rl = sum(stage.steps for stage in wanted.stages[:6] if isinstance(stage, Sft))
     with pytest.raises(KilledError):
-        asyncio.run(killed())
+        run(wanted, folder, die_at=before_rl + 3)
     again = run(wanted, folder)
     assert Path(again.trainer.begun[0].model).parent.name == "06-long-cot"
     rl = again.trainer.batches[:3]  # steps 3, 4, 5: the checkpoint was of step 2
@@ -135,17 +128,7 @@ def test_a_lost_trainer_is_replaced_and_the_stage_goes_on(tmp_path: Path) -> Non
     wanted = recipe("stages.language.steps = 5", "stages.language.checkpoint_every = 2")
     whole = run(wanted, tmp_path / "whole")
     folder = tmp_path / "lost"
-
-    async def lose() -> FakeCast:
-        with Tracker(folder, wanted.name, wanted.tracking) as tracker:
-            curriculum = Curriculum(wanted, folder, tracker, Footprint())
-            curriculum.prepare()
-            cast = FakeCast(curriculum.tokenizer())
-            cast.trainer.lost_at = 3
-            await curriculum.run(cast)
-        return cast
-
-    cast = asyncio.run(lose())
+    cast = run(wanted, folder, lost_at=3)
     assert cast.renewals == 1
     # steps 1, 2, 3 (lost before its checkpoint), then from the checkpoint of step 2: 3, 4, 5
     assert cast.trainer.batches[:6] == [*whole.trainer.batches[:3], *whole.trainer.batches[2:5]]

@@ -1,6 +1,7 @@
 """The digits builder, its chains, and the program that verifies them."""
 
 import io
+import random
 import re
 from collections import Counter
 
@@ -10,7 +11,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 
-from rlhf.data.chains import CATEGORIES, answer_of, check_chain
+from rlhf.data.chains import CATEGORIES, Chain, answer_of, check_chain, critique_of, spoil, write_chain
 from rlhf.data.digits import build, scans
 from rlhf.data.judging import judge_question, parse_verdict
 from rlhf.data.rows import DataError, read, write
@@ -183,34 +184,106 @@ def test_chains_and_answers_are_short():
     assert np.mean(lengths["chains"]) <= 32
 
 
-def test_a_judge_can_go_through_the_chain_before_its_verdict():
+@pytest.mark.parametrize("options", [{}, {"faults": 0.4}])
+def test_a_judge_can_go_through_the_chain_before_its_verdict(options):
     shares = Counter()
-    for row in build("judge", 400, "train", 0, {"critique": True}):
+    for row in build("judge", 400, "train", 0, {"critique": True, **options}):
         *findings, verdict = reply(row).split(".")
-        seen = [finding.split()[0] for finding in findings][: len(row["digits"])]
-        assert [digit for digit in seen if digit != "-"] == list(map(str, row["digits"]))[: len(seen)]
+        seen = [finding.removeprefix("see ").split()[0] for finding in findings][: len(row["digits"])]
+        assert seen == list(map(str, row["digits"]))
+        faults = 0
         for finding in findings:
-            right, said, word = finding.split()[-3:]
-            assert word == ("ok" if right == said else "bad"), finding
-        faults = [finding for finding in findings if finding.endswith("bad")]
-        assert faults == ([] if row["sound"] else findings[-1:])
+            words = finding.removesuffix(" bad").split()
+            assert (words[-2] != words[-1]) == finding.endswith(" bad"), finding
+            faults += finding.endswith(" bad")
+        assert (faults == 0) == row["sound"]
         assert verdict.strip() == ("yes" if row["sound"] else "no")
         assert parse_verdict(reply(row)) == row["sound"]
         shares[row["corruption"]] += 1
-    assert len(shares) == 5
+    assert len(shares) == (2 if options else 5)
+    assert shares["none"] == pytest.approx(200, abs=40)
+
+
+@pytest.mark.parametrize(
+    ("category", "digits", "target", "text", "critique"),
+    [
+        (
+            "sum",
+            [3, 5],
+            None,
+            "i see 3 and 6. 3 + 6 = 8. so 8.|8",
+            "see 3 3. 5 6 bad. 3 + 6 = 9 8 bad. so 8 8. box 8 8. no",
+        ),
+        ("sum", [3, 5], None, "i see 3 and 5. 5 + 3 = 8. so 8.|8", "see 3 3. 5 5. 3 + 5 = 8 8. so 8 8. box 8 8. yes"),
+        ("sum", [3, 5], None, "reading 3 5. so 8.|8", "see 3 3. 5 5. 3 + 5 = 8 - bad. so 8 8. box 8 8. no"),
+        ("sum", [3, 5], None, "reading 3. so 3.|3", "see 3 3. 5 - bad. so 3 3. box 3 3. no"),
+        (
+            "difference",
+            [3, 5],
+            None,
+            "reading 3 5. 3 - 5 = 2. so 2.|2",
+            "see 3 3. 5 5. 5 - 3 = 2 - bad. so 2 2. box 2 2. no",
+        ),
+        (
+            "larger",
+            [3, 5],
+            None,
+            "i see 3 and 5. 3 or 5: 3. so 5.|5",
+            "see 3 3. 5 5. 3 or 5: 5 3 bad. so 3 5 bad. box 5 5. no",
+        ),
+        (
+            "sorted",
+            [5, 3],
+            None,
+            "reading 5 3. smallest 3. so 3 5.|3 5",
+            "see 5 5. 3 3. order 3 3. 5 - bad. so 3 3. - 5 bad. box 3 3. 5 5. no",
+        ),
+        (
+            "count",
+            [5, 3],
+            3,
+            "reading 5 3. 3 yes. so 1.|1",
+            "see 5 5. 3 3. 5 no - bad. 3 yes - bad. so 1 1. box 1 1. no",
+        ),
+        ("count", [5, 3], None, "reading 5 3. so 3.|2", "see 5 5. 3 3. so 2 3 bad. box 3 2 bad. no"),
+        ("read", [5], None, "it is 5. so 5.|5", "see 5 - bad. so - 5 bad. box 5 5. no"),
+        ("read", [5], None, "reading 5. so 5. so 5.|5", "see 5 5. so 5 - bad. box 5 5. no"),
+    ],
+)
+def test_a_judge_says_what_is_wrong_with_any_chain(category, digits, target, text, critique):
+    chain, _, boxed = text.partition("|")
+    assert critique_of(category, digits, f"<think>{chain}</think>\\boxed{{{boxed}}}", target) == critique
+    assert critique_of(category, digits, chain, target) == "no"
+
+
+def test_judge_and_verifier_agree_on_spoiled_and_on_garbled_chains():
+    rng = random.Random(0)
+    verdicts: Counter = Counter()
+    for row in build("prompts", 4000, "train", 3, {}):
+        category, digits, target = row["category"], row["digits"], row["target"]
+        words = write_chain(spoil(Chain(category, tuple(digits), target), 0.1, rng), rng).split()
+        for _ in range(rng.randrange(3)):
+            place = rng.randrange(len(words))
+            words[place : place + rng.randrange(2)] = [rng.choice(words)] * rng.randrange(2)
+            words = words or ["."]
+        text = " ".join(words)
+        check = check_chain(category, digits, text, row["answer"], target)
+        assert parse_verdict(critique_of(category, digits, text, target)) == check.sound, (text, check.reason)
+        verdicts[check.sound] += 1
+    assert min(verdicts.values()) > 500
 
 
 def test_facts_are_true():
     bad = 0
     for row in build("facts", 100, "train", 0, {}):
         for fact in reply(row).rstrip(".").split(". "):
-            if finding := re.fullmatch(r"(?:.*[=:] )?(\S+) (\S+) (ok|bad)", fact):
-                assert (finding[1] == finding[2]) == (finding[3] == "ok"), fact
-                bad += finding[3] == "bad"
+            if finding := re.fullmatch(r"(\d+) (\d+)( bad)?", fact):
+                assert (finding[1] == finding[2]) == (finding[3] is None), fact
+                bad += finding[3] is not None
     assert bad > 50
     for row in build("facts", 100, "train", 0, {}):
         for fact in reply(row).rstrip(".").split(". "):
-            if fact.endswith(("ok", "bad")):
+            if re.fullmatch(r"\d+ \d+( bad)?", fact):
                 continue
             left, right = re.fullmatch(r"(.*)(?: =|:|,) (\d+)", fact).groups()
             one, other = map(int, re.findall(r"\d+", left))

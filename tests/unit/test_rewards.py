@@ -11,7 +11,7 @@ from rewards.base import Item, RewardError, evaluate, items_of, resolve
 from rewards.mixture import combine
 from rlhf.data.tokenizer import train_tokenizer
 from rlhf.recipe import Chat
-from rlhf.types import Group, Media, Prompt, Rollout, Score
+from rlhf.types import Finish, Group, Media, Prompt, Rollout, Score
 
 GOOD = "<think>i see 3 and 5. 3 + 5 = 8. so 8.</think>\\boxed{8}"
 
@@ -224,11 +224,19 @@ def test_the_judge_sees_the_picture_and_cannot_be_tricked():
 
 
 def test_verdicts():
-    assert judge.verdict("3 5 . yes").value == 1.0
-    assert judge.verdict("no").value == 0.0
+    def reply(text: str, finish: Finish = "stop") -> Rollout:
+        return Rollout((1, 2), (0.0, 0.0), (0, 0), text, finish)
+
+    assert judge.verdict(reply("3 5 . yes")).value == 1.0
+    assert judge.verdict(reply("no")).value == 0.0
     assert judge.without_chain().value == 0.0
-    unread = judge.verdict("3 5 8")
+    unread = judge.verdict(reply("3 5 8"))
     assert (unread.outcome, unread.value) == ("failed", None)
+    assert "3 5 8" in unread.note
+    # "yes" is also what a finding may say: cut off there, it is no verdict
+    cut = judge.verdict(reply("3 yes", "length"))
+    assert (cut.outcome, cut.value) == ("failed", None)
+    assert "2 tokens" in cut.note
 
 
 def test_mixture_is_a_weighted_mean_and_keeps_failures():
