@@ -10,7 +10,8 @@ PY := $(VENV)/bin/python
 UV := $(VENV)/bin/uv
 UV_VERSION := 0.13.9
 STAMP := $(VENV)/.installed
-TORCHVISION := torchvision==0.28.0
+# pyproject.toml keeps torchvision out of every resolution; it is asked for by name, without that file
+TORCHVISION = UV_NO_CONFIG=1 $(UV_RUN) pip install --python $(PY) --no-deps $(TORCH) torchvision==0.28.0
 # for one test, which shows it to its own processes only
 ASIDE := $(VENV)/torchvision
 CODE := rlhf actors rewards tests
@@ -23,7 +24,7 @@ CERTIFICATES = $(or $(SSL_CERT_FILE),$(PIP_CERT),$(shell $(PYTHON) -m pip config
 UV_RUN = $(if $(FIND_LINKS),UV_FIND_LINKS="$(FIND_LINKS)") $(if $(CERTIFICATES),SSL_CERT_FILE="$(CERTIFICATES)") $(UV)
 TORCH = $(if $(FIND_LINKS),,--torch-backend cpu)
 
-.PHONY: help setup demo test check bench torchvision lock clean
+.PHONY: help setup demo test check torchvision lock clean
 
 help:  ## what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -56,15 +57,11 @@ check: $(STAMP) $(ASIDE)  ## what CI runs: format, lint, types, docker files, te
 	$(VENV)/bin/hadolint docker/Dockerfile.cpu docker/Dockerfile.gpu
 	$(PY) -m pytest $(ARGS)
 
-bench: $(STAMP)  ## measure against the peers; writes tests/bench/results
-	$(PY) -m pytest tests/bench --override-ini 'timeout=1800' $(ARGS)
-
-# pyproject.toml keeps torchvision out of every resolution; it is asked for by name here, without that file
 torchvision: $(STAMP)  ## add torchvision, which some Hugging Face vision-language models need
-	UV_NO_CONFIG=1 $(UV_RUN) pip install --python $(PY) --no-deps $(TORCH) $(TORCHVISION)
+	$(TORCHVISION)
 
 $(ASIDE): $(STAMP)
-	UV_NO_CONFIG=1 $(UV_RUN) pip install --python $(PY) --no-deps $(TORCH) --target $@ $(TORCHVISION)
+	$(TORCHVISION) --target $@
 	touch $@
 
 lock: $(STAMP)  ## write docker/constraints.txt anew from pyproject.toml

@@ -18,17 +18,18 @@ PROBES = "probe_scores.json"
 
 
 def read_weights(folder: Path) -> list[tuple[str, np.ndarray[Any, Any]]]:
-    """(name, array) of every parameter; a peft folder gives its base with the adapters merged in.
-
-    bfloat16 files are not read here: numpy has no such type, and such models start with vLLM's own loader.
-    """
-    base = base_of(folder)
+    """(name, array) of every parameter; a peft folder gives its base with the adapters merged in, innermost first.
+    Half precision comes as float32, which holds it exactly: numpy has no bfloat16."""
+    chain = [folder]
+    while (adapter := chain[-1] / "adapter_config.json").exists():
+        chain.append(Path(json.loads(adapter.read_text())["base_model_name_or_path"]))
+    *adapters, base = chain
     weights = {}
     for file in sorted(base.glob("*.safetensors")):
-        with safe_open(file, framework="numpy") as tensors:
-            weights.update({name: tensors.get_tensor(name) for name in tensors.keys()})  # noqa: SIM118  not a dict
-    if base != folder:
-        _merge(folder, weights)
+        with safe_open(file, framework="pt") as tensors:
+            weights.update({name: tensors.get_tensor(name).float().numpy() for name in tensors.keys()})  # noqa: SIM118
+    for adapter in reversed(adapters):
+        _merge(adapter, weights)
     return list(weights.items())
 
 
@@ -67,12 +68,6 @@ def read_probes(folder: Path) -> tuple[list[Probe], ProbeScores] | None:
         experts_reached={name: tuple(reached) for name, reached in scores["experts_reached"].items()},
         experts_total=scores["experts_total"],
     )
-
-
-def base_of(folder: Path) -> Path:
-    """The folder that holds the weights: of adapters in peft's format, their base; else the folder itself."""
-    adapter = folder / "adapter_config.json"
-    return Path(json.loads(adapter.read_text())["base_model_name_or_path"]) if adapter.exists() else folder
 
 
 def _tuples(rows: list[list[Any]]) -> tuple[tuple[Any, ...], ...]:

@@ -23,11 +23,13 @@ VERDICTS = "verdicts.json"
 
 
 async def check(recipe: Recipe, folder: Path) -> list[Verdict]:
-    """Measure every implementation that `model.implementation` allows, and keep the verdicts in `folder`'s parent."""
+    """Measure every implementation that `model.implementation` allows, and keep the verdicts in `folder`'s parent.
+
+    What it builds for that goes to `folder`/check: a run builds its own."""
     architecture = make_plan(_narrowed(recipe, recipe.model.implementation)).stages[0].architecture
     found = []
     for implementation in implementations(recipe.model.implementation, architecture):
-        gap, proven = await _measure(_narrowed(recipe, implementation), folder)
+        gap, proven = await _measure(_narrowed(recipe, implementation), folder / "check")
         found.append(Verdict(architecture.digest, implementation, gap, proven, installed_versions()))
     keep(folder.parent / VERDICTS, found)
     return found

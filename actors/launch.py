@@ -11,28 +11,31 @@ import contextlib
 import itertools
 import socket
 import time
+from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import RayActorError
 from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors.artifacts import base_of, read_probes, read_weights, write_probes
+from actors.artifacts import read_probes, read_weights, write_probes
 from actors.reward import RewardWorker
 from actors.rollout import EngineSettings, RolloutWorker
 from actors.trainer import TrainerRank
 from rewards.base import Item, items_of
 from rlhf.agreement import Agreement, compare, localise
-from rlhf.architecture import from_folder
+from rlhf.architecture import base_of, from_folder
 from rlhf.models import load_processor, masked_ids
 from rlhf.plan import Plan
 from rlhf.recipe import Deadlines, Recipe
 from rlhf.roles import ActorLostError, SyncError, SyncReport
 from rlhf.types import Batch, Group, Probe, ProbeScores, Prompt, Publication, Sampling, Score, StepStats, TrainSpec
+
+T = TypeVar("T")
 
 BUCKET_BYTES = 64 * 2**20
 REWARD_CHUNK = 64  # items a call: small enough that a hang costs little, large enough to be cheap
@@ -103,6 +106,7 @@ class EngineHandle:
     workers: list[Any] = field(default_factory=list)
     refit: Callable[[Any], Awaitable[None]] | None = None
     restarts: int = 0
+    restarting: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
         """Sample on every worker at once; worker w takes prompts w, w + W, …"""
@@ -149,8 +153,13 @@ class EngineHandle:
     async def score(self, probes: Sequence[Probe]) -> list[ProbeScores]:
         """Every worker's live log-probs on the probes."""
         what = f"engine {self.name!r} scoring probes"
-        calls = [worker.score.remote(probes) for worker in self.workers]
-        return list(await asyncio.gather(*(within(self.deadlines.sync, "sync", what, call) for call in calls)))
+
+        async def ask(index: int) -> ProbeScores:
+            return await self._call(
+                index, lambda worker: within(self.deadlines.sync, "sync", what, worker.score.remote(probes))
+            )
+
+        return list(await asyncio.gather(*map(ask, range(len(self.workers)))))
 
     async def fingerprints(self, probes: Sequence[Probe]) -> Any:
         """What the first worker's modules compute on the probes, for naming a parameter group that is wrong."""
@@ -159,36 +168,43 @@ class EngineHandle:
 
     async def _refit_all(self, refit: Callable[[Any], Awaitable[None]]) -> None:
         self.refit = refit
-        for index in range(len(self.workers)):
+        for index, worker in enumerate(self.workers):
             try:
-                await refit(self.workers[index])
+                await refit(worker)
             except RayActorError:
-                await self._restart(index)
+                await self._restart(index, worker)
 
     async def _ask(self, index: int, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
         what = f"engine {self.name!r} generating for {len(prompts)} prompts"
+        return await self._call(
+            index,
+            lambda worker: within(self.deadlines.generate, "generate", what, worker.generate.remote(prompts, sampling)),
+        )
+
+    async def _call(self, index: int, call: Callable[[Any], Awaitable[T]]) -> T:
+        """What a worker answers; one that died is replaced and its replacement asked, twice at most."""
         for attempt in itertools.count():
-            call = self.workers[index].generate.remote(prompts, sampling)
+            worker = self.workers[index]
             try:
-                found: list[Group] = await within(self.deadlines.generate, "generate", what, call)
-                return found
+                return await call(worker)
             except RayActorError:
                 if attempt == 2:
                     raise
-                await self._restart(index)
+                await self._restart(index, worker)
         raise AssertionError("unreachable")
 
-    async def _restart(self, index: int) -> None:
-        self.restarts += 1
-        self.workers[index] = self.start(index, base_of(self.folder))
-        await within(
-            self.deadlines.start,
-            "start",
-            f"engine {self.name!r} starting again",
-            self.workers[index].heartbeat.remote(),
-        )
-        if self.refit is not None:
-            await self.refit(self.workers[index])
+    async def _restart(self, index: int, dead: Any) -> None:
+        """Replace a dead worker, once, however many calls it took with it."""
+        async with self.restarting:
+            if self.workers[index] is not dead:
+                return
+            self.restarts += 1
+            worker = self.start(index, base_of(self.folder))
+            what = f"engine {self.name!r} starting again"
+            await within(self.deadlines.start, "start", what, worker.heartbeat.remote())
+            if self.refit is not None:
+                await self.refit(worker)
+            self.workers[index] = worker
 
 
 @dataclass
@@ -274,6 +290,7 @@ class RewardsHandle:
     start: Callable[[int], Any]
     deadline: float
     workers: list[Any] = field(default_factory=list)
+    locks: defaultdict[int, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
 
     async def score(self, function: str, groups: Sequence[Group]) -> list[list[Score]]:
         items = [item for group in groups for item in items_of(group)]
@@ -291,16 +308,18 @@ class RewardsHandle:
 
     async def _chunk(self, worker: int, function: str, items: list[Item]) -> list[Score]:
         """Score a chunk; when it hangs or kills its process, find the item that does it by asking one at a time."""
-        try:
-            call = self.workers[worker].score.remote(function, items)
-            scores: list[Score] = await asyncio.wait_for(_future(call), self.deadline)
-            return scores
-        except TimeoutError:
-            failure = Score("timed_out", note=f"{function} took more than deadlines.reward = {self.deadline:g} s")
-        except RayActorError:
-            failure = Score("failed", note=f"{function} ended its process")
-        ray.kill(self.workers[worker])
-        self.workers[worker] = self.start(worker)
+        # one chunk at a time: a deadline must not count the time another function takes, nor kill its process
+        async with self.locks[worker]:
+            try:
+                call = self.workers[worker].score.remote(function, items)
+                scores: list[Score] = await asyncio.wait_for(_future(call), self.deadline)
+                return scores
+            except TimeoutError:
+                failure = Score("timed_out", note=f"{function} took more than deadlines.reward = {self.deadline:g} s")
+            except RayActorError:
+                failure = Score("failed", note=f"{function} ended its process")
+            ray.kill(self.workers[worker])
+            self.workers[worker] = self.start(worker)
         if len(items) == 1:
             return [failure]
         return [score for item in items for score in await self._chunk(worker, function, [item])]
@@ -357,6 +376,7 @@ class Placement:
             masked_tokens=masked_ids(load_processor(folder)),
             transport=self.plan.transport,
             deadline=self.recipe.deadlines.generate,
+            start_deadline=self.recipe.deadlines.start,
         )
         options = self.options("rollout", index, max_concurrency=8)
         return ray.remote(RolloutActor).options(**options).remote(str(folder), settings)
@@ -366,14 +386,16 @@ class Placement:
 
     async def trainer(self) -> list[Any]:
         """Start all trainer ranks, to be joined in one process group."""
-        resources = self.recipe.resources
+        resources, deadlines = self.recipe.resources, self.recipe.deadlines
+        # a rank that waits in a collective longer than any call may take waits for a dead one
+        timeout = max(deadlines.start, deadlines.step, deadlines.sync, deadlines.save)
         where = PlacementGroupSchedulingStrategy(self.group, self.bundles["trainer"][0])
         call = rendezvous.options(scheduling_strategy=where).remote()
-        address = await within(self.recipe.deadlines.start, "start", "choosing the trainer's address", call)
+        address = await within(deadlines.start, "start", "choosing the trainer's address", call)
         return [
             ray.remote(TrainerActor)
             .options(**self.options("trainer", rank))
-            .remote(rank, resources.trainer_ranks, address, resources.trainer_threads, resources.device)
+            .remote(rank, resources.trainer_ranks, address, resources.trainer_threads, resources.device, timeout)
             for rank in range(resources.trainer_ranks)
         ]
 
@@ -404,7 +426,7 @@ class Cast:
         yield engines
 
     async def _engine(self, role: str, folder: Path, busy: list[EngineHandle]) -> EngineHandle:
-        kind = from_folder(base_of(folder)).digest
+        kind = from_folder(folder).digest
         for engine in self.engines:
             if engine.architecture == kind and engine not in busy:
                 await engine.open(folder)

@@ -44,6 +44,7 @@ class EngineSettings:
 
     masked_tokens   ids that are never sampled (the image placeholder, padding): their logits become -inf
     deadline        seconds after which a call is given up, its requests aborted, and TimeoutError raised
+    start_deadline  seconds after which starting is given up
     """
 
     dtype: str = "float32"
@@ -58,6 +59,7 @@ class EngineSettings:
     masked_tokens: tuple[int, ...] = ()
     transport: str = "cpu"
     deadline: float = 300.0
+    start_deadline: float = 300.0
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,13 @@ class RolloutWorker:
         ready: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, args=(ready,), name="engine", daemon=True)
         self._thread.start()
-        ready.result(timeout=settings.deadline)
+        try:
+            ready.result(timeout=settings.start_deadline)
+        except TimeoutError:
+            raise TimeoutError(
+                f"the engine for {model} did not start within {settings.start_deadline:g} s; raise deadlines.start if "
+                "it is only slow"
+            ) from None
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
         """Sample `sampling.num` rollouts of every prompt, in order.

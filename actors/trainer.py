@@ -10,7 +10,6 @@ import gc
 import logging
 import math
 import os
-import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -40,9 +39,6 @@ class TrainInfo:
 
     num_parameters: int
     num_trainable: int
-    architecture: str
-    moe: bool
-    vocab_size: int
 
 
 def rate(step: int, steps: int, warmup: float, schedule: Literal["cosine", "linear", "constant"]) -> float:
@@ -182,13 +178,9 @@ class _Stage:
         self.info = TrainInfo(
             num_parameters=sum(_numel(p) for p in parameters),
             num_trainable=sum(_numel(p) for p in parameters if p.requires_grad),
-            architecture=type(model).__name__,
-            moe=self.moe,
-            vocab_size=int(model.config.get_text_config().vocab_size),
         )
 
     def step(self, batch: Batch) -> StepStats:
-        started = time.perf_counter()
         totals = _Totals()
         gap: list[float] = []
         for index, update in enumerate(batch.updates):
@@ -199,8 +191,7 @@ class _Stage:
             if index == 0:
                 gap = self._gather(differences)
             self._apply(totals)
-        metrics = totals.reduce(self.world_size)
-        return StepStats(metrics, gap, time.perf_counter() - started)
+        return StepStats(totals.reduce(self.world_size), gap)
 
     def accumulate(self, update: Update, totals: _Totals) -> list[Tensor]:
         """Gradients of one update on this rank, reduced over ranks by DeepSpeed; |trainer − engine| log-probability
@@ -274,6 +265,14 @@ class _Stage:
             f"{', '.join(keys[:8])}{' …' if len(keys) > 8 else ''}; look at these rows and lower the learning rate"
         )
 
+    def _require_finite_gradient(self, norm: float) -> None:
+        """A ratio that overflows on its clipped side has a finite loss and no finite gradient."""
+        if not math.isfinite(norm):
+            raise FloatingPointError(
+                f"the gradient of optimizer step {self.steps} of {self.spec.model} has norm {norm}, though its loss is "
+                "finite: policy and rollouts are too far apart; lower the learning rate or updates_per_batch"
+            )
+
     def _apply(self, totals: _Totals) -> None:
         share = rate(self.steps, self.spec.steps, self.spec.warmup, self.spec.schedule)
         for group, full in zip(self._optimizer.param_groups, self._rates, strict=True):
@@ -281,9 +280,14 @@ class _Stage:
         # without ZeRO the engine clips but keeps the norm to itself
         grads = [p.grad for p in self.model.parameters() if p.grad is not None] if self.spec.zero_stage == 0 else []
         norm = nn.utils.get_total_norm(grads) if grads else None
-        self.engine.step()
+        if norm is None:  # under ZeRO the norm is known after the step; raising still comes before any save
+            self.engine.step()
+            norm = self.engine.get_global_grad_norm()
+            self._require_finite_gradient(float(norm))
+        else:
+            self._require_finite_gradient(float(norm))
+            self.engine.step()
         self.steps += 1
-        norm = self.engine.get_global_grad_norm() if norm is None else norm
         totals.updates += 1
         totals.grad_norm += float(norm)
         totals.learning_rate = max(self._rates) * share

@@ -135,14 +135,6 @@ class Architecture:
         connector = _connector(self.tables["connector"], vision["hidden_size"], decoder["hidden_size"])
         return _vision(vision) + connector + _decoder(decoder)
 
-    @property
-    def kv_bytes_per_token(self) -> int | None:
-        """Of one sequence, in float32."""
-        if not {"num_hidden_layers", "num_attention_heads", "hidden_size"} <= self.decoder.keys():
-            return None
-        heads = self.decoder.get("num_key_value_heads") or self.decoder["num_attention_heads"]
-        return int(2 * 4 * self.decoder["num_hidden_layers"] * heads * _head_dim(self.decoder))
-
     def lora_parameters(self, lora: Lora) -> int | None:
         """Parameters of the adapters on the decoder's linear layers."""
         if not self.is_bridge or self.decoder["type"] not in DECODER_DEFAULTS:
@@ -183,7 +175,7 @@ def architecture_of(model: Model) -> Architecture:
     if model.bridge is not None:
         return from_bridge(model.bridge, model.tokenizer.vocab_size)
     assert model.path is not None
-    folder = Path(model.path).expanduser()
+    folder = Path(model.path)
     return from_folder(folder) if folder.is_dir() else Architecture(model.path, _canonical({}))
 
 
@@ -214,8 +206,18 @@ def from_bridge(bridge: Mapping[str, Mapping[str, Any]], vocab_size: int) -> Arc
     return replace(architecture, name=MOE)
 
 
+def base_of(folder: Path) -> Path:
+    """The folder that holds the weights: of adapters in peft's format, the model at the end of their chain of bases;
+    else the folder itself."""
+    while (adapter := folder / "adapter_config.json").exists():
+        folder = Path(json.loads(adapter.read_text())["base_model_name_or_path"])
+    return folder
+
+
 def from_folder(folder: Path) -> Architecture:
-    """The architecture of a Hugging Face model folder. Raises ValueError naming the file that is missing or broken."""
+    """The architecture of a Hugging Face model folder, or of an adapter's base. Raises ValueError naming the file that
+    is missing or broken."""
+    folder = base_of(folder)
     path = folder / "config.json"
     try:
         config: dict[str, Any] = json.loads(path.read_text())

@@ -10,10 +10,13 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+from rlhf.roles import Trainer
 
 KEEP = 2  # whole checkpoints a stage keeps: the latest, and one to fall back on
 
@@ -47,6 +50,8 @@ def whole(folder: Path) -> Iterator[Path]:
         if folder.exists():
             shutil.rmtree(folder)
         partial.rename(folder)
+    except TimeoutError:  # an OSError by descent, but of an actor, not of the disk
+        raise
     except OSError as error:
         raise CheckpointError(
             f"{folder}: could not be written ({error.strerror or error}); nothing partial was left under this name. "
@@ -89,6 +94,30 @@ def prune(root: Path) -> None:
     """Remove all but the newest checkpoints."""
     for folder in sorted(root.glob("step-*"), reverse=True)[KEEP:]:
         shutil.rmtree(folder)
+
+
+class Restorable(Protocol):
+    def restore(self, state: Mapping[str, Any]) -> None: ...
+
+
+async def resume(trainer: Trainer, parts: Mapping[str, Restorable], found: Checkpoint | None) -> int:
+    """Put the trainer and the named parts of the loop back to a checkpoint; returns the step to go on from."""
+    if found is None:
+        return 0
+    await trainer.restore(found.trainer)
+    for name, part in parts.items():
+        part.restore(found.state[name])
+    return found.step
+
+
+async def save(trainer: Trainer, checkpoints: Path, step: int, state: Mapping[str, Any]) -> float:
+    """Write a whole checkpoint; returns the seconds it took."""
+    started = time.perf_counter()
+    with whole(checkpoints / f"step-{step:06d}") as partial:
+        await trainer.save(partial / "trainer")
+        finish(partial, step, state)
+    prune(checkpoints)
+    return time.perf_counter() - started
 
 
 def digest(folder: Path) -> str:

@@ -86,7 +86,6 @@ async def _run(recipe: Recipe, plan: Plan, folder: Path, address: str | None) ->
 
     _private_ray(folder)
     from actors.launch import launch
-    from rlhf import report
     from rlhf.checkpoint import CheckpointError
     from rlhf.curriculum import Curriculum, GateError
     from rlhf.data.rows import DataError
@@ -105,8 +104,7 @@ async def _run(recipe: Recipe, plan: Plan, folder: Path, address: str | None) ->
                     await preparing
                     await curriculum.run(actors)
             finally:
-                page = report.write(folder)
-        print(f"report: {page}")
+                _report(folder)
         return 0
     except GateError as error:
         return _fail(error, GATE_MISSED)
@@ -118,6 +116,16 @@ async def _run(recipe: Recipe, plan: Plan, folder: Path, address: str | None) ->
         if os.environ.get("RLHF_TRACEBACK"):
             raise
         return _fail(f"{type(error).__name__}: {error}\nthe same command continues from the last checkpoint", FAILED)
+
+
+def _report(folder: Path) -> None:
+    """Write the page. It is a view: what goes wrong in it is said, and changes nothing of how the run ended."""
+    from rlhf import report
+
+    try:
+        print(f"report: {report.write(folder)}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        _fail(f"{folder}: its report could not be written: {type(error).__name__}: {error}", FAILED)
 
 
 def plan_command(parsed: argparse.Namespace) -> int:
@@ -152,8 +160,9 @@ def eval_command(parsed: argparse.Namespace) -> int:
     narrowed = validate(table, " + ".join(parsed.recipe))
     folder = parsed.runs / narrowed.name
     folder.mkdir(parents=True, exist_ok=True)
+    plan = make_plan(narrowed, verdicts=read_verdicts(parsed.runs / "verdicts.json"))
     with _locked(folder):
-        return asyncio.run(_run(narrowed, make_plan(narrowed), folder, None))
+        return asyncio.run(_run(narrowed, plan, folder, None))
 
 
 def report_command(parsed: argparse.Namespace) -> int:
@@ -167,7 +176,7 @@ def report_command(parsed: argparse.Namespace) -> int:
 
 def submit_command(parsed: argparse.Namespace) -> int:
     recipe = load(parsed.recipe, parsed.override)
-    make_plan(recipe)
+    make_plan(recipe, verdicts=read_verdicts(parsed.runs / "verdicts.json"))
     return _job("submit", recipe, parsed.recipe, parsed.override, parsed.runs, parsed.address)
 
 

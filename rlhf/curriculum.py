@@ -2,7 +2,7 @@
 
     runs/NAME/
       recipe.toml            as resolved
-      model/                 the bridge built from [model], before any stage
+      model/  model.json     the bridge built from [model], before any stage; a digest of what it is built from
       data/NAME.parquet      rows made by builders
       stages/03-align/       inputs.json (digest of all that determines the stage), checkpoints/, steps.jsonl,
                              artifact/ (appears when whole), eval.json, answers.json, result.json (last: it is done)
@@ -34,7 +34,7 @@ from rlhf.data.rows import Rows, read, write
 from rlhf.data.sources import open_source
 from rlhf.feasibility import judges_of, parent_of
 from rlhf.footprint import Footprint
-from rlhf.models import build_model, load_processor, masked_ids
+from rlhf.models import build_model, load_processor, local_folder, masked_ids
 from rlhf.recipe import Evaluate, Gate, Recipe, Rl, Sft, Stage, Synthesize
 from rlhf.roles import ActorLostError, Actors, Engine
 from rlhf.scoring import Judge
@@ -62,14 +62,14 @@ class Curriculum:
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
     sources: dict[str, Rows] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
-    earlier_seconds: float = 0.0
+    earlier: dict[str, Any] = field(default_factory=dict)  # the summary of the processes before this one
     idle: bool = True
     actors: Actors = field(init=False)
 
     async def run(self, actors: Actors) -> None:
         """Run every stage that is not done yet. Raises GateError at the first failed gate."""
         self.actors = actors
-        self.earlier_seconds = self._seconds_so_far()
+        self.earlier = _read(self.folder / "summary.json") or {}
         self.prepare()
         for index, stage in enumerate(self.recipe.stages):
             folder = stage_folder(self.folder, index, stage.name)
@@ -98,8 +98,7 @@ class Curriculum:
         raise AssertionError("unreachable")
 
     async def _stage(self, stage: Stage, index: int, folder: Path, inputs: dict[str, Any]) -> dict[str, Any]:
-        if folder.exists() and _read(folder / "inputs.json") != inputs:
-            shutil.rmtree(folder)
+        _clear(folder, stage, inputs)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "inputs.json", inputs)
         spent, started = float((_read(folder / "clock.json") or {}).get("seconds", 0.0)), time.monotonic()
@@ -108,7 +107,13 @@ class Curriculum:
         resumed = steps if (folder / "artifact").exists() else found.step if found else None
         assert self.tracker is not None
         with self.tracker.stage(
-            stage.name, stage.kind, index, len(self.recipe.stages), steps=steps, resumed=resumed
+            stage.name,
+            stage.kind,
+            index,
+            len(self.recipe.stages),
+            steps=steps,
+            resumed=resumed,
+            budget_minutes=stage.budget_minutes,
         ) as log:
             context = Context(
                 recipe=self.recipe,
@@ -117,7 +122,6 @@ class Curriculum:
                 processor=load_processor(self.model_before(stage)),
                 actors=self.actors,
                 rows=self.rows,
-                artifact=self.artifact,
                 log=log,
             )
             try:
@@ -247,29 +251,54 @@ class Curriculum:
         name = parent_of(self.recipe, stage)
         if name is not None:
             return self.artifact(name)
-        return self.folder / "model" if self.recipe.model.path is None else Path(self.recipe.model.path)
+        return self.folder / "model" if self.recipe.model.path is None else local_folder(self.recipe.model.path)
 
     def tokenizer(self) -> Any:
         """The tokenizer of the model the curriculum starts from."""
         return load_processor(self.model_before(self.recipe.stages[0])).tokenizer
 
     def prepare(self) -> None:
-        """Make the rows, and the model of [model] where it is one to build."""
-        if self.recipe.model.bridge is not None and not (self.folder / "model").exists():
-            with whole(self.folder / "model") as partial:
-                build_model(self.recipe, {name: self.rows(name) for name in self.recipe.data}, partial)
+        """Make the rows, and the model of [model] where it is one to build and what it is built from has changed."""
+        if self.recipe.model.bridge is None:
+            return
+        model, inputs = self.folder / "model", {"digest": self._model_digest()}
+        if model.exists() and _read(self.folder / "model.json") == inputs:
+            return
+        with whole(model) as partial:
+            build_model(self.recipe, {name: self.rows(name) for name in self.recipe.data}, partial)
+        write_json(self.folder / "model.json", inputs)
+
+    def _model_digest(self) -> str:
+        """What the model before all stages is: what it is built from, or which files it has."""
+        if self.recipe.model.path is None:
+            data = {name: self.rows(name).digest for name in self.recipe.data}
+            return _digest([self._shared(), data])
+        folder = local_folder(self.recipe.model.path)
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        # sizes and times: the bytes of a large model would take minutes to read
+        facts = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+        return _digest([self.recipe.model.path, facts])
+
+    def _shared(self) -> dict[str, Any]:
+        """What every artifact depends on; which vLLM implementation serves a model changes nothing in it."""
+        return self.recipe.model_dump(
+            mode="json", include={"seed": True, "chat": True, "model": {"bridge", "path", "tokenizer"}}
+        )
 
     def _inputs(self, stage: Stage) -> dict[str, Any]:
-        """Everything that determines a stage's artifact, as digests: a change here makes the stage run again."""
+        """Everything that determines a stage's artifact, and apart from that, what it is measured with, as digests:
+        a change in the former makes the stage run again, in the latter makes it measured again."""
         parent = parent_of(self.recipe, stage)
-        data = {name: self.rows(name).digest for name in sources_of(stage, self.recipe)}
         judges = {name: self.results[name]["artifact"]["digest"] for name in judges_of(stage)}
-        shared = self.recipe.model_dump(mode="json", include={"seed", "chat", "evaluation", "model"})
+        shared = self._shared() | {"precision": self.recipe.resources.precision}
         config = stage.model_dump(mode="json", exclude={"gates", "budget_minutes", "checkpoint_every"})
+        measure = [config.pop(name, None) for name in ("evaluate", "eval_data", "temperatures")]
+        measure.append(self.recipe.evaluation.model_dump(mode="json"))
         return {
-            "parent": self.results[parent]["artifact"]["digest"] if parent else "model",
+            "parent": self.results[parent]["artifact"]["digest"] if parent else self._model_digest(),
             "recipe_digest": _digest({"stage": config, "shared": shared, "judges": judges}),
-            "data_digest": _digest(data),
+            "data_digest": _digest({name: self.rows(name).digest for name in trained_on(stage)}),
+            "evaluation_digest": _digest([measure, {n: self.rows(n).digest for n in measured_on(stage, self.recipe)}]),
         }
 
     def _finished(self, folder: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:
@@ -286,19 +315,18 @@ class Curriculum:
         index = next(i for i, other in enumerate(self.recipe.stages) if other.name == name)
         return _read(stage_folder(self.folder, index, name) / ANSWERS)
 
-    def _seconds_so_far(self) -> float:
-        return float((_read(self.folder / "summary.json") or {}).get("wall_seconds", 0.0))
-
     def _summarise(self) -> None:
+        before = self.earlier
         write_json(
             self.folder / "summary.json",
             {
                 "name": self.recipe.name,
                 "seed": self.recipe.seed,
                 # looking at finished stages again is not part of the run
-                "wall_seconds": self.earlier_seconds + (0.0 if self.idle else time.monotonic() - self.started),
-                "peak_rss_gib": self.footprint.peak_gib,
-                "engine_cold_starts": self.actors.cold_starts,
+                "wall_seconds": before.get("wall_seconds", 0.0)
+                + (0.0 if self.idle else time.monotonic() - self.started),
+                "peak_rss_gib": max(before.get("peak_rss_gib", 0.0), self.footprint.peak_gib),
+                "engine_cold_starts": before.get("engine_cold_starts", 0) + self.actors.cold_starts,
                 "stages": list(self.results.values()),
                 **self.footprint.machine(),
             },
@@ -346,12 +374,28 @@ def train_spec(recipe: Recipe, stage: Sft | Rl, model: Path, masked: tuple[int, 
     )
 
 
-def sources_of(stage: Stage, recipe: Recipe) -> list[str]:
-    """Names of all rows a stage reads, evaluation included."""
-    names = list(getattr(stage, "data", {}))
-    if stage.evaluate == "modes" and recipe.evaluation.data is not None:
-        names.append(recipe.evaluation.data)
+def trained_on(stage: Stage) -> list[str]:
+    """Names of the rows a stage makes its artifact from."""
+    return list(getattr(stage, "data", {}))
+
+
+def measured_on(stage: Stage, recipe: Recipe) -> list[str]:
+    """Names of the rows a stage is measured on."""
+    names = [recipe.evaluation.data] if stage.evaluate == "modes" and recipe.evaluation.data is not None else []
     return names + ([stage.eval_data] if stage.eval_data is not None else [])
+
+
+def _clear(folder: Path, stage: Stage, inputs: Mapping[str, Any]) -> None:
+    """Take away what was made from other inputs; a trained artifact stays when only its measuring has changed."""
+    before = _read(folder / "inputs.json")
+    if before is None or before == inputs:
+        return
+    changed = {name for name in inputs if before.get(name) != inputs[name]}
+    # a held-out loss and a critic's verdicts are measured while the artifact is made
+    if changed == {"evaluation_digest"} and isinstance(stage, Sft | Rl) and stage.evaluate != "loss":
+        (folder / "result.json").unlink(missing_ok=True)
+    else:
+        shutil.rmtree(folder)
 
 
 def check(gate: Gate, metrics: Mapping[str, float]) -> dict[str, Any]:
@@ -364,7 +408,8 @@ def check(gate: Gate, metrics: Mapping[str, float]) -> dict[str, Any]:
 def explain(stage: Stage, gate: Mapping[str, Any]) -> str:
     if gate["value"] is None:
         return f"stage {stage.name!r}: its gate wants {gate['metric']!r}, which the stage does not measure"
-    bound = f"at least {gate['min']:g}" if gate["min"] is not None else f"at most {gate['max']:g}"
+    low = gate["min"] is not None and gate["value"] < gate["min"]
+    bound = f"at least {gate['min']:g}" if low else f"at most {gate['max']:g}"
     return (
         f"stage {stage.name!r} missed its gate: {gate['metric']} is {gate['value']:.4g}, wanted {bound}. "
         "Its artifact is kept; change the stage (more steps, another rate) or the gate, and run the same command again"

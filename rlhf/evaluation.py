@@ -20,6 +20,7 @@ from rewards.judge import verdict
 from rlhf.data.formatting import as_prompt
 from rlhf.recipe import Evaluation
 from rlhf.roles import Engine
+from rlhf.scoring import verified
 from rlhf.stage import Context, derive
 from rlhf.tracking import record_image
 from rlhf.types import Group, Prompt, Sampling, Score
@@ -82,7 +83,7 @@ async def extra_questions(context: Context, engine: Engine, source: str) -> dict
     settings = context.recipe.evaluation
     prompts = held_out(context, source, settings.prompts, think=False)
     groups = await engine.generate(prompts, Sampling(temperature=0.0, max_tokens=settings.max_tokens))
-    answers = await context.actors.rewards.score(settings.answer, groups)
+    answers = await verified(settings.answer, groups, context.actors.rewards)
     return {"eval.extra.accuracy": float(np.mean([_value(row[0]) for row in answers]))}
 
 
@@ -177,9 +178,10 @@ async def _mode(
         engine.generate(prompts, sampling),
         engine.generate(prompts, dataclasses.replace(sampling, num=1, temperature=0.0)),
     )
-    score = context.actors.rewards.score
-    answers, greedy_answers = await score(settings.answer, sampled), await score(settings.answer, greedy)
-    formats = await score(FORMAT, sampled)
+    rewards = context.actors.rewards
+    answers = await verified(settings.answer, sampled, rewards)
+    greedy_answers = await verified(settings.answer, greedy, rewards)
+    formats = await verified(FORMAT, sampled, rewards)
     right = np.array([[_value(score) for score in row] for row in answers])  # [N, k]
     texts = [rollout.text for group in sampled for rollout in group.rollouts]
     low, high = bootstrap(right.mean(1), settings.bootstrap)
@@ -197,13 +199,13 @@ async def _mode(
     for category in sorted({str(prompt.columns.get("category")) for prompt in prompts}):
         rows = [i for i, prompt in enumerate(prompts) if str(prompt.columns.get("category")) == category]
         metrics[f"accuracy.{category}"] = float(right[rows].mean())
-    parts = {"answer": greedy_answers, "format": await score(FORMAT, greedy)}
+    parts = {"answer": greedy_answers, "format": await verified(FORMAT, greedy, rewards)}
     if settings.soundness is not None and prompts and prompts[0].think:
-        sound = await score(settings.soundness, sampled)
+        sound = await verified(settings.soundness, sampled, rewards)
         verdicts = np.array([[_value(score) for score in row] for row in sound])
         metrics["soundness"] = float(verdicts.mean())
         metrics["right_but_unsound"] = float((right * (1 - verdicts)).sum() / max(right.sum(), 1))
-        parts["sound"] = await score(settings.soundness, greedy)
+        parts["sound"] = await verified(settings.soundness, greedy, rewards)
     shown = [
         record(group, 0, {name: scores[g][0] for name, scores in parts.items()}, 0)
         for g, group in enumerate(greedy[: context.recipe.tracking.rollout_samples])
@@ -212,7 +214,5 @@ async def _mode(
 
 
 def _value(score: Score) -> float:
-    """An evaluation may not lose a question: a verifier that fails here is an error, not a wrong answer."""
-    if score.value is None:
-        raise RuntimeError(f"a verifier failed during evaluation: {score.note}")
+    assert score.value is not None  # `verified` saw to that
     return score.value

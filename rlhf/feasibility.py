@@ -71,7 +71,7 @@ def _model(recipe: Recipe) -> Iterator[str]:
     if recipe.model.bridge is not None and recipe.model.implementation == "vllm":
         yield 'model.implementation = "vllm": vLLM has no bridge of its own; use "transformers" or "auto"'
     path = recipe.model.path
-    if path is None or Path(path).expanduser().is_dir():
+    if path is None or Path(path).is_dir():
         return
     # a name such as org/model may come from the hub, unless org is a folder here, where a typing error is likelier
     if not HUB_NAME.fullmatch(path) or Path(path).parent.is_dir():
@@ -80,7 +80,7 @@ def _model(recipe: Recipe) -> Iterator[str]:
 
 def _sources(recipe: Recipe) -> Iterator[str]:
     for name, source in recipe.data.items():
-        if source.path is not None and not Path(source.path).expanduser().exists():
+        if source.path is not None and not Path(source.path).exists():
             yield f"data.{name}.path = {source.path!r}: no such file or folder; correct the path or make the file first"
         if source.builder is not None and ":" not in source.builder and source.builder not in BUILDERS:
             yield (
@@ -220,7 +220,7 @@ def _function(key: str, spec: str) -> Iterator[str]:
     home, colon, name = spec.rpartition(":")
     if not colon or not home or not name.isidentifier():
         yield f'{key} = {spec!r} is not written "module:function" or "path/file.py:function"'
-    elif home.endswith(".py") and not Path(home).expanduser().is_file():
+    elif home.endswith(".py") and not Path(home).is_file():
         yield f"{key} = {spec!r}: no such file {home}; correct the path"
 
 

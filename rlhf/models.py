@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
 from transformers import AutoProcessor
 
 import rlhf.bridge
@@ -39,6 +40,12 @@ def texts(rows: Rows) -> Iterator[str]:
                 yield content
             else:
                 yield from (part["text"] for part in content if part.get("text"))
+
+
+def local_folder(path: str) -> Path:
+    """The folder of a model given as folder or hub name; the latter is fetched into Hugging Face's cache, once."""
+    folder = Path(path)
+    return folder if folder.is_dir() else Path(snapshot_download(path))
 
 
 def load_processor(folder: Path) -> Any:

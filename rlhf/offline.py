@@ -5,15 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from rlhf.batching import make_batch
-from rlhf.checkpoint import Checkpoint, finish, latest, prune, whole
+from rlhf.checkpoint import latest, resume, save
 from rlhf.data.formatting import as_sample
 from rlhf.data.stream import Stream
 from rlhf.recipe import Sft
-from rlhf.roles import Trainer
 from rlhf.stage import Context, derive
 from rlhf.types import Batch
 
@@ -38,30 +36,6 @@ async def run(stage: Sft, context: Context) -> dict[str, float]:
             seconds["checkpoint"] = await save(trainer, checkpoints, step, {"stream": cursor})
         context.log.log(step, stats.metrics, seconds)
     return {f"train.{name}": value for name, value in last.items()}
-
-
-class Restorable(Protocol):
-    def restore(self, state: Mapping[str, Any]) -> None: ...
-
-
-async def resume(trainer: Trainer, parts: Mapping[str, Restorable], found: Checkpoint | None) -> int:
-    """Put the trainer and the named parts of the loop back to a checkpoint; returns the step to go on from."""
-    if found is None:
-        return 0
-    await trainer.restore(found.trainer)
-    for name, part in parts.items():
-        part.restore(found.state[name])
-    return found.step
-
-
-async def save(trainer: Trainer, checkpoints: Path, step: int, state: Mapping[str, Any]) -> float:
-    """Write a whole checkpoint; returns the seconds it took."""
-    started = time.perf_counter()
-    with whole(checkpoints / f"step-{step:06d}") as partial:
-        await trainer.save(partial / "trainer")
-        finish(partial, step, state)
-    prune(checkpoints)
-    return time.perf_counter() - started
 
 
 def _next_batch(stage: Sft, context: Context, stream: Stream, step: int) -> tuple[Batch, Mapping[str, Any]]:

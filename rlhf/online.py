@@ -12,16 +12,15 @@ from dataclasses import dataclass, field
 
 from rlhf.algorithms.advantages import group_normalised
 from rlhf.batching import make_batch
-from rlhf.checkpoint import latest
+from rlhf.checkpoint import latest, resume, save
 from rlhf.data.formatting import as_prompt
 from rlhf.data.stream import Stream
 from rlhf.evaluation import record
-from rlhf.offline import resume, save
 from rlhf.recipe import Rl
 from rlhf.roles import Engine
 from rlhf.scoring import Judge, failure_rate, part_means, score
 from rlhf.stage import Context, derive
-from rlhf.statistics import Totals
+from rlhf.statistics import Totals, gap_metrics
 from rlhf.types import Batch, Group, Sample, Sampling
 
 
@@ -48,7 +47,7 @@ async def run(stage: Rl, context: Context, engine: Engine, judges: Mapping[str, 
         if version % stage.checkpoint_every == 0 and version < stage.steps:
             state = {"stream": stream.state(), "totals": totals.state()}
             clock.seconds["checkpoint"] = await save(trainer, checkpoints, version, state)
-        context.log.log(version, metrics | dict(sync.metrics), clock.seconds)
+        context.log.log(version, metrics | gap_metrics(stats.gap) | dict(sync.metrics), clock.seconds)
         if version % max(stage.steps // 4, 1) == 0:
             context.log.rollouts(version, [record(group, 0, {}, version, judge) for group in groups[:4]])
     return totals.metrics()
@@ -91,8 +90,8 @@ class Rollouts:
         if failed > self.stage.max_failed_rewards:
             notes = [s.note for group in seen for s in group.scores if s.outcome != "scored"]
             raise RuntimeError(
-                f"stage {self.stage.name!r}: rewards failed on {failed:.0%} of {len(seen)} groups, above "
-                f"max_failed_rewards = {self.stage.max_failed_rewards:g}. The last failure: {notes[-1]}"
+                f"stage {self.stage.name!r}: rewards failed on {failed:.1%} of the rollouts of {len(seen)} prompts, "
+                f"above max_failed_rewards = {self.stage.max_failed_rewards:g}. The last failure: {notes[-1]}"
             )
         if not kept:
             raise RuntimeError(

@@ -65,13 +65,14 @@ class Verdict:
 @dataclass(frozen=True)
 class ActorPlan:
     """`count` processes of one role. cpus: Ray's share of each, in cores; threads: OpenMP threads of each (phases
-    alternate, so threads may add up to more than the cores); memory_gib: of each, an estimate."""
+    alternate, so threads may add up to more than the cores); gpus: Ray's share of each, a fraction where several
+    processes hold one GPU together; memory_gib: of each, an estimate."""
 
     role: str
     count: int
     cpus: float
     threads: int
-    gpus: int
+    gpus: float
     memory_gib: float
 
 
@@ -155,7 +156,7 @@ class Plan:
     def tables(self) -> tuple[Table, ...]:
         """The plan as text tables: actors, stages, engines."""
         actors = tuple(
-            (a.role, str(a.count), f"{a.cpus:g}", str(a.threads), str(a.gpus), f"{a.memory_gib:.2f}")
+            (a.role, str(a.count), f"{a.cpus:g}", str(a.threads), f"{a.gpus:g}", f"{a.memory_gib:.2f}")
             for a in self.actors
         )
         stages = tuple(_stage_row(stage) for stage in self.stages)
@@ -209,7 +210,6 @@ def make_plan(recipe: Recipe, cluster: Cluster | None = None, verdicts: Sequence
     cluster = cluster or Cluster.here()
     _refuse(feasibility.problems(recipe))
     architectures = _architectures(recipe)
-    colocated = _colocated(recipe, cluster)
     _refuse((*_stage_shapes(recipe, architectures), *_machine(recipe, cluster)))
     implementation = _implementation(recipe, next(iter(architectures.values())), verdicts)
     engines = _engines(recipe, architectures, implementation, verdicts)
@@ -222,14 +222,14 @@ def make_plan(recipe: Recipe, cluster: Cluster | None = None, verdicts: Sequence
         stages=stages,
         world_size=recipe.resources.trainer_ranks,
         transport=_transport(recipe),
-        colocated=colocated,
+        colocated=_tenants(recipe, cluster, stages) > 1,
         implementation=implementation,
         memory_gib=memory,
         memory_limit_gib=recipe.resources.memory_gib,
         budget_minutes=recipe.budget_minutes,
-        notes=tuple(_notes(recipe, stages)),
+        notes=tuple(_notes(stages)),
     )
-    _refuse(_too_large(recipe, cluster, memory, trainer, engine))
+    _refuse(_too_large(recipe, cluster, stages, memory, trainer, engine))
     return plan
 
 
@@ -318,6 +318,11 @@ def _machine(recipe: Recipe, cluster: Cluster) -> Iterator[str]:
             f'resources.transport = "{r.transport}": engines can receive it, but the trainer has no sender for it yet; '
             'use "auto", which goes through host memory'
         )
+    if r.precision == "bfloat16":
+        yield (
+            'resources.precision = "bfloat16": the proof after every publish knows a bound for float32 only, and would '
+            'stop the run; use "float32"'
+        )
     if r.device == "cpu":
         if r.trainer_ranks > cluster.cpus:
             yield f"resources.trainer_ranks = {r.trainer_ranks} on {cluster.cpus} cores; use at most {cluster.cpus}"
@@ -350,10 +355,14 @@ def _machine(recipe: Recipe, cluster: Cluster) -> Iterator[str]:
             )
 
 
-def _colocated(recipe: Recipe, cluster: Cluster) -> bool:
-    """Whether engines share the trainer's GPUs: where there are not enough for both."""
+def _tenants(recipe: Recipe, cluster: Cluster, stages: Sequence[StagePlan]) -> int:
+    """How many processes hold one GPU together: trainer ranks and every engine of the curriculum, over the GPUs there
+    are. They keep their memory: an engine does not sleep while the trainer works. 0 on a CPU."""
     r = recipe.resources
-    return r.device == "cuda" and r.trainer_ranks + r.rollout_workers * r.tensor_parallel > cluster.gpus
+    if r.device == "cpu":
+        return 0
+    engines = sum(stage.cold_starts for stage in stages)
+    return math.ceil((r.trainer_ranks + engines * r.tensor_parallel) / cluster.gpus)
 
 
 def _transport(recipe: Recipe) -> Transport:
@@ -517,7 +526,9 @@ def _trainer_bytes(recipe: Recipe, plan: StagePlan) -> int:
     return held + activation_bytes(plan.architecture, tokens)
 
 
-def _too_large(recipe: Recipe, cluster: Cluster, memory: float, trainer: float, engine: float) -> Iterator[str]:
+def _too_large(
+    recipe: Recipe, cluster: Cluster, stages: Sequence[StagePlan], memory: float, trainer: float, engine: float
+) -> Iterator[str]:
     r = recipe.resources
     advice = "lower resources.kv_cache_gib, token_budget or the number of workers"
     if memory > r.memory_gib:
@@ -528,11 +539,21 @@ def _too_large(recipe: Recipe, cluster: Cluster, memory: float, trainer: float, 
     elif memory > cluster.memory_gib:
         yield f"the processes need about {memory:.1f} GiB, and this machine has {cluster.memory_gib:.1f}; {advice}"
     if r.device == "cuda" and cluster.gpu_memory_gib is not None:
-        # a colocated engine sleeps while the trainer works, but its KV cache alone must leave the weights room
-        for role, needed in (("trainer rank", trainer), ("engine", engine)):
+        tenants = _tenants(recipe, cluster, stages)
+        if tenants > 1 and r.tensor_parallel > 1:
+            yield (
+                f"{tenants} processes would share a GPU of the {cluster.gpus} here, which engines with "
+                f"tensor_parallel = {r.tensor_parallel} cannot; use tensor_parallel = 1, or more GPUs"
+            )
+        together = f"{tenants} processes on one GPU (engines do not sleep while the trainer works)"
+        for who, needed in (
+            ("a trainer rank", trainer),
+            ("an engine", engine),
+            *([(together, trainer + (tenants - 1) * engine)] if tenants > 1 else []),
+        ):
             if needed > cluster.gpu_memory_gib:
                 yield (
-                    f"a {role} needs about {needed:.1f} GiB, and a GPU has {cluster.gpu_memory_gib:.1f}; {advice}, "
+                    f"{who} would need about {needed:.1f} GiB, and a GPU has {cluster.gpu_memory_gib:.1f}; {advice}, "
                     "or use more ranks with zero_stage = 3"
                 )
 
@@ -546,16 +567,15 @@ def _actors(
     total = sum(counts.values())
     # phases alternate: shares only have to add up to the machine, or Ray would not place the actors
     share = min(1.0, math.floor(100 * cluster.cpus / total) / 100)
+    part = math.floor(100 / max(_tenants(recipe, cluster, stages), 1)) / 100 if cuda else 0.0
     return (
-        ActorPlan("trainer", counts["trainer"], share, r.trainer_threads, int(cuda), TRAINER_GIB + trainer),
-        ActorPlan("rollout", engines, share, r.rollout_threads, r.tensor_parallel if cuda else 0, ENGINE_GIB + engine),
+        ActorPlan("trainer", counts["trainer"], share, r.trainer_threads, part, TRAINER_GIB + trainer),
+        ActorPlan("rollout", engines, share, r.rollout_threads, part * r.tensor_parallel, ENGINE_GIB + engine),
         ActorPlan("reward", counts["reward"], share, 1, 0, REWARD_GIB),
     )
 
 
-def _notes(recipe: Recipe, stages: Sequence[StagePlan]) -> Iterator[str]:
-    if recipe.resources.device == "cpu" and recipe.resources.precision == "bfloat16":
-        yield "bfloat16 is emulated on most CPUs: measured, training ran at half the speed of float32"
+def _notes(stages: Sequence[StagePlan]) -> Iterator[str]:
     unknown = next((stage.architecture for stage in stages if stage.architecture.parameters is None), None)
     if unknown is not None:
         yield f"{unknown.name}: its size is not known before it is downloaded; the memory estimate leaves it out"

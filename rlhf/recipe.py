@@ -10,15 +10,17 @@ lives here and nowhere else.
 from __future__ import annotations
 
 import difflib
+import os
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
+UserPath = Annotated[str, AfterValidator(os.path.expanduser)]  # "~" is the user's home
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Implementation = Literal["auto", "vllm", "transformers"]  # of vLLM: its own, or its Transformers backend
 
@@ -56,7 +58,7 @@ class Model(Table):
     """The policy to start from: either a `bridge` to build, or the `path` of a bridge folder or of any Hugging Face
     vision-language model (folder or hub name)."""
 
-    path: str | None = None
+    path: UserPath | None = None
     bridge: dict[str, dict[str, Any]] | None = None
     tokenizer: Tokenizer = Tokenizer()
     implementation: Implementation = "auto"
@@ -81,7 +83,7 @@ class Chat(Table):
 class Source(Table):
     """Rows of data: a file or folder (`path`: parquet, JSONL, a Hugging Face dataset folder), or a `builder`."""
 
-    path: str | None = None
+    path: UserPath | None = None
     builder: str | None = None
     table: str | None = None
     split: Literal["train", "heldout"] = "train"

@@ -44,7 +44,7 @@ class Trainer(Protocol):
     """The policy's optimiser, over all its ranks. Every method raises ActorLostError when one of them died."""
 
     async def begin(self, spec: TrainSpec, probes: Sequence[Probe]) -> Mapping[str, float]:
-        """Load the model and make it ready to train; returns its facts (num_parameters, num_trainable, moe). Every
+        """Load the model and make it ready to train; returns its facts (parameters, trainable: counts). Every
         publish and export is proven on `probes`."""
         ...
 

@@ -64,6 +64,17 @@ async def score(
     ]
 
 
+async def verified(function: str, groups: Sequence[Group], rewards: Rewards) -> list[list[Score]]:
+    """One score a rollout from a function that may not fail: neither what is measured nor which data is kept may hang
+    on an accident. Raises RuntimeError that names function, prompt and cause."""
+    scores = await rewards.score(function, groups)
+    for group, row in zip(groups, scores, strict=True):
+        for found in row:
+            if found.value is None:
+                raise RuntimeError(f"{function} failed on {group.prompt.key}: {found.note}")
+    return scores
+
+
 def failure_rate(groups: Sequence[Group]) -> float:
     """Share of rollouts whose reward failed or timed out."""
     scores = [score for group in groups for score in group.scores]

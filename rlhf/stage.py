@@ -24,8 +24,7 @@ class StageLog(Protocol):
 
 @dataclass(frozen=True)
 class Context:
-    """One stage's world: `folder` is its own, `model` the artifact it continues, `rows` opens a data source by name,
-    `artifact` finds the folder of an earlier stage's model."""
+    """One stage's world: `folder` is its own, `model` the artifact it continues, `rows` opens a data source by name."""
 
     recipe: Recipe
     folder: Path
@@ -33,7 +32,6 @@ class Context:
     processor: Any
     actors: Actors
     rows: Callable[[str], Rows]
-    artifact: Callable[[str], Path]
     log: StageLog
 
     @property

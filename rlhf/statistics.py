@@ -23,13 +23,16 @@ class Totals:
     gap_counts: list[int] = field(default_factory=lambda: [0] * (len(EDGES) + 1))
     gap_above: int = 0
     gap_max: float = 0.0
-    sync_max: dict[str, float] = field(default_factory=dict)
+    maxima: dict[str, float] = field(default_factory=dict)
 
     def add(self, metrics: Mapping[str, float], gap: Sequence[float], sync: SyncReport) -> None:
         """One step: its metrics, the gaps [N] of its sampled tokens, and its publish."""
         self.steps += 1
         for name, value in metrics.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
+            if name.endswith("_max"):
+                self.maxima[f"rl.{name}"] = max(self.maxima.get(f"rl.{name}", value), value)
+            else:
+                self.sums[name] = self.sums.get(name, 0.0) + value
         gaps = np.abs(np.asarray(gap, dtype=np.float64))
         if len(gaps):
             counts = np.bincount(np.searchsorted(EDGES, gaps), minlength=len(EDGES) + 1)
@@ -39,10 +42,10 @@ class Totals:
         for name, value in (("sync", sync.seconds), ("proof", sync.proof_seconds)):
             self.sums[f"{name}_seconds"] = self.sums.get(f"{name}_seconds", 0.0) + value
         for name, value in {"sync.seconds.max": sync.seconds, **sync.metrics}.items():
-            self.sync_max[name] = max(self.sync_max.get(name, value), value)
+            self.maxima[name] = max(self.maxima.get(name, value), value)
 
     def metrics(self) -> dict[str, float]:
-        """Names as in summary.json: means rl.*, the distribution logprob_gap.*, maxima sync_probe.* and sync.*."""
+        """Names as in summary.json: means rl.*, the distribution logprob_gap.*; maxima rl.*_max, sync*."""
         found = {f"rl.{name}": value / max(self.steps, 1) for name, value in self.sums.items()}
         total = sum(self.gap_counts)
         if total:
@@ -53,7 +56,7 @@ class Totals:
                 "logprob_gap.share_above_1e-4": self.gap_above / total,
                 "logprob_gap.tokens": float(total),
             }
-        return found | self.sync_max
+        return found | self.maxima
 
     def state(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -65,3 +68,8 @@ class Totals:
         """The upper edge of the bin that holds the quantile."""
         rank = np.searchsorted(np.cumsum(self.gap_counts), level * sum(self.gap_counts))
         return float(EDGES[min(int(rank), len(EDGES) - 1)])
+
+
+def gap_metrics(gap: Sequence[float]) -> dict[str, float]:
+    """The 99.9th percentile of one batch's |trainer − engine| log-prob differences."""
+    return {"logprob_gap.p999": float(np.quantile(np.abs(gap), 0.999))} if len(gap) else {}

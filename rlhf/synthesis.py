@@ -16,7 +16,7 @@ from rlhf.data.rows import Row
 from rlhf.evaluation import agreement, record
 from rlhf.recipe import Synthesize
 from rlhf.roles import Engine
-from rlhf.scoring import Judge
+from rlhf.scoring import Judge, verified
 from rlhf.stage import Context, derive
 from rlhf.types import Group, Prompt, Sampling, Score
 
@@ -28,7 +28,7 @@ async def run(
     stage: Synthesize, context: Context, engine: Engine, judge: Judge | None
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """The rows kept, in the form the next stage reads, and what was counted on the way."""
-    stream = context.stream(stage.data, stage.name)
+    stream, rewards = context.stream(stage.data, stage.name), context.actors.rewards
     drawn = stream.take(stage.prompts)
     asked = [
         (row, as_prompt(row, source, index, context.tokenizer, True, context.recipe.chat))
@@ -43,9 +43,9 @@ async def run(
     verdicts: list[list[Score]] = []
     chunks = [asked[start : start + CHUNK] for start in range(0, len(asked), CHUNK)]
     async for step, chunk, sampled in _sampled(engine, chunks, sampling):
-        scored = await context.actors.rewards.score(stage.answer, sampled)
+        scored = await verified(stage.answer, sampled, rewards)
         judged = await judge.score(sampled) if judge is not None else []
-        said = await context.actors.rewards.score(stage.critic, sampled) if stage.critic is not None else []
+        said = await verified(stage.critic, sampled, rewards) if stage.critic is not None else []
         for g, (row, _) in enumerate(chunk):
             if stage.method == "difficulty":
                 kept += _by_difficulty(stage, row, scored[g])
@@ -65,7 +65,7 @@ async def run(
             )
     metrics = _counts(stage, asked, answers) | {"synthesis.kept": float(len(kept))}
     if verdicts and context.recipe.evaluation.soundness is not None:
-        sound = await context.actors.rewards.score(context.recipe.evaluation.soundness, groups)
+        sound = await verified(context.recipe.evaluation.soundness, groups, rewards)
         flat = list(itertools.chain.from_iterable(sound))
         metrics |= agreement(
             list(itertools.chain.from_iterable(verdicts)), [score.value == 1.0 for score in flat], "judge.own"
@@ -123,12 +123,10 @@ def _criticised(
     """Rows as a judge learns from them: the judge's question, and the critique, which ends in its verdict."""
     rows = {}
     for asked, critique in zip(judging.ask(group, tokenizer), critiques, strict=True):
-        if critique.value is None:
-            raise RuntimeError(f"stage {stage.name!r}: {stage.critic} failed on {group.prompt.key}: {critique.note}")
         sound = critique.value == 1.0
         if parse_verdict(critique.note) is not sound:
             raise ValueError(
-                f"stage {stage.name!r}: {stage.critic} gave {group.prompt.key} the value {critique.value:g}, but its "
+                f"stage {stage.name!r}: {stage.critic} gave {group.prompt.key} the value {critique.value}, but its "
                 f"note, which is what the judge learns to say, ends otherwise: {critique.note!r}"
             )
         if asked is not None:  # without a chain there is nothing to judge

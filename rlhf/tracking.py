@@ -57,6 +57,7 @@ class Stage:
     folder   where its files lie
     steps    how many steps it will take, if known
     resumed  the last step already done, None when it starts afresh
+    budget_minutes  how long it should take, if that is known
     """
 
     name: str
@@ -66,6 +67,7 @@ class Stage:
     folder: Path
     steps: int | None = None
     resumed: int | None = None
+    budget_minutes: float | None = None
 
 
 class Sink(Protocol):
@@ -102,14 +104,22 @@ class Tracker(AbstractContextManager["Tracker"]):
         self._views = list(sinks) if sinks is not None else _views(run_folder, name, settings or Tracking())
 
     def stage(
-        self, name: str, kind: str, index: int, total: int, *, steps: int | None = None, resumed: int | None = None
+        self,
+        name: str,
+        kind: str,
+        index: int,
+        total: int,
+        *,
+        steps: int | None = None,
+        resumed: int | None = None,
+        budget_minutes: float | None = None,
     ) -> StageLog:
         """The log of one stage, a context manager. Its folder is `stages/NN-name`.
 
         resumed: the last step that is already in the checkpoint; later records are removed, so none is doubled.
         """
         folder = stage_folder(self.run_folder, index, name)
-        return StageLog(self, Stage(name, kind, index, total, folder, steps, resumed))
+        return StageLog(self, Stage(name, kind, index, total, folder, steps, resumed, budget_minutes))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -319,7 +329,10 @@ class Console:
             if self._stages_bar is not None and not failed:
                 self._progress.update(self._stages_bar, completed=stage.index + 1)
         word = "stopped by an error" if failed else "done"
-        self._print(f"{_heading(stage)} {word} after {duration(time.monotonic() - self._started)}")
+        spent = time.monotonic() - self._started
+        budget = 60 * (stage.budget_minutes or math.inf)
+        over = f", {duration(spent - budget)} over its budget" if spent > budget else ""
+        self._print(f"{_heading(stage)} {word} after {duration(spent)}{over}")
 
     def close(self, failed: bool) -> None:
         self._ended.set()

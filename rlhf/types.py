@@ -158,7 +158,6 @@ class StepStats:
 
     metrics: Mapping[str, float]
     gap: Sequence[float] = ()
-    seconds: float = 0.0
 
 
 @dataclass(frozen=True)

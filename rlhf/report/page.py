@@ -146,9 +146,10 @@ def _tiles(run: RunView) -> str:
         if found:
             change = f"from {percent(found[0])}" if len(found) > 1 else "of held-out questions"
             tiles.append((percent(found[-1]), f"right, {label}", change, mode))
-    precision = next((v for stage in run.stages if (v := stage.metric("judge.precision")) is not None), None)
-    if precision is not None:
-        tiles.append((percent(precision), "judge precision", "when it calls a chain sound", ""))
+    judged = [(stage, v) for stage in run.stages if (v := stage.metric("judge.precision")) is not None]
+    if judged:  # the last one: a judge is first measured on made-up chains, then on a policy's own
+        stage, precision = judged[-1]
+        tiles.append((percent(precision), "judge precision", f"when it calls a chain sound ({escape(stage.name)})", ""))
     gates = [gate for stage in run.stages for gate in stage.gates]
     if gates:
         tiles.append((f"{sum(bool(gate.get('passed')) for gate in gates)}/{len(gates)}", "gates passed", "", ""))
@@ -283,9 +284,7 @@ def _main_curve(stage: StageView, names: Sequence[str]) -> tuple[list[Series], A
         held = first("eval.loss", "heldout.loss")
         if held and held != main:
             series.append(Series("held-out loss", "direct", stage.curve(held), style="dots"))
-        return series, Axis(
-            "loss (nats a token)" if main == loss else main, number, None if min(v for _, v in points) < 0 else 0.0
-        )
+        return series, Axis(main, number, None if min(v for _, v in points) < 0 else 0.0)
     parts = [
         name
         for name in names

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from rlhf.checkpoint import CheckpointError
 from rlhf.curriculum import Curriculum, GateError
+from rlhf.data.rows import read
 from rlhf.footprint import Footprint
 from rlhf.recipe import Recipe, Sft, load
 from rlhf.tracking import Tracker
@@ -83,6 +85,21 @@ def test_judge_and_policy_are_served_together_in_mixed_rl(finished: tuple[Path, 
     assert sum(roles_ == {"policy", "judge"} for roles_ in roles) == 2  # rejection sampling and rl-mixed
 
 
+def test_a_judge_learns_from_the_policys_own_chains(finished: tuple[Path, FakeCast]) -> None:
+    stages = {stage["name"]: stage for stage in summary(finished[0])["stages"]}
+    rows = read(finished[0] / stages["own-chains"]["artifact"]["path"] / "rows.parquet")
+    assert len(rows) == stages["own-chains"]["metrics"]["synthesis.kept"] > 0
+    for index in range(len(rows)):
+        asked, reply = (message["content"] for message in rows[index]["messages"])
+        assert asked[0]["type"] == "image"
+        assert asked[-1]["text"].startswith("question: ")
+        assert "i see it." in asked[-1]["text"]
+        assert reply[0]["text"].startswith("see ")
+        assert reply[0]["text"].endswith(" no")
+        assert (rows[index]["sound"], rows[index]["answer"], rows[index]["think"]) == (False, "no", False)
+    assert stages["judge-of-own"]["metrics"]["judge.rows"] > 0
+
+
 def test_running_again_repeats_nothing(finished: tuple[Path, FakeCast]) -> None:
     folder, _ = finished
     before = summary(folder)
@@ -93,9 +110,33 @@ def test_running_again_repeats_nothing(finished: tuple[Path, FakeCast]) -> None:
     assert [stage["artifact"] for stage in after["stages"]] == [stage["artifact"] for stage in before["stages"]]
 
 
-def test_a_changed_stage_runs_again_with_what_follows(finished: tuple[Path, FakeCast], tmp_path: Path) -> None:
-    import shutil
+def test_a_changed_evaluation_measures_again_and_trains_nothing(
+    finished: tuple[Path, FakeCast], tmp_path: Path
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(finished[0], folder)
+    again = run(recipe("evaluation.prompts = 4"), folder)
+    # a held-out loss is measured while the trainer holds the model, so those stages (language, vision) run again
+    assert [Path(spec.model).name for spec in again.trainer.begun] == ["model", "artifact"]
+    assert again.engine.asked
+    before, after = summary(finished[0]), summary(folder)
+    trained = [i for i, stage in enumerate(after["stages"]) if stage["kind"] in ("sft", "rl")]
+    for i in trained:
+        assert after["stages"][i]["artifact"]["digest"] == before["stages"][i]["artifact"]["digest"]
 
+
+def test_another_seed_starts_from_another_model(finished: tuple[Path, FakeCast], tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(finished[0], folder)
+    again = run(recipe("seed = 1"), folder)
+    assert len(again.trainer.begun) == len(finished[1].trainer.begun)
+    names = [path.name for path in (folder / "model").glob("*.safetensors")]
+    assert names
+    for name in names:
+        assert (folder / "model" / name).read_bytes() != (finished[0] / "model" / name).read_bytes()
+
+
+def test_a_changed_stage_runs_again_with_what_follows(finished: tuple[Path, FakeCast], tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(finished[0], folder)
     again = run(recipe("stages.think-fusion.lr = 1e-5"), folder)

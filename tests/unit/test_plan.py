@@ -149,8 +149,17 @@ def test_transport_and_placement_on_gpus() -> None:
     one, two = (Cluster(16, 128, gpus, 80.0) for gpus in (1, 2))
     assert (plan().transport, plan().colocated) == ("cpu", False)
     assert (made := plan("resources.device = 'cuda'", cluster=one)).transport == "cpu"
+    # the policy's engine, the judge's and a trainer rank
     assert made.colocated
-    assert not plan("resources.device = 'cuda'", cluster=two).colocated
+    assert [actor.gpus for actor in made.actors] == [0.33, 0.33, 0]
+    assert [actor.gpus for actor in plan("resources.device = 'cuda'", cluster=two).actors] == [0.5, 0.5, 0]
+    three = plan("resources.device = 'cuda'", cluster=Cluster(16, 128, 3, 80.0))
+    assert not three.colocated
+    assert [actor.gpus for actor in three.actors] == [1, 1, 0]
+    with pytest.raises(PlanError, match=r"3 processes on one GPU .* would need about"):
+        plan("resources.device = 'cuda'", "resources.kv_cache_gib = 1", cluster=Cluster(16, 128, 1, 1.5))
+    with pytest.raises(PlanError, match=r"3 processes would share a GPU .* use tensor_parallel = 1"):
+        plan("resources = {device = 'cuda', tensor_parallel = 2}", cluster=two)
 
 
 def test_verdicts_are_quoted_for_the_installed_versions_only() -> None:
@@ -239,6 +248,16 @@ REFUSALS = {
     "rows from itself": ("stages.filtered.data = {filtered = 1}", "cannot be its own input"),
     "unknown evaluation data": ("evaluation.data = 'heldotu'", "evaluation.data = 'heldotu'.*did you mean 'heldout'"),
     "training on the test": ("stages.align.data = {heldout = 1}", "trains on 'heldout', the held-out questions"),
+    "training on what was made of the test": (
+        "stages.filtered.data = {heldout = 1}",
+        "stage 'improve' trains on 'filtered', which asks 'heldout', the held-out questions",
+    ),
+    "critique without a critic": ("stages.filtered.method = 'critique'", 'method = "critique" needs a critic'),
+    "critic without a critique": (
+        "stages.filtered.critic = 'rewards.soundness:critique'",
+        'method = "rejection" asks no critic',
+    ),
+    "half precision": ("resources.precision = 'bfloat16'", 'knows a bound for float32 only.*use "float32"'),
     "more questions than rows": (
         "evaluation.prompts = 5000",
         "evaluation.prompts = 5000, but data.heldout has 1000 rows",

@@ -137,7 +137,6 @@ def test_a_saved_bridge_is_the_architecture_it_was_built_from(tmp_path: Path) ->
     assert found.is_bridge
     assert found.experts == (4, 2)
     assert found.parameters == described(BRIDGES["moe"]).parameters
-    assert found.kv_bytes_per_token == described(BRIDGES["moe"]).kv_bytes_per_token == 2 * 4 * 3 * 2 * 16
 
 
 def test_hub_names_are_unknown_not_guessed() -> None:

@@ -1,0 +1,114 @@
+"""Handles on workers that die or hang, with workers that are plain objects."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.exceptions import RayActorError
+
+from actors import launch
+from actors.launch import EngineHandle, RewardsHandle
+from rewards.base import Item
+from rlhf.recipe import Deadlines
+from rlhf.types import Group, Prompt, Rollout, Sampling, Score
+
+
+class Remote:
+    """What Ray makes of a method: `worker.method.remote(...)` is awaitable."""
+
+    def __init__(self, call: Callable[..., Awaitable[Any]]) -> None:
+        self.remote = call
+
+
+class Engine:
+    """Answers, unless it is told to die: then every call in flight and every later one fails."""
+
+    def __init__(self) -> None:
+        self.dead = asyncio.Event()
+        self.loads = 0
+        self.generate, self.heartbeat, self.fetch = Remote(self._generate), Remote(self._beat), Remote(self._fetch)
+
+    async def _generate(self, prompts: list[Prompt], sampling: Sampling) -> list[Group]:
+        if sampling.seed == 0:  # asked before the death
+            await self.dead.wait()
+        if self.dead.is_set():
+            raise RayActorError
+        return [Group(prompt, (1,), ()) for prompt in prompts]
+
+    async def _beat(self) -> None:
+        await asyncio.sleep(0)
+
+    async def _fetch(self, publication: Any) -> float:
+        self.loads += 1
+        return 0.0
+
+
+def prompts(count: int) -> list[Prompt]:
+    return [Prompt(f"p{i}", "s", "?", (1,), (), {}) for i in range(count)]
+
+
+def test_an_engine_that_dies_under_several_calls_is_started_once(tmp_path: Path) -> None:
+    async def go() -> tuple[EngineHandle, list[Engine], list[list[Group]]]:
+        started = [Engine()]
+
+        def start(index: int, folder: Path) -> Engine:
+            engine = Engine()
+            engine.dead.clear()
+            engine.generate = Remote(lambda asked, _: engine._generate(asked, Sampling(seed=1)))
+            started.append(engine)
+            return engine
+
+        handle = EngineHandle("policy", tmp_path, "digest", start, Deadlines(), [started[0]])
+        await handle.load(None)  # type: ignore[arg-type]
+        calls = [asyncio.create_task(handle.generate(prompts(2), Sampling(seed=0))) for _ in range(4)]
+        await asyncio.sleep(0)
+        started[0].dead.set()
+        return handle, started, await asyncio.wait_for(asyncio.gather(*calls), 10)
+
+    handle, started, groups = asyncio.run(go())
+    assert handle.restarts == 1
+    assert len(started) == 2
+    assert started[1].loads == 1  # the weights of before, before it is asked anything
+    assert [len(found) for found in groups] == [2] * 4
+
+
+class Worker:
+    """One call at a time, like the real one; function "hang" never answers, "die" ends the process."""
+
+    def __init__(self) -> None:
+        self.lock = asyncio.Lock()
+        self.score = Remote(self._score)
+
+    async def _score(self, function: str, items: list[Item]) -> list[Score]:
+        async with self.lock:
+            bad = any("bad" in item.completion for item in items)
+            if function == "hang" and bad:
+                await asyncio.Event().wait()
+            if function == "die" and bad:
+                raise RayActorError
+            return [Score("scored", 1.0) for _ in items]
+
+
+@pytest.mark.parametrize(("function", "outcome"), [("hang", "timed_out"), ("die", "failed")])
+def test_a_reward_that_hangs_or_dies_costs_its_own_sample_only(
+    function: str, outcome: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch.ray, "kill", lambda worker: None)
+    texts = ["good", "bad", "good", "good"]
+    rollouts = tuple(Rollout((1,), (0.0,), (0,), text, "stop") for text in texts)
+    groups = [Group(prompts(1)[0], (1,), rollouts)]
+
+    async def go() -> list[list[list[Score]]]:
+        handle = RewardsHandle(lambda index: Worker(), 0.05, [Worker()])
+        # beside a function that behaves, on the same worker
+        calls = [handle.score(name, groups) for name in ("fine", function, "fine")]
+        return list(await asyncio.wait_for(asyncio.gather(*calls), 10))
+
+    first, troubled, last = asyncio.run(go())
+    assert [score.outcome for score in first[0]] == ["scored"] * 4
+    assert [score.outcome for score in troubled[0]] == ["scored", outcome, "scored", "scored"]
+    assert [score.outcome for score in last[0]] == ["scored"] * 4
