@@ -74,7 +74,7 @@ def story(run: RunView) -> list[str]:
     ]
     if len(lessons) > 1:
         told.append(f"{_join(lessons)}.".capitalize())
-    examined = [stage for stage in run.stages if stage.metric("eval.think.accuracy") is not None]
+    examined = [stage for stage in run.line if stage.metric("eval.think.accuracy") is not None]
     if len(examined) > 1:
         first, last = examined[0], examined[-1]
         told.append(
@@ -142,7 +142,7 @@ def _best_example(run: RunView) -> tuple[StageView, dict[str, object]] | None:
 def _tiles(run: RunView) -> str:
     tiles = []
     for mode, label in _MODES:
-        found = [value for stage in run.stages if (value := stage.metric(f"eval.{mode}.accuracy")) is not None]
+        found = [value for stage in run.line if (value := stage.metric(f"eval.{mode}.accuracy")) is not None]
         if found:
             change = f"from {percent(found[0])}" if len(found) > 1 else "of held-out questions"
             tiles.append((percent(found[-1]), f"right, {label}", change, mode))
@@ -185,7 +185,7 @@ def _curriculum(run: RunView) -> str:
 
 
 def _accuracy(run: RunView) -> str:
-    examined = [s for s in run.stages if any(s.metric(f"eval.{mode}.accuracy") is not None for mode, _ in _MODES)]
+    examined = [s for s in run.line if any(s.metric(f"eval.{mode}.accuracy") is not None for mode, _ in _MODES)]
     if not examined:
         return ""
     series = []

@@ -82,6 +82,20 @@ class RunView:
             return "failed"
         return "done" if states == {"done"} else "running"
 
+    @property
+    def line(self) -> tuple[StageView, ...]:
+        """The stages that made the policy, each continuing the one before: the longest such line, of equals the first.
+        Judges, ablations and second measurements stand beside it. All stages where no lineage is known."""
+        makers = {str(stage.artifact["digest"]): stage for stage in self.stages if stage.artifact.get("digest")}
+
+        def line_to(stage: StageView) -> tuple[StageView, ...]:
+            parent = makers.get(str(stage.artifact.get("parent")))
+            # a stage that changes nothing has its parent's digest
+            return (*(line_to(parent) if parent is not None and parent.number < stage.number else ()), stage)
+
+        trained = [stage for stage in makers.values() if stage.kind in ("sft", "rl")]
+        return max(map(line_to, trained), key=len, default=self.stages)
+
 
 def read(run_folder: Path) -> RunView:
     """Read a run folder. Raises ReportError naming the file that is broken, or the folder if it holds no run."""
