@@ -121,6 +121,24 @@ def test_what_the_model_wrote_is_never_markup(tmp_path):
     assert "the image of this sample cannot be read" in page
 
 
+def test_the_headline_follows_the_policy_not_what_stands_beside_it(tmp_path):
+    folder = write_run(tmp_path / "run")
+    summary = json.loads((folder / "summary.json").read_text())
+    line = [stage.name for stage in read(folder).line]
+    assert line[-1] == "rl-mixed"
+    assert "judge" not in line
+    # an ablation that starts where the last stage started, run after it
+    last = next(stage for stage in summary["stages"] if stage["name"] == "rl-mixed")
+    ablation = json.loads(json.dumps(last))
+    ablation["name"] = "rl-answer-only"
+    ablation["artifact"]["digest"] = "other"
+    ablation["metrics"]["eval.think.accuracy"] = 0.123
+    summary["stages"].append(ablation)
+    (folder / "summary.json").write_text(json.dumps(summary))
+    assert [stage.name for stage in read(folder).line] == line
+    assert "after <em>rl-mixed</em>" in page_of(folder)
+
+
 def test_a_failed_gate_is_said_first(tmp_path):
     page = page_of(write_run(tmp_path / "run", 8, failed=True))
     assert "It stopped at <em>rl-verifiable</em>: eval.think.accuracy 0.79, wanted ≥ 0.97" in page
