@@ -162,10 +162,10 @@ def _step_findings(
         words = claims.pop(0).split(", ") if claims else []
         hits = 0
         for digit, word in zip_longest(map(str, seen), words[: len(seen)], fillvalue=""):
-            right = _word(digit == str(target))
-            said = word.removeprefix(f"{digit} ") if word.startswith(f"{digit} ") else ""
-            yield digit, right, said or "-"
-            hits += (said or right) == "yes"
+            hit = _word(digit == str(target))
+            claimed = word.removeprefix(f"{digit} ") if word.startswith(f"{digit} ") else ""
+            yield digit, hit, claimed or "-"
+            hits += (claimed or hit) == "yes"
         yield from _pairs("", " ".join(word.partition(" ")[0] for word in words[len(seen) :]))
         return str(hits)
     return answer_of(category, seen, target) if seen else ""
