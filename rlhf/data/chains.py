@@ -138,17 +138,11 @@ def _step_findings(
 ) -> Generator[Finding, None, str]:
     """Findings on the steps between reading and conclusion, each from what was said before it; takes the sentences it
     finds out of `claims` and returns the result they lead to."""
-    if category in ("sum", "larger") and seen:
-        total = seen[0]
-        for left, digit in zip(range(len(seen) - 1, 0, -1), seen[1:], strict=True):
-            adds = category == "sum"
-            asks = f"{total} + {digit} =" if adds else f"{total} or {digit}:"
-            right = total + digit if adds else max(total, digit)
-            said = _claimed(category, (total, digit), claims, left)
-            yield asks, str(right), said or "-"
-            total = int(said or right)
-        return str(total)
-    if category == "difference" and seen:
+    if not seen:
+        return ""
+    if category in ("sum", "larger"):
+        return (yield from _running(category, seen, claims))
+    if category == "difference":
         high, low = max(seen), min(seen)
         said = _claimed(category, (high, low), claims, 1)
         yield f"{high} - {low} =", str(high - low), said or "-"
@@ -159,16 +153,33 @@ def _step_findings(
         yield from _pairs(_listed(sorted(seen)), _listed(order), "order")
         return _listed(order or sorted(seen))
     if category == "count" and target is not None:
-        words = claims.pop(0).split(", ") if claims else []
-        hits = 0
-        for digit, word in zip_longest(map(str, seen), words[: len(seen)], fillvalue=""):
-            hit = _word(digit == str(target))
-            claimed = word.removeprefix(f"{digit} ") if word.startswith(f"{digit} ") else ""
-            yield digit, hit, claimed or "-"
-            hits += (claimed or hit) == "yes"
-        yield from _pairs("", " ".join(word.partition(" ")[0] for word in words[len(seen) :]))
-        return str(hits)
-    return answer_of(category, seen, target) if seen else ""
+        return (yield from _hits(seen, claims, target))
+    return answer_of(category, seen, target)
+
+
+def _running(category: str, seen: Sequence[int], claims: list[str]) -> Generator[Finding, None, str]:
+    """A sum or a maximum, one more digit a step."""
+    result = seen[0]
+    for left, digit in zip(range(len(seen) - 1, 0, -1), seen[1:], strict=True):
+        adds = category == "sum"
+        right = result + digit if adds else max(result, digit)
+        said = _claimed(category, (result, digit), claims, left)
+        yield f"{result} + {digit} =" if adds else f"{result} or {digit}:", str(right), said or "-"
+        result = int(said or right)
+    return str(result)
+
+
+def _hits(seen: Sequence[int], claims: list[str], target: int) -> Generator[Finding, None, str]:
+    """Which digits are the one that is counted, all in one sentence."""
+    words = claims.pop(0).split(", ") if claims else []
+    hits = 0
+    for digit, word in zip_longest(map(str, seen), words[: len(seen)], fillvalue=""):
+        right = _word(digit == str(target))
+        said = word.removeprefix(f"{digit} ") if word.startswith(f"{digit} ") else ""
+        yield digit, right, said or "-"
+        hits += (said or right) == "yes"
+    yield from _pairs("", " ".join(word.partition(" ")[0] for word in words[len(seen) :]))
+    return str(hits)
 
 
 def _claimed(category: str, operands: tuple[int, int], claims: list[str], left: int) -> str | None:
