@@ -205,5 +205,5 @@ def test_rewards_that_fail_stop_the_run_with_the_reason(tmp_path: Path) -> None:
     reward = tmp_path / "mine.py"
     reward.write_text("def broken(item):\n    raise KeyError('unit')\n")
     spoiled = recipe(f'stages.rl-verifiable.rewards.answer.function = "{reward}:broken"')
-    with pytest.raises(RuntimeError, match=r"(?s)rewards failed on 100% .*KeyError: 'unit'"):
+    with pytest.raises(RuntimeError, match=r"(?s)rewards failed on 100.0% .*KeyError: 'unit'"):
         run(spoiled, tmp_path / "run")
