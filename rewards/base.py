@@ -66,6 +66,18 @@ def resolve(name: str) -> Reward:
     return Reward(name, function, _style(name, function), str(module.__file__))
 
 
+def file_of(name: str) -> Path | None:
+    """The file a reward function is written in, found without running it; None where there is none to be found."""
+    place, _, _ = name.rpartition(":")
+    if place.endswith(".py"):
+        return Path(place)
+    try:
+        spec = importlib.util.find_spec(place)
+    except ImportError:
+        return None
+    return Path(spec.origin) if spec is not None and spec.origin is not None else None
+
+
 def evaluate(reward: Reward, items: Sequence[Item]) -> list[Score]:
     """One Score an item, in order. An exception, a number that is not finite, or None is outcome "failed" with the
     reason in `note`; it never becomes a 0. A batch that raises is asked again item by item."""

@@ -27,9 +27,12 @@ def ask(items: Group | Sequence[Item], tokenizer: PreTrainedTokenizerBase) -> li
     return [_prompt(item, place, tokenizer) for place, item in enumerate(items)]
 
 
-def without_chain() -> Score:
-    """The verdict on a completion without a chain of thought."""
-    return Score("scored", 0.0, note="no chain of thought to judge")
+RIGHT = Score("scored", 1.0)
+
+
+def not_asked() -> Score:
+    """The verdict on a completion that need not be judged."""
+    return Score("scored", 0.0, note="not judged: no chain of thought, or not the right answer")
 
 
 def verdict(reply: Rollout) -> Score:

@@ -18,11 +18,12 @@ import itertools
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rewards.base import file_of
 from rlhf import evaluation, offline, online, synthesis
 from rlhf.agreement import make_probes
 from rlhf.algorithms import losses
@@ -195,9 +196,16 @@ class Curriculum:
         return await self.actors.trainer.begin(train_spec(self.recipe, stage, model, masked), probes)
 
     def _pictures(self) -> list[Media]:
-        """A few images of the held-out questions, for the probes."""
-        rows = self.rows(self.recipe.evaluation.data or next(iter(self.recipe.data)))
-        return [rows[index]["images"][0] for index in range(min(NUM_PROBES, len(rows))) if rows[index].get("images")]
+        """A few images for the probes, of the held-out questions or else of the first rows that have any: without one
+        nothing would prove the vision encoder."""
+        for name in dict.fromkeys([self.recipe.evaluation.data, *self.recipe.data]):
+            if name is None:
+                continue
+            rows = self.rows(name)
+            found = [rows[i]["images"][0] for i in range(min(NUM_PROBES, len(rows))) if rows[i].get("images")]
+            if found:
+                return found
+        return []
 
     async def _evaluate(self, stage: Stage, context: Context) -> evaluation.Report:
         if stage.evaluate in ("none", "loss"):  # a loss is measured while the trainer still holds the model
@@ -294,9 +302,12 @@ class Curriculum:
         config = stage.model_dump(mode="json", exclude={"gates", "budget_minutes", "checkpoint_every"})
         measure = [config.pop(name, None) for name in ("evaluate", "eval_data", "temperatures")]
         measure.append(self.recipe.evaluation.model_dump(mode="json"))
+        measure.append(_code([self.recipe.evaluation.answer, self.recipe.evaluation.soundness]))
         return {
             "parent": self.results[parent]["artifact"]["digest"] if parent else self._model_digest(),
-            "recipe_digest": _digest({"stage": config, "shared": shared, "judges": judges}),
+            "recipe_digest": _digest(
+                {"stage": config, "shared": shared, "judges": judges, "code": _code(functions_of(stage))}
+            ),
             "data_digest": _digest({name: self.rows(name).digest for name in trained_on(stage)}),
             "evaluation_digest": _digest([measure, {n: self.rows(n).digest for n in measured_on(stage, self.recipe)}]),
         }
@@ -383,6 +394,23 @@ def measured_on(stage: Stage, recipe: Recipe) -> list[str]:
     """Names of the rows a stage is measured on."""
     names = [recipe.evaluation.data] if stage.evaluate == "modes" and recipe.evaluation.data is not None else []
     return names + ([stage.eval_data] if stage.eval_data is not None else [])
+
+
+def functions_of(stage: Stage) -> list[str | None]:
+    """The functions that decide what a stage makes."""
+    if isinstance(stage, Rl):
+        return [part.function for part in stage.rewards.values()]
+    return [stage.answer, stage.critic] if isinstance(stage, Synthesize) else []
+
+
+def _code(functions: Iterable[str | None]) -> dict[str, str]:
+    """sha256 of the file each function is written in: a reward that was edited is another reward."""
+    files = {name: file_of(name) for name in functions if name is not None}
+    return {
+        name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for name, path in files.items()
+        if path is not None and path.is_file()
+    }
 
 
 def _clear(folder: Path, stage: Stage, inputs: Mapping[str, Any]) -> None:

@@ -205,6 +205,11 @@ def _rl(recipe: Recipe, stage: Rl) -> Iterator[str]:
     if not stage.rewards:
         yield "rewards is empty: there is nothing to learn from; add [stages.rewards.NAME] with a function or a judge"
     for name, part in stage.rewards.items():
+        first = stage.rewards.get(part.only_if) if part.only_if is not None else None
+        if part.only_if is not None and (first is None or first.only_if is not None or part.only_if == name):
+            free = [other for other, reward in stage.rewards.items() if reward.only_if is None]
+            advice = nearest(part.only_if, free)
+            yield f"rewards.{name}.only_if = {part.only_if!r} is no part that is asked first; {advice}"
         if part.function is not None:
             yield from _function(f"rewards.{name}.function", part.function)
 
@@ -248,10 +253,6 @@ def _gate(recipe: Recipe, stage: Stage, metric: str) -> Iterator[str]:
             'set evaluate = "modes" and eval_data',
         ),
         "eval.loss": (stage.evaluate == "loss", 'set evaluate = "loss" and eval_data'),
-        "judge.own.": (
-            isinstance(stage, Synthesize) and stage.judge is not None and recipe.evaluation.soundness is not None,
-            "use a synthesize stage with a judge, and give evaluation.soundness",
-        ),
         "judge.": (stage.evaluate == "judge", 'set evaluate = "judge" and eval_data'),
         "synthesis.": (stage.kind == "synthesize", "move it to a synthesize stage"),
         "train.": (stage.kind == "sft", "move it to an sft stage"),

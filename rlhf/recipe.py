@@ -169,16 +169,20 @@ class Gate(Table):
 
 class Reward(Table):
     """One part of a reward: a function ("module:function" or "path/file.py:function"), or a judge: the artifact of
-    an earlier stage served by a rollout worker of its own."""
+    an earlier stage served by a rollout worker of its own. With `only_if` a judge is asked only about rollouts to which
+    that other part gave 1; the rest get 0 from it, since a chain that ends in a wrong answer is not sound."""
 
     function: str | None = None
     judge: Name | None = None
     weight: Positive = 1.0
+    only_if: Name | None = None
 
     @model_validator(mode="after")
     def _one_kind(self) -> Reward:
         if (self.function is None) == (self.judge is None):
             raise ValueError("give either `function` or `judge`, not both or none")
+        if self.only_if is not None and self.judge is None:
+            raise ValueError("`only_if` saves asking a judge; a function is asked about every rollout")
         return self
 
 

@@ -24,9 +24,14 @@ class Judge:
     tokenizer: PreTrainedTokenizerBase
     max_tokens: int = 80
 
-    async def score(self, groups: Sequence[Group]) -> list[list[Score]]:
-        """One verdict a rollout: 1.0 sound, 0.0 unsound; a reply that does not parse is a failure."""
-        asked = [judging.ask(group, self.tokenizer) for group in groups]
+    async def score(self, groups: Sequence[Group], right: Sequence[Sequence[Score]] | None = None) -> list[list[Score]]:
+        """One verdict a rollout: 1.0 sound, 0.0 unsound; a reply that does not parse is a failure. Given the scores of
+        the answers, 0.0 without asking where one is not right."""
+        worth = right or [[judging.RIGHT] * len(group.rollouts) for group in groups]
+        asked = [
+            [prompt if found.value == 1.0 else None for prompt, found in zip(prompts, row, strict=True)]
+            for prompts, row in zip((judging.ask(group, self.tokenizer) for group in groups), worth, strict=True)
+        ]
         # the same chain twice under one question is judged once: the judge is greedy
         distinct = {
             (g, prompt.token_ids): prompt for g, row in enumerate(asked) for prompt in row if prompt is not None
@@ -35,7 +40,7 @@ class Judge:
         replies = await self.engine.generate(list(distinct.values()), sampling)
         said = {key: judging.verdict(reply.rollouts[0]) for key, reply in zip(distinct, replies, strict=True)}
         return [
-            [judging.without_chain() if prompt is None else said[g, prompt.token_ids] for prompt in row]
+            [judging.not_asked() if prompt is None else said[g, prompt.token_ids] for prompt in row]
             for g, row in enumerate(asked)
         ]
 
@@ -45,13 +50,19 @@ async def score(
 ) -> list[Group]:
     """The groups with one combined Score a rollout; `parts` are the recipe's reward table."""
 
-    async def part(reward: Reward) -> list[list[Score]]:
-        if reward.judge is not None:
-            return await judges[reward.judge].score(groups)
-        assert reward.function is not None
-        return await rewards.score(reward.function, groups)
+    columns: dict[str, list[list[Score]]] = {}
 
-    columns = dict(zip(parts, await asyncio.gather(*map(part, parts.values())), strict=True))
+    async def part(name: str, reward: Reward) -> None:
+        if reward.judge is not None:
+            right = columns[reward.only_if] if reward.only_if is not None else None
+            columns[name] = await judges[reward.judge].score(groups, right)
+        else:
+            assert reward.function is not None
+            columns[name] = await rewards.score(reward.function, groups)
+
+    for waits in (False, True):  # first what depends on nothing
+        wave = [part(name, reward) for name, reward in parts.items() if (reward.only_if is not None) == waits]
+        await asyncio.gather(*wave)
     weights = {name: reward.weight for name, reward in parts.items()}
     return [
         dataclasses.replace(

@@ -13,7 +13,7 @@ from rewards import judge as judging
 from rlhf.data.formatting import as_prompt
 from rlhf.data.judging import parse_verdict
 from rlhf.data.rows import Row
-from rlhf.evaluation import agreement, record
+from rlhf.evaluation import record
 from rlhf.recipe import Synthesize
 from rlhf.roles import Engine
 from rlhf.scoring import Judge, verified
@@ -38,13 +38,11 @@ async def run(
         stage.samples, stage.temperature, stage.max_tokens, derive(context.recipe.seed, stage.name, "sampling")
     )
     kept: list[dict[str, Any]] = []
-    groups: list[Group] = []
     answers: list[list[Score]] = []
-    verdicts: list[list[Score]] = []
     chunks = [asked[start : start + CHUNK] for start in range(0, len(asked), CHUNK)]
     async for step, chunk, sampled in _sampled(engine, chunks, sampling):
         scored = await verified(stage.answer, sampled, rewards)
-        judged = await judge.score(sampled) if judge is not None else []
+        judged = await judge.score(sampled, scored) if judge is not None else []  # only right answers can be kept
         said = await verified(stage.critic, sampled, rewards) if stage.critic is not None else []
         for g, (row, _) in enumerate(chunk):
             if stage.method == "difficulty":
@@ -53,8 +51,8 @@ async def run(
                 kept += _accepted(stage, row, sampled[g], scored[g], judged[g] if judged else None)
             else:
                 kept += _criticised(stage, row, sampled[g], said[g], context.tokenizer)
-        groups, answers, verdicts = groups + sampled, answers + scored, verdicts + judged
-        context.log.log(step, {"prompts": float(len(groups)), "kept": float(len(kept))}, {})
+        answers += scored
+        context.log.log(step, {"prompts": float(len(answers)), "kept": float(len(kept))}, {})
         if step == 0:
             context.log.rollouts(
                 step,
@@ -64,12 +62,6 @@ async def run(
                 ][: context.recipe.tracking.rollout_samples],
             )
     metrics = _counts(stage, asked, answers) | {"synthesis.kept": float(len(kept))}
-    if verdicts and context.recipe.evaluation.soundness is not None:
-        sound = await verified(context.recipe.evaluation.soundness, groups, rewards)
-        flat = list(itertools.chain.from_iterable(sound))
-        metrics |= agreement(
-            list(itertools.chain.from_iterable(verdicts)), [score.value == 1.0 for score in flat], "judge.own"
-        )
     if len(kept) < stage.min_rows:
         raise ValueError(
             f"stage {stage.name!r} kept {len(kept)} of {len(asked)} prompts, fewer than min_rows = {stage.min_rows}: "

@@ -201,6 +201,19 @@ def test_a_full_disk_leaves_no_partial_artifact(tmp_path: Path, monkeypatch: pyt
     assert not list(tmp_path.glob("stages/*/.partial*"))
 
 
+def test_an_edited_reward_is_another_reward(finished: tuple[Path, FakeCast], tmp_path: Path) -> None:
+    reward = tmp_path / "mine.py"
+    folder = tmp_path / "copy"
+    shutil.copytree(finished[0], folder)
+    wanted = recipe(f'stages.rl-mixed.rewards.answer.function = "{reward}:long"')
+    begun = []
+    for code in ("return len(item.completion) % 7", "return len(item.completion) % 5"):
+        reward.write_text(f"def long(item):\n    {code}\n")
+        begun.append([Path(spec.model).parent.name for spec in run(wanted, folder).trainer.begun])
+    assert begun[0][0] == begun[1][0] == "14-think-fusion"  # rl-mixed, and what follows where its artifact changed
+    assert not run(wanted, folder).trainer.begun
+
+
 def test_rewards_that_fail_stop_the_run_with_the_reason(tmp_path: Path) -> None:
     reward = tmp_path / "mine.py"
     reward.write_text("def broken(item):\n    raise KeyError('unit')\n")

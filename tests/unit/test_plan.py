@@ -257,6 +257,10 @@ REFUSALS = {
         "stages.filtered.critic = 'rewards.soundness:critique'",
         'method = "rejection" asks no critic',
     ),
+    "judging after a part that is none": (
+        "stages.improve.rewards.think.only_if = 'anser'",
+        "only_if = 'anser' is no part that is asked first; did you mean 'answer'",
+    ),
     "half precision": ("resources.precision = 'bfloat16'", 'knows a bound for float32 only.*use "float32"'),
     "more questions than rows": (
         "evaluation.prompts = 5000",

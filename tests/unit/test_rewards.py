@@ -229,7 +229,7 @@ def test_verdicts():
 
     assert judge.verdict(reply("3 5 . yes")).value == 1.0
     assert judge.verdict(reply("no")).value == 0.0
-    assert judge.without_chain().value == 0.0
+    assert judge.not_asked().value == 0.0
     unread = judge.verdict(reply("3 5 8"))
     assert (unread.outcome, unread.value) == ("failed", None)
     assert "3 5 8" in unread.note

@@ -6,9 +6,9 @@ import asyncio
 from collections.abc import Sequence
 
 from rlhf.data.tokenizer import train_tokenizer
-from rlhf.recipe import Chat
-from rlhf.scoring import Judge
-from rlhf.types import Group, Prompt, Rollout, Sampling
+from rlhf.recipe import Chat, Reward
+from rlhf.scoring import Judge, score
+from rlhf.types import Group, Prompt, Rollout, Sampling, Score
 
 SOUND = "<think>i see 3. so 3.</think>\\boxed{3}"
 UNSOUND = "<think>i see 8. so 8.</think>\\boxed{8}"
@@ -50,4 +50,21 @@ def test_each_rollout_gets_its_own_verdict_and_equal_ones_are_asked_once() -> No
 def test_pictures_tell_equal_questions_apart() -> None:
     engine = Engine()
     asyncio.run(Judge(engine, TOKENIZER).score([group("read the digits.", SOUND), group("read the digits.", SOUND)]))
+    assert engine.asked == 2
+
+
+def test_where_the_answer_is_wrong_the_judge_is_not_asked() -> None:
+    class Answers:
+        async def score(self, function: str, groups: Sequence[Group]) -> list[list[Score]]:
+            return [[Score("scored", float("3}" in r.text)) for r in group.rollouts] for group in groups]
+
+    engine = Engine()
+    groups = [group("read the digits.", SOUND, UNSOUND, "<think>i see 8. so 3.</think>\\boxed{3}")]
+    parts = {"think": Reward(judge="j", only_if="answer"), "answer": Reward(function="a:b")}
+    (scored,) = asyncio.run(score(groups, parts, Answers(), {"j": Judge(engine, TOKENIZER)}))
+    assert [found.parts for found in scored.scores] == [
+        {"think": 1.0, "answer": 1.0},
+        {"think": 0.0, "answer": 0.0},
+        {"think": 0.0, "answer": 1.0},
+    ]
     assert engine.asked == 2
