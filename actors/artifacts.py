@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from safetensors import safe_open
 
+from rlhf.architecture import chain_of
 from rlhf.types import Media, Probe, ProbeScores
 
 PROBES = "probe_scores.json"
@@ -20,10 +21,7 @@ PROBES = "probe_scores.json"
 def read_weights(folder: Path) -> list[tuple[str, np.ndarray[Any, Any]]]:
     """(name, array) of every parameter; a peft folder gives its base with the adapters merged in, innermost first.
     Half precision comes as float32, which holds it exactly: numpy has no bfloat16."""
-    chain = [folder]
-    while (adapter := chain[-1] / "adapter_config.json").exists():
-        chain.append(Path(json.loads(adapter.read_text())["base_model_name_or_path"]))
-    *adapters, base = chain
+    *adapters, base = chain_of(folder)
     weights = {}
     for file in sorted(base.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:

@@ -27,9 +27,6 @@ def ask(items: Group | Sequence[Item], tokenizer: PreTrainedTokenizerBase) -> li
     return [_prompt(item, place, tokenizer) for place, item in enumerate(items)]
 
 
-RIGHT = Score("scored", 1.0)
-
-
 def not_asked() -> Score:
     """The verdict on a completion that need not be judged."""
     return Score("scored", 0.0, note="not judged: no chain of thought, or not the right answer")

@@ -209,9 +209,15 @@ def from_bridge(bridge: Mapping[str, Mapping[str, Any]], vocab_size: int) -> Arc
 def base_of(folder: Path) -> Path:
     """The folder that holds the weights: of adapters in peft's format, the model at the end of their chain of bases;
     else the folder itself."""
-    while (adapter := folder / "adapter_config.json").exists():
-        folder = Path(json.loads(adapter.read_text())["base_model_name_or_path"])
-    return folder
+    return chain_of(folder)[-1]
+
+
+def chain_of(folder: Path) -> list[Path]:
+    """The folder, where it holds adapters what they adapt, and so on to the folder that holds the weights."""
+    chain = [folder]
+    while (adapter := chain[-1] / "adapter_config.json").exists():
+        chain.append(Path(json.loads(adapter.read_text())["base_model_name_or_path"]))
+    return chain
 
 
 def from_folder(folder: Path) -> Architecture:
