@@ -29,6 +29,7 @@ def open_model(path: str) -> tuple[PreTrainedModel, Any, Visual]:
         base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
         model, processor, visual = open_model(base)
         return PeftModel.from_pretrained(model, path).merge_and_unload(), processor, visual
+    bridge.register()
     if AutoConfig.from_pretrained(path).model_type == bridge.MODEL_TYPE:
         own, own_processor = bridge.load(path)
         return own, own_processor, BridgeVisual(own_processor)

@@ -2,13 +2,12 @@
 model and processor. One definition for the trainer and for vLLM's Transformers backend.
 
 The arithmetic (`Geometry`, tilers, layouts) imports without torch, for `rlhf plan`. Touching any other name imports
-the model and registers it with transformers' Auto classes; so does importing this package where torch is loaded.
+the model and registers it with transformers' Auto classes; before using those alone, call `register()`.
 """
 
 from __future__ import annotations
 
 import importlib
-import sys
 from typing import TYPE_CHECKING
 
 from rlhf.bridge.geometry import Geometry
@@ -71,7 +70,3 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     _publish()
     return globals()[name]
-
-
-if "torch" in sys.modules:
-    _publish()

@@ -13,6 +13,7 @@ import pytest
 
 from rlhf.foreign import ForeignProcessor
 from rlhf.models import masked_ids
+from tests.unit.test_bridge_build import tiny
 
 IMAGE, VIDEO, PAD = 7, 8, 0
 
@@ -57,3 +58,14 @@ def test_operators_are_declared_when_torchvision_is_first_imported(tmp_path: Pat
             check=False,
         )
         assert ran.returncode == expected, ran.stderr[-1000:]
+
+
+def test_a_bridge_opens_where_its_arithmetic_was_imported_before_torch(tmp_path: Path) -> None:
+    tiny()[0].save_pretrained(tmp_path)
+    tiny()[1].save_pretrained(tmp_path)
+    code = (
+        "import sys; import rlhf.architecture; assert 'torch' not in sys.modules; "
+        f"from rlhf.foreign import open_model; print(type(open_model({str(tmp_path)!r})[0]).__name__)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert ran.stdout.strip() == "BridgeForConditionalGeneration", ran.stderr[-1000:]
