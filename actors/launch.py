@@ -248,7 +248,8 @@ class TrainerHandle:
 
     async def agree(self, engine: EngineHandle) -> Agreement:
         """How far the engine's live log-probs are from the trainer's on the probes; of several workers, the worst."""
-        expected, found = await asyncio.gather(self._all("probe", "sync", self.probes), engine.score(self.probes))
+        # one after the other: on shared cores both at once would wait for each other's threads
+        expected, found = await self._all("probe", "sync", self.probes), await engine.score(self.probes)
         agreements = [compare(expected[0], scores) for scores in found]
         return max(agreements, key=lambda agreement: (not agreement.ok, agreement.max_gap))
 

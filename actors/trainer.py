@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from rlhf.algorithms import LOSSES, processed_logprobs
 from rlhf.batching import Cached, Tensors, Visual, collate
+from rlhf.agreement import NEAR_TIE, lowest_margins, routers
 from rlhf.bridge import short_name
 from rlhf.types import Batch, Loss, Probe, ProbeScores, StepStats, TrainSpec, Update
 
@@ -182,20 +183,20 @@ class _Stage:
 
     def step(self, batch: Batch) -> StepStats:
         totals = _Totals()
-        gap: list[float] = []
+        gap, tied = list[float](), list[bool]()
         for index, update in enumerate(batch.updates):
             own = _Totals()
             differences = self.accumulate(update, own)
             self._require_finite(own)
             totals.add(own)
             if index == 0:
-                gap = self._gather(differences)
+                gap, tied = self._gather(differences)
             self._apply(totals)
-        return StepStats(totals.reduce(self.world_size), gap)
+        return StepStats(totals.reduce(self.world_size), gap, tied)
 
     def accumulate(self, update: Update, totals: _Totals) -> list[Tensor]:
-        """Gradients of one update on this rank, reduced over ranks by DeepSpeed; |trainer − engine| log-probability
-        differences of its sampled tokens."""
+        """Gradients of one update on this rank, reduced over ranks by DeepSpeed; of its sampled tokens, a micro-batch
+        each, [2, N]: |trainer − engine| log-probability difference, and whether a router was at a tie."""
         loss_spec = self.spec.loss
         rows = update.micro_batches[self.rank]
         length = sum(len(s.token_ids) for mine in update.micro_batches for part in mine for s in part)
@@ -204,7 +205,8 @@ class _Stage:
         for index, samples in enumerate(rows):
             self.engine.set_gradient_accumulation_boundary(index == len(rows) - 1)
             tensors = collate(samples, self.visual).to(self.device)
-            logprobs, entropy, out = self._forward(tensors, loss_spec)
+            with routers(self.model) as routed:
+                logprobs, entropy, out = self._forward(tensors, loss_spec)
             loss, metrics = LOSSES[loss_spec.kind](
                 logprobs,
                 tensors.old_logprobs,
@@ -228,7 +230,10 @@ class _Stage:
             totals.sums["entropy"] += float((entropy.double() * (tensors.mask > 0)).sum())
             totals.collect(metrics)
             sampled = tensors.completion & tensors.sampled[:, None]
-            differences.append((logprobs.detach() - tensors.old_logprobs)[sampled].abs())
+            gap = (logprobs.detach() - tensors.old_logprobs).abs()
+            margins = lowest_margins(routed, tuple(tensors.input_ids.shape))[:, :-1]
+            tied = torch.from_numpy(margins < NEAR_TIE).to(gap)
+            differences.append(torch.stack((gap[sampled], tied[sampled])))
             # DeepSpeed averages over ranks; the loss is already divided by the step's global denominator
             self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
         return differences
@@ -292,13 +297,12 @@ class _Stage:
         totals.grad_norm += float(norm)
         totals.learning_rate = max(self._rates) * share
 
-    def _gather(self, differences: list[Tensor]) -> list[float]:
-        mine = torch.cat(differences).cpu().numpy()
-        if self.world_size == 1:
-            return [float(value) for value in mine]
-        parts: list[np.ndarray | None] = [None] * self.world_size
-        torch.distributed.all_gather_object(parts, mine)
-        return [float(value) for part in parts if part is not None for value in part]
+    def _gather(self, differences: list[Tensor]) -> tuple[list[float], list[bool]]:
+        """Gaps and ties of all ranks."""
+        parts: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(parts, torch.cat(differences, dim=1).cpu().numpy())
+        gap, tied = np.concatenate(parts, axis=1)
+        return gap.tolist(), (tied > 0).tolist()
 
     def losses(self, batch: Batch) -> dict[str, float]:
         totals = _Totals()

@@ -22,6 +22,8 @@ from rlhf.batching import Visual, collate
 from rlhf.types import Media, Probe, ProbeScores, Sample
 
 SKETCH_WIDTH = 8
+# router margin under which trainer and engine may choose different experts, in float32
+NEAR_TIE = 1e-5
 Parts = Sequence[tuple[str, slice]]
 Floats = NDArray[np.float32]
 
@@ -92,7 +94,9 @@ def make_probes(
     return probes
 
 
-def compare(trainer: ProbeScores, engine: ProbeScores, max_gap: float = 1e-4, min_margin: float = 1e-5) -> Agreement:
+def compare(
+    trainer: ProbeScores, engine: ProbeScores, max_gap: float = 1e-4, min_margin: float = NEAR_TIE
+) -> Agreement:
     """Judge an engine's scores by the trainer's.
 
     A mixture of experts is discontinuous where two experts tie, so a position whose smallest router margin so far is
@@ -137,23 +141,22 @@ def _verdict(gaps: list[float], skipped: int, unreached: tuple[str, ...], proble
 
 def probe_model(model: nn.Module, processor: ProbeProcessor, visual: Visual, probes: Sequence[Probe]) -> ProbeScores:
     """Score probes with the trainer's model: unmasked log-probs at temperature 1 in float32, and router margins."""
-    with _routers(model) as routers:
+    with routers(model) as routed:
         expanded, logits = _forward(model, processor, visual, probes)
     logprobs, margins = [], []
-    reached: dict[str, set[int]] = {name: set() for name in routers}
+    reached: dict[str, set[int]] = {name: set() for name in routed}
+    lowest = lowest_margins(routed, logits.shape[:2])
     for index, ids in enumerate(expanded):
         values = logits[index, : len(ids) - 1].float().log_softmax(-1)
         targets = torch.tensor(ids[1:], device=logits.device)[:, None]
         logprobs.append(tuple(values.gather(-1, targets)[:, 0].tolist()))
-        lowest = np.full(len(ids) - 1, np.inf)
-        for name, (choice, margin, _) in routers.items():
+        for name, (choice, _, _) in routed.items():
             # routers see all rows of the padded batch; this probe's come first in its own stretch
             own = slice(index * logits.shape[1], index * logits.shape[1] + len(ids))
             reached[name].update(choice[own].flatten().tolist())
-            lowest = np.minimum(lowest, margin[own][:-1])
-        margins.append(tuple(np.minimum.accumulate(lowest).tolist()))
+        margins.append(tuple(lowest[index, : len(ids) - 1].tolist()))
     visited = {name: tuple(sorted(experts)) for name, experts in reached.items()}
-    total = max((count for _, _, count in routers.values()), default=0)
+    total = max((count for _, _, count in routed.values()), default=0)
     return ProbeScores(tuple(map(tuple, expanded)), tuple(logprobs), tuple(margins), visited, total)
 
 
@@ -165,9 +168,9 @@ def fingerprint_model(
     margins: dict[str, list[Floats]] = {}
     with recording(model) as prints:
         for probe in probes:
-            with _routers(model) as routers:
+            with routers(model) as routed:
                 _forward(model, processor, visual, [probe])
-            for name, (choice, margin, _) in routers.items():
+            for name, (choice, margin, _) in routed.items():
                 routing.setdefault(name, []).append(choice)
                 margins.setdefault(name, []).append(margin)
     return Fingerprints(
@@ -197,7 +200,7 @@ Routed = dict[str, tuple[NDArray[np.int64], Floats, int]]
 
 
 @contextmanager
-def _routers(model: nn.Module) -> Iterator[Routed]:
+def routers(model: nn.Module) -> Iterator[Routed]:
     """Collect, for every experts module, (experts [rows, top_k], margin [rows], number of experts) of one forward."""
     found: Routed = {}
     handles = []
@@ -224,6 +227,15 @@ def _routers(model: nn.Module) -> Iterator[Routed]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def lowest_margins(routed: Routed, shape: tuple[int, int]) -> Floats:
+    """[rows, length] of one forward of that shape: the smallest margin of any router there or earlier in the row, since
+    attention carries the other expert's result on; infinite without routers."""
+    lowest = np.full(shape, np.inf, dtype=np.float32)
+    for _, margin, _ in routed.values():
+        lowest = np.minimum(lowest, margin.reshape(shape))
+    return np.asarray(np.minimum.accumulate(lowest, axis=1))
 
 
 def group_name(module_name: str) -> str:
@@ -302,7 +314,7 @@ def localise(
     trainer: Fingerprints,
     engine: Fingerprints,
     tolerances: Sequence[float] = (1e-3, 1e-4, 1e-5),
-    min_margin: float = 1e-5,
+    min_margin: float = NEAR_TIE,
 ) -> str:
     """Name the first parameter group, in forward order, that makes different outputs of equal inputs.
 

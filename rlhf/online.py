@@ -42,7 +42,7 @@ async def run(stage: Rl, context: Context, engine: Engine, judges: Mapping[str, 
         sync = await trainer.publish(engine, version + 1)
         version += 1
         metrics = rollouts.metrics | dict(stats.metrics)
-        totals.add(metrics, stats.gap, sync)
+        totals.add(metrics, stats, sync)
         clock.seconds |= {"sync": sync.seconds, "proof": sync.proof_seconds}
         if version % stage.checkpoint_every == 0 and version < stage.steps:
             state = {"stream": stream.state(), "totals": totals.state()}

@@ -9,9 +9,12 @@ from typing import Any
 import numpy as np
 
 from rlhf.roles import SyncReport
+from rlhf.types import StepStats
 
 # |Δ log-prob| histogram: 20 bins a decade from 1e-9 to 10, so a quantile is known to 12 %
 EDGES = np.logspace(-9, 1, 201)
+# of float32; a larger difference is a top-k flip of a router near a tie, or a fault
+LARGE = 1e-4
 
 
 @dataclass
@@ -23,21 +26,23 @@ class Totals:
     gap_counts: list[int] = field(default_factory=lambda: [0] * (len(EDGES) + 1))
     gap_above: int = 0
     gap_max: float = 0.0
+    gap_flips: int = 0
     maxima: dict[str, float] = field(default_factory=dict)
 
-    def add(self, metrics: Mapping[str, float], gap: Sequence[float], sync: SyncReport) -> None:
-        """One step: its metrics, the gaps [N] of its sampled tokens, and its publish."""
+    def add(self, metrics: Mapping[str, float], stats: StepStats, sync: SyncReport) -> None:
+        """One step: its metrics, what the trainer saw of its sampled tokens, and its publish."""
         self.steps += 1
         for name, value in metrics.items():
             if name.endswith("_max"):
                 self.maxima[f"rl.{name}"] = max(self.maxima.get(f"rl.{name}", value), value)
             else:
                 self.sums[name] = self.sums.get(name, 0.0) + value
-        gaps = np.abs(np.asarray(gap, dtype=np.float64))
+        gaps = np.abs(np.asarray(stats.gap, dtype=np.float64))
         if len(gaps):
             counts = np.bincount(np.searchsorted(EDGES, gaps), minlength=len(EDGES) + 1)
             self.gap_counts = [old + int(new) for old, new in zip(self.gap_counts, counts, strict=True)]
-            self.gap_above += int((gaps > 1e-4).sum())
+            self.gap_above += int((gaps > LARGE).sum())
+            self.gap_flips += int(((gaps > LARGE) & np.asarray(stats.tied)).sum())
             self.gap_max = max(self.gap_max, float(gaps.max()))
         for name, value in (("sync", sync.seconds), ("proof", sync.proof_seconds)):
             self.sums[f"{name}_seconds"] = self.sums.get(f"{name}_seconds", 0.0) + value
@@ -54,6 +59,7 @@ class Totals:
                 "logprob_gap.median": self._quantile(0.5),
                 "logprob_gap.max": self.gap_max,
                 "logprob_gap.share_above_1e-4": self.gap_above / total,
+                "logprob_gap.flips": float(self.gap_flips),
                 "logprob_gap.tokens": float(total),
             }
         return found | self.maxima

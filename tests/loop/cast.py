@@ -76,7 +76,7 @@ class FakeTrainer:
         self.batches.append(batch)
         self.steps += len(batch.updates)
         gap = [1e-6] * sum(update.num_tokens for update in batch.updates[:1])
-        return StepStats({"loss": 1.0 / self.steps, "clip_fraction": 0.1}, gap)
+        return StepStats({"loss": 1.0 / self.steps, "clip_fraction": 0.1}, gap, [False] * len(gap))
 
     async def losses(self, batch: Batch) -> Mapping[str, float]:
         return {"loss": 0.5}
