@@ -23,9 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rlhf.agreement import NEAR_TIE, lowest_margins, routers
 from rlhf.algorithms import LOSSES, processed_logprobs
 from rlhf.batching import Cached, Tensors, Visual, collate
-from rlhf.agreement import NEAR_TIE, lowest_margins, routers
 from rlhf.bridge import short_name
 from rlhf.types import Batch, Loss, Probe, ProbeScores, StepStats, TrainSpec, Update
 
@@ -231,7 +231,7 @@ class _Stage:
             totals.collect(metrics)
             sampled = tensors.completion & tensors.sampled[:, None]
             gap = (logprobs.detach() - tensors.old_logprobs).abs()
-            margins = lowest_margins(routed, tuple(tensors.input_ids.shape))[:, :-1]
+            margins = lowest_margins(routed, tensors.input_ids.shape)[:, :-1]
             tied = torch.from_numpy(margins < NEAR_TIE).to(gap)
             differences.append(torch.stack((gap[sampled], tied[sampled])))
             # DeepSpeed averages over ranks; the loss is already divided by the step's global denominator

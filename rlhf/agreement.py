@@ -229,7 +229,7 @@ def routers(model: nn.Module) -> Iterator[Routed]:
             handle.remove()
 
 
-def lowest_margins(routed: Routed, shape: tuple[int, int]) -> Floats:
+def lowest_margins(routed: Routed, shape: Sequence[int]) -> Floats:
     """[rows, length] of one forward of that shape: the smallest margin of any router there or earlier in the row, since
     attention carries the other expert's result on; infinite without routers."""
     lowest = np.full(shape, np.inf, dtype=np.float32)

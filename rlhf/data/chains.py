@@ -44,10 +44,6 @@ STEP = {
 
 Finding = tuple[str, str, str]  # of a judge: what is asked, the right result, what the reply says
 
-# what a sampler puts where another word belongs
-SLIPS = (*"i see the digits are reading first then and so they read there sum total difference is".split(),
-         *"largest in order smallest start with or of no yes + - = bad".split())  # fmt: skip
-
 # what a weak reader of handwriting takes each digit for
 CONFUSED = ((6, 8), (7, 4), (7, 3), (5, 8), (9, 1), (3, 9), (0, 8), (1, 2), (3, 6), (4, 5))
 
@@ -262,58 +258,13 @@ def spoil(chain: Chain, share: float, rng: random.Random) -> Chain:
     if rng.random() < share / 2:
         chain = replace(chain, digits=_misread(chain, rng))
     chain = replace(chain, slips=frozenset(step for step in _slippable(chain) if rng.random() < share))
-    if rng.random() < share and (skippable := _skippable(chain)):
+    if rng.random() < share / 2 and (skippable := _skippable(chain)):
         chain = replace(chain, skipped=rng.choice(skippable))
     right = answer_of(chain.category, chain.digits, chain.target)
     if rng.random() < share:
         right = _other_answer(chain.category, right, rng)
         chain = replace(chain, concluded=right)
     return replace(chain, boxed=_other_answer(chain.category, right, rng)) if rng.random() < share else chain
-
-
-def garble(text: str, rng: random.Random) -> str:
-    """A reply of `write_chain` with the slips of a sampler, which sometimes draws an unlikely token: a word left out,
-    said twice, cut or another's, a number that is another, a sentence said twice, a conclusion in the words of another
-    question. It may still be sound: `critique_of` decides.
-
-    For a judge to learn from: one that has seen only well-formed replies reads them into all others.
-    """
-    form = FORM.fullmatch(text)
-    assert form is not None
-    sentences, boxed = re.findall(r"[^.]+\.", form[1]), form[2]
-    for _ in range(rng.choice((1, 1, 2))):
-        draw, place = rng.random(), rng.randrange(len(sentences))
-        if draw < 0.1:
-            sentences.insert(place, sentences[place])
-        elif draw < 0.2:
-            phrase = rng.choice(CONCLUSIONS[rng.choice(CATEGORIES)])
-            sentences[-1] = f" {phrase.format(boxed)}"
-        elif draw < 0.25:
-            boxed = f"{boxed} {rng.randrange(10)}" if rng.random() < 0.5 else f"{rng.randrange(1, 10)}{boxed}"
-        else:
-            sentences[place] = _slip(sentences[place].split(), rng)
-    return f"<think>{' '.join(map(str.strip, sentences))}</think>\\boxed{{{boxed}}}"
-
-
-def _slip(words: list[str], rng: random.Random) -> str:
-    place = rng.randrange(len(words))
-    word = words[place]
-    core, end = (word[:-1], word[-1]) if word[-1] in ".,:" and len(word) > 1 else (word, "")
-    match rng.choice(("leave", "repeat", "cut", "other", "number", "number")):
-        case "leave" if len(words) > 1:
-            del words[place]
-        case "repeat":
-            words.insert(place, core)
-        case "cut":
-            words[place] = core[: rng.randrange(len(core))] + rng.choice(SLIPS) + end
-        case "number":
-            numbers = [i for i, one in enumerate(words) if one.strip(".,:").isdigit()] or [place]
-            place = rng.choice(numbers)
-            end = words[place].lstrip("0123456789") if words[place][0].isdigit() else words[place]
-            words[place] = str(rng.randrange(10)) + end
-        case _:
-            words[place] = rng.choice(SLIPS) + end
-    return " ".join(words)
 
 
 def check_chain(category: str, digits: Sequence[int], text: str, answer: str, target: int | None = None) -> ChainCheck:

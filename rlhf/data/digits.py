@@ -27,7 +27,6 @@ from rlhf.data.chains import (
     check_chain,
     corrupt,
     critique_of,
-    garble,
     spoil,
     write_chain,
     write_fact,
@@ -58,8 +57,7 @@ COUNT_OF = ("how many {} are there?", "count the {}.")
 class Options:
     """min_digits to max_digits a picture (1 to 4); categories asked; augmentation 0 (centred, upright size) to 1;
     critique: a judge goes through the chain before its verdict; corrupted: the share of corrupted chains it is shown;
-    faults: with what probability each part of those is wrong (0: one kind of fault each, which the row names);
-    garbled: the share of the other chains that show the slips of a sampler."""
+    faults: with what probability each part of those is wrong (0: one kind of fault each, which the row names)."""
 
     min_digits: int = 1
     max_digits: int = 4
@@ -68,7 +66,6 @@ class Options:
     critique: bool = False
     corrupted: float = 0.5
     faults: float = 0.0
-    garbled: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -171,7 +168,7 @@ def _options(table: str, given: Mapping[str, Any]) -> Options:
         raise DataError(f"min_digits {chosen.min_digits}, max_digits {chosen.max_digits}: 1 ≤ min ≤ max ≤ 4 is needed")
     if not 0 <= chosen.augmentation <= 1:
         raise DataError(f"augmentation {chosen.augmentation}: from 0 to 1")
-    for name in ("corrupted", "faults", "garbled"):
+    for name in ("corrupted", "faults"):
         if not 0 <= getattr(chosen, name) <= 1:
             raise DataError(f"{name} {getattr(chosen, name)}: from 0 to 1")
     for category in chosen.categories:
@@ -298,8 +295,6 @@ def _judged(rng: random.Random, options: Options, split: str, turn: int) -> _Jud
     if int((turn + 1) * options.corrupted) != int(turn * options.corrupted):
         kind, chain = ("several", spoil(chain, options.faults, rng)) if options.faults else corrupt(chain, rng)
     text = write_chain(chain, rng)
-    if kind == "none" and rng.random() < options.garbled:
-        kind, text = "garbled", garble(text, rng)
     critique = critique_of(puzzle.category, puzzle.digits, text, puzzle.target)
     sound = bool(parse_verdict(critique))
     reply = critique if options.critique else critique.split()[-1]

@@ -342,7 +342,7 @@ def test_a_loss_that_is_not_finite_stops_every_rank_and_names_the_row(two, spars
     assert np.isfinite(two.step(make_batch(good, 1, 2, 64)).metrics["grad_norm"])
 
 
-def test_gap_is_the_distance_to_the_engine_in_the_first_update_only(one, sparse):
+def test_gap_is_the_distance_to_the_engine_in_the_first_update_only(one, sparse, tmp_path):
     one.begin(spec_of(sparse, loss=Loss("dapo", masked_ids=(0, IMAGE), temperature=0.7)))
     stats = one.step(make_batch(rows(6, True, 0, True), 2, 1, 64))
     first = make_batch(rows(6, True, 0, True), 2, 1, 64).updates[0]
@@ -359,6 +359,12 @@ def test_gap_is_the_distance_to_the_engine_in_the_first_update_only(one, sparse)
         for t, engine in enumerate(sample.logprobs, sample.prompt_length):
             expected.append(abs(float(found[t - 1, sample.token_ids[t]]) - engine))
     assert sorted(stats.gap) == pytest.approx(sorted(expected), abs=1e-5)
+    assert stats.tied == [False] * len(stats.gap)
+    model.model.language_model.layers[0].mlp.gate.weight.data.zero_()
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    one.begin(spec_of(tmp_path, loss=Loss("dapo", masked_ids=(0, IMAGE), temperature=0.7)))
+    assert one.step(make_batch(rows(6, True, 0, True), 2, 1, 64)).tied == [True] * first.num_tokens
 
 
 def test_globs_choose_what_trains(one, dense):

@@ -10,8 +10,19 @@ import pytest
 import torch
 from torch import nn
 
-from rlhf.agreement import Fingerprints, compare, group_name, localise, make_probes, recording, sketch
-from rlhf.types import Media, ProbeScores
+from rlhf.agreement import (
+    Fingerprints,
+    compare,
+    group_name,
+    localise,
+    lowest_margins,
+    make_probes,
+    recording,
+    sketch,
+)
+from rlhf.roles import SyncReport
+from rlhf.statistics import Totals
+from rlhf.types import Media, ProbeScores, StepStats
 
 MEDIA = [Media(b"a", (4, 4)), Media(b"b", (4, 4))]
 
@@ -55,6 +66,25 @@ def test_compare_fails_on_nan_other_ids_and_nothing_checked() -> None:
     verdict = compare(near_ties, good)
     assert not verdict.ok
     assert (verdict.checked, verdict.skipped) == (0, 2)
+
+
+def test_the_lowest_margin_is_that_of_any_router_there_or_before() -> None:
+    choice = np.zeros((6, 1), dtype=np.int64)
+    one = np.array([5, 4, 9, 1, 7, 7], dtype=np.float32)
+    two = np.array([8, 8, 3, 2, 0.5, 8], dtype=np.float32)
+    routed = {"one": (choice, one, 4), "two": (choice, two, 4)}
+    assert lowest_margins(routed, (2, 3)).tolist() == [[5, 4, 3], [1, 0.5, 0.5]]
+    assert lowest_margins({}, (1, 2)).tolist() == [[math.inf, math.inf]]
+
+
+def test_a_large_gap_at_a_tie_is_a_flip() -> None:
+    totals, sync = Totals(), SyncReport(1, 0.1, 0.1, {})
+    totals.add({}, StepStats({}, [1e-6, 2e-4, 3e-4, 1e-6], [True, True, False, False]), sync)
+    totals.add({}, StepStats({}, [1.0], [True]), sync)
+    found = totals.metrics()
+    assert found["logprob_gap.flips"] == 2
+    assert found["logprob_gap.share_above_1e-4"] == 3 / 5
+    assert found["logprob_gap.max"] == 1.0
 
 
 def test_compare_skips_from_the_first_router_tie_on() -> None:
