@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from rewards.base import Item
-from rlhf.data.chains import check_chain, critique_of
+from rlhf.data.chains import check_chain
+from rlhf.data.critique import critique_of
 from rlhf.data.judging import parse_verdict
 from rlhf.types import Score
 

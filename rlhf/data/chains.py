@@ -10,9 +10,8 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import zip_longest
 
 KINDS = {
     "read": "perception",
@@ -36,13 +35,6 @@ CONCLUSIONS = {
 }
 
 FORM = re.compile(r"\s*<think>([^<>]*)</think>\s*\\boxed\{([^{}]*)\}\s*")
-STEP = {
-    "sum": re.compile(r"\d+ \+ \d+ = \d+"),
-    "difference": re.compile(r"\d+ - \d+ = \d+"),
-    "larger": re.compile(r"\d or \d: \d|of \d and \d, \d"),
-}
-
-Finding = tuple[str, str, str]  # of a judge: what is asked, the right result, what the reply says
 
 # what a weak reader of handwriting takes each digit for
 CONFUSED = ((6, 8), (7, 4), (7, 3), (5, 8), (9, 1), (3, 9), (0, 8), (1, 2), (3, 6), (4, 5))
@@ -98,134 +90,6 @@ def write_chain(chain: Chain, rng: random.Random) -> str:
     return f"<think>{' '.join(sentences)}</think>\\boxed{{{boxed}}}"
 
 
-def critique_of(category: str, digits: Sequence[int], text: str, target: int | None = None) -> str:
-    """What a careful judge of an image of `digits` says of a reply, written by `write_chain` or by a model.
-
-    It goes through the reply and, before each thing the reply says, works out by itself what should stand there: each
-    digit it sees, the result of each step from what the reply said before, the conclusion, the box. Then it copies what
-    does stand there ("-": nothing) and says bad where the two differ. The verdict is yes when nothing was bad. For an
-    image of 3 and 5, and "i see 3 and 6. 3 + 6 = 8. so 8.":
-
-        see 3 3. 5 6 bad. 3 + 6 = 9 8 bad. so 8 8. box 8 8. no
-
-    It expects the steps that `write_chain` writes, in their order, and finds fault with other ways to the same end that
-    `check_chain` accepts.
-    """
-    form = FORM.fullmatch(text)
-    if form is None:
-        return "no"
-    findings = list(_findings(category, digits, _sentences(form[1]), _numbers_text(form[2]), target))
-    sound = all(right == said for _, right, said in findings)
-    return " ".join([*(compared(*finding) for finding in findings), "yes" if sound else "no"])
-
-
-def _findings(
-    category: str, digits: Sequence[int], sentences: Sequence[str], boxed: str | None, target: int | None
-) -> Iterator[Finding]:
-    reading, *claims = sentences or [""]
-    conclusion = claims.pop() if claims else ""
-    seen = _parse_reading(reading) or []
-    yield from _pairs(_listed(digits), _listed(seen), "see")
-    result = yield from _step_findings(category, seen, claims, target)
-    # a sentence too many leaves the conclusion without its step
-    concluded = None if claims else _parse_conclusion(category, conclusion)
-    yield from _pairs(result, concluded or "", "so")
-    yield from _pairs(concluded or result, boxed or "", "box")
-
-
-def _step_findings(
-    category: str, seen: Sequence[int], claims: list[str], target: int | None
-) -> Generator[Finding, None, str]:
-    """Findings on the steps between reading and conclusion, each from what was said before it; takes the sentences it
-    finds out of `claims` and returns the result they lead to."""
-    if not seen:
-        return ""
-    if category in ("sum", "larger"):
-        return (yield from _running(category, seen, claims))
-    if category == "difference":
-        high, low = max(seen), min(seen)
-        said = _claimed(category, (high, low), claims, 1)
-        yield f"{high} - {low} =", str(high - low), said or "-"
-        return said or str(high - low)
-    if category == "sorted":
-        match = re.fullmatch(r"(?:smallest|start with) (.+)", claims.pop(0) if claims else "")
-        order = (_parse_list(match[1]) if match else None) or []
-        yield from _pairs(_listed(sorted(seen)), _listed(order), "order")
-        return _listed(order or sorted(seen))
-    if category == "count" and target is not None:
-        return (yield from _hits(seen, claims, target))
-    return answer_of(category, seen, target)
-
-
-def _running(category: str, seen: Sequence[int], claims: list[str]) -> Generator[Finding, None, str]:
-    """A sum or a maximum, one more digit a step."""
-    result = seen[0]
-    for left, digit in zip(range(len(seen) - 1, 0, -1), seen[1:], strict=True):
-        adds = category == "sum"
-        right = result + digit if adds else max(result, digit)
-        said = _claimed(category, (result, digit), claims, left)
-        yield f"{result} + {digit} =" if adds else f"{result} or {digit}:", str(right), said or "-"
-        result = int(said or right)
-    return str(result)
-
-
-def _hits(seen: Sequence[int], claims: list[str], target: int) -> Generator[Finding, None, str]:
-    """Which digits are the one that is counted, all in one sentence."""
-    words = claims.pop(0).split(", ") if claims else []
-    hits = 0
-    for digit, word in zip_longest(map(str, seen), words[: len(seen)], fillvalue=""):
-        right = _word(digit == str(target))
-        said = word.removeprefix(f"{digit} ") if word.startswith(f"{digit} ") else ""
-        yield digit, right, said or "-"
-        hits += (said or right) == "yes"
-    yield from _pairs("", " ".join(word.partition(" ")[0] for word in words[len(seen) :]))
-    return str(hits)
-
-
-def _claimed(category: str, operands: tuple[int, int], claims: list[str], left: int) -> str | None:
-    """The result that the next sentence gives for `operands`, if it is about them. It is taken out of `claims` then, or
-    when no more than the `left` steps would remain without a sentence: then it stands in the step's place."""
-    if not claims:
-        return None
-    *about, result = re.findall(r"\d+", claims[0]) if STEP[category].fullmatch(claims[0]) else [""]
-    wanted = list(map(str, operands))
-    follows = about == wanted or (category != "difference" and about == wanted[::-1])
-    if follows or len(claims) >= left:
-        del claims[0]
-    return result if follows else None
-
-
-def compared(asks: str, right: str, said: str) -> str:
-    """One finding of a critique: "8 + 5 = 13 12 bad.", "8 + 5 = 13 13."."""
-    return " ".join([*([asks] if asks else []), right, said]) + ("." if right == said else " bad.")
-
-
-def _pairs(right: str, said: str, label: str = "") -> list[Finding]:
-    """Findings that compare two lists element by element, `label` before the first; "-": one that is missing."""
-    pairs = zip_longest(right.split(), said.split(), fillvalue="-")
-    return [(label if place == 0 else "", one, other) for place, (one, other) in enumerate(pairs)]
-
-
-def write_fact(rng: random.Random) -> str:
-    """One small truth in the words of a chain or of a critique: a sum, a difference, the larger of two, same or not.
-
-    No false claims to find fault with: they taught false sums (thinking accuracy 0.56 instead of 0.61 after stage A).
-    """
-    one, other = rng.randrange(10), rng.randrange(10)
-    match rng.choice(("sum", "difference", "larger", "same")):
-        case "sum":
-            total = sum(rng.randrange(10) for _ in range(rng.choice((1, 1, 2, 3))))
-            return f"{total} + {one} = {total + one}."
-        case "difference":
-            return f"{max(one, other)} - {min(one, other)} = {abs(one - other)}."
-        case "larger":
-            return rng.choice(("{} or {}: {}.", "of {} and {}, {}.")).format(one, other, max(one, other))
-        case _:
-            number = one if rng.random() < 0.6 else rng.randrange(10, 40)
-            near = number + rng.choice((-10, -2, -1, 1, 2, 10)) if number > 9 else other
-            return compared("", str(number), str(number if rng.random() < 0.5 else near))
-
-
 def corrupt(chain: Chain, rng: random.Random) -> tuple[str, Chain]:
     """One of CORRUPTIONS and the sound `chain` with it, as a weak model would write it: digits misread, left out,
     seen double or in another's place, or steps that are false, everything after consistent with them; a step left out;
@@ -277,27 +141,27 @@ def check_chain(category: str, digits: Sequence[int], text: str, answer: str, ta
     outer = FORM.fullmatch(text)
     if outer is None:
         return ChainCheck(False, "not of the form <think>…</think>\\boxed{…}")
-    sentences = _sentences(outer[1])
+    sentences = sentences_of(outer[1])
     if len(sentences) < 2:
         return ChainCheck(False, "the chain needs at least a reading and a conclusion")
-    seen = _parse_reading(sentences[0])
+    seen = parse_reading(sentences[0])
     if seen is None:
         return ChainCheck(False, f"cannot parse the reading {sentences[0]!r}")
     if seen != list(digits):
-        return ChainCheck(False, f"reads {_listed(seen)}, the image has {_listed(digits)}")
+        return ChainCheck(False, f"reads {listed(seen)}, the image has {listed(digits)}")
     try:
         result = _verify_steps(category, list(digits), sentences[1:-1], target)
     except _FaultError as fault:
         return ChainCheck(False, str(fault))
-    concluded = _parse_conclusion(category, sentences[-1])
+    concluded = parse_conclusion(category, sentences[-1])
     if concluded is None:
         return ChainCheck(False, f"cannot parse the conclusion {sentences[-1]!r}")
     if concluded != result:
         return ChainCheck(False, f"concludes {concluded}, the steps give {result}")
-    boxed = _numbers_text(outer[2])
+    boxed = numbers_text(outer[2])
     if boxed != concluded:
         return ChainCheck(False, f"boxes {outer[2].strip()!r}, the conclusion is {concluded}")
-    if boxed != _numbers_text(answer):
+    if boxed != numbers_text(answer):
         return ChainCheck(False, f"answers {boxed}, the right answer is {answer}")
     return ChainCheck(True)
 
@@ -345,15 +209,16 @@ def _steps(chain: Chain, rng: random.Random) -> tuple[list[str], str]:
             for slip in slips:
                 order[slip], order[slip + 1] = order[slip + 1], order[slip]
             sentence = f"{rng.choice(('smallest', 'start with'))} {', then '.join(map(str, order))}."
-            return [sentence if skipped is None else ""], _listed(order)
+            return [sentence if skipped is None else ""], listed(order)
         case "count" if chain.target is not None:
             said = [(digit == chain.target) != (i in slips) for i, digit in enumerate(digits)]
-            shown = [f"{digit} {_word(said[i])}" for i, digit in enumerate(digits) if i != skipped]
+            shown = [f"{digit} {yes_or_no(said[i])}" for i, digit in enumerate(digits) if i != skipped]
             return [f"{', '.join(shown)}." if shown else ""], str(sum(said))
     return steps, answer_of(chain.category, digits, chain.target)
 
 
-def _word(hit: bool) -> str:
+def yes_or_no(hit: bool) -> str:
+    """How a count says of a digit whether it is the one that is counted."""
     return "yes" if hit else "no"
 
 
@@ -421,54 +286,58 @@ def _other_answer(category: str, right: str, rng: random.Random) -> str:
     if category in ("read", "sorted") and rng.random() < 0.3:
         place = rng.randrange(len(numbers))
         shorter = numbers[:place] + numbers[place + 1 :]
-        return _listed(
+        return listed(
             shorter if shorter and rng.random() < 0.5 else [*numbers[:place], numbers[place], *numbers[place:]]
         )
     if len(numbers) > 1 and len(set(numbers)) > 1 and rng.random() < 0.5:
         first, second = rng.choice([(i, j) for i in range(len(numbers)) for j in range(i) if numbers[i] != numbers[j]])
         numbers[first], numbers[second] = numbers[second], numbers[first]
-        return _listed(numbers)
+        return listed(numbers)
     place = rng.randrange(len(numbers))
     steps = (-10, -2, -1, 1, 2, 10) if numbers[place] > 9 else (-2, -1, 1, 2)
     limit = 99 if category == "sum" else 9
     numbers[place] = rng.choice([n for n in (numbers[place] + step for step in steps) if 0 <= n <= limit])
-    return _listed(numbers)
+    return listed(numbers)
 
 
 class _FaultError(Exception):
     """A step that is false, missing or not understood."""
 
 
-def _listed(numbers: Sequence[int]) -> str:
+def listed(numbers: Sequence[int]) -> str:
+    """Numbers as an answer has them: "3 5 8"."""
     return " ".join(map(str, numbers))
 
 
-def _numbers_text(text: str) -> str | None:
+def numbers_text(text: str) -> str | None:
+    """Numbers between spaces or commas, listed; None where anything but numbers stands."""
     words = text.replace(",", " ").split()
-    return _listed([int(word) for word in words]) if words and all(re.fullmatch(r"\d{1,4}", w) for w in words) else None
+    return listed([int(word) for word in words]) if words and all(re.fullmatch(r"\d{1,4}", w) for w in words) else None
 
 
-def _sentences(chain: str) -> list[str]:
+def sentences_of(chain: str) -> list[str]:
     """Lower case, white space squeezed, without their full stops; empty ones left out."""
     sentences = [" ".join(part.split()).lower() for part in chain.split(".")]
     return [sentence for sentence in sentences if sentence]
 
 
-def _parse_list(text: str) -> list[int] | None:
+def parse_list(text: str) -> list[int] | None:
     """Digits between spaces, commas, `and` or `then`."""
     words = re.split(r",? and |,? then |, | ", text)
     return [int(word) for word in words] if all(re.fullmatch(r"\d", word) for word in words) else None
 
 
-def _parse_reading(sentence: str) -> list[int] | None:
+def parse_reading(sentence: str) -> list[int] | None:
+    """The digits that the first sentence of a chain reads; None where it does not."""
     match = re.fullmatch(r"(?:i see|the digits are|reading|first) (.+)", sentence)
-    return _parse_list(match[1]) if match else None
+    return parse_list(match[1]) if match else None
 
 
-def _parse_conclusion(category: str, sentence: str) -> str | None:
+def parse_conclusion(category: str, sentence: str) -> str | None:
+    """The numbers of a last sentence in the words of the category; None for other words."""
     openings = "|".join(form.partition(" {}")[0] for form in CONCLUSIONS[category])
     match = re.fullmatch(rf"(?:{openings}|the answer is|so the answer is) ([\d ,]+)", sentence)
-    return _numbers_text(match[1]) if match else None
+    return numbers_text(match[1]) if match else None
 
 
 def _verify_steps(category: str, digits: list[int], steps: list[str], target: int | None) -> str:
@@ -485,25 +354,25 @@ def _verify_steps(category: str, digits: list[int], steps: list[str], target: in
             high, low, gap = map(int, match.groups())
             if [high, low] != sorted(digits, reverse=True):
                 raise _FaultError(
-                    f"{steps[0]!r} does not subtract the smaller from the larger digit of {_listed(digits)}"
+                    f"{steps[0]!r} does not subtract the smaller from the larger digit of {listed(digits)}"
                 )
             if high - low != gap:
                 raise _FaultError(f"{steps[0]!r} is false")
             return str(gap)
         case "sorted":
             match = re.fullmatch(r"(?:smallest|start with) (.+)", _only(steps))
-            order = _parse_list(match[1]) if match else None
+            order = parse_list(match[1]) if match else None
             if order is None:
                 raise _FaultError(f"cannot parse the step {steps[0]!r}")
             if order != sorted(digits):
-                raise _FaultError(f"{steps[0]!r} is not {_listed(digits)} in order")
-            return _listed(order)
+                raise _FaultError(f"{steps[0]!r} is not {listed(digits)} in order")
+            return listed(order)
         case "count" if target is not None:
             said = re.findall(r"(\d) (yes|no)(?:, |$)", _only(steps))
             if ", ".join(f"{digit} {word}" for digit, word in said) != steps[0]:
                 raise _FaultError(f"cannot parse the step {steps[0]!r}")
             if said != [(str(digit), "yes" if digit == target else "no") for digit in digits]:
-                raise _FaultError(f"{steps[0]!r} does not say which of {_listed(digits)} is a {target}")
+                raise _FaultError(f"{steps[0]!r} does not say which of {listed(digits)} is a {target}")
             return str(sum(word == "yes" for _, word in said))
         case "read" | "count":
             if steps:
@@ -531,13 +400,13 @@ def _verify_sum(digits: list[int], steps: list[str]) -> int:
                 raise _FaultError(f"{step!r} does not go on from {total}")
             terms[total] -= 1
         if terms - left:
-            raise _FaultError(f"{step!r} adds a digit that is not left of {_listed(digits)}")
+            raise _FaultError(f"{step!r} adds a digit that is not left of {listed(digits)}")
         left = left - terms
         total = sum(terms.elements()) + (total or 0)
         if total != int(match[2]):
             raise _FaultError(f"{step!r} is false")
     if total is None or left:
-        raise _FaultError(f"the steps leave out {_listed(sorted(left.elements()))}")
+        raise _FaultError(f"the steps leave out {listed(sorted(left.elements()))}")
     return total
 
 

@@ -26,11 +26,10 @@ from rlhf.data.chains import (
     answer_of,
     check_chain,
     corrupt,
-    critique_of,
     spoil,
     write_chain,
-    write_fact,
 )
+from rlhf.data.critique import critique_of, write_fact
 from rlhf.data.judging import judge_question, parse_verdict
 from rlhf.data.rows import DataError, Row
 

@@ -11,7 +11,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 
-from rlhf.data.chains import CATEGORIES, Chain, answer_of, check_chain, critique_of, spoil, write_chain
+from rlhf.data.chains import CATEGORIES, Chain, answer_of, check_chain, spoil, write_chain
+from rlhf.data.critique import critique_of
 from rlhf.data.digits import build, scans
 from rlhf.data.judging import judge_question, parse_verdict
 from rlhf.data.rows import DataError, read, write
