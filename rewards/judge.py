@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 
@@ -32,13 +33,21 @@ def not_asked() -> Score:
     return Score("scored", 0.0, note="not judged: no chain of thought, or not the right answer")
 
 
-def verdict(reply: Rollout) -> Score:
-    """1.0 for yes, 0.0 for no; a reply without either, or cut off before its end, is a failure, never a 0."""
+def verdict(reply: Rollout, confidence: float = 0.0) -> Score:
+    """1.0 for yes, 0.0 for no; a reply without either, or cut off before its end, is a failure, never a 0.
+
+    A yes is a no where the judge gave some token on its way a probability under `confidence`: a judge that hesitates
+    mostly does so where it reads into a reply what should stand there. (A generative verifier's probability of yes is
+    its score, arXiv:2408.15240; one that works out its verdict spends its doubt before it.)
+    """
     if reply.finish != "stop":
         return Score("failed", note=f"the judge had not finished after {len(reply.token_ids)} tokens: {reply.text!r}")
     said = parse_verdict(reply.text)
     if said is None:
         return Score("failed", note=f"the judge said neither yes nor no: {reply.text!r}")
+    least = math.exp(min(reply.logprobs))
+    if said and least < confidence:
+        return Score("scored", 0.0, note=f"the judge said {reply.text!r}, but with a token of probability {least:.2f}")
     return Score("scored", 1.0 if said else 0.0, note=f"the judge said {reply.text!r}")
 
 

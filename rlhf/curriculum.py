@@ -238,7 +238,8 @@ class Curriculum:
         )
 
     def _judges(self, engines: Mapping[str, Engine], models: Mapping[str, Path]) -> dict[str, Judge]:
-        return {name: Judge(engines[name], load_processor(path).tokenizer) for name, path in models.items()}
+        settings = self.recipe.judging
+        return {name: Judge(engines[name], load_processor(path).tokenizer, settings) for name, path in models.items()}
 
     def rows(self, name: str) -> Rows:
         """Rows of a [data] source, or of an earlier synthesize stage."""
@@ -297,11 +298,12 @@ class Curriculum:
         """Everything that determines a stage's artifact, and apart from that, what it is measured with, as digests:
         a change in the former makes the stage run again, in the latter makes it measured again."""
         parent = parent_of(self.recipe, stage)
-        judges = {name: self.results[name]["artifact"]["digest"] for name in judges_of(stage)}
+        judging = self.recipe.judging.model_dump(mode="json")
+        judges = {name: [self.results[name]["artifact"]["digest"], judging] for name in judges_of(stage)}
         shared = self._shared() | {"precision": self.recipe.resources.precision}
         config = stage.model_dump(mode="json", exclude={"gates", "budget_minutes", "checkpoint_every"})
         measure = [config.pop(name, None) for name in ("evaluate", "eval_data", "temperatures")]
-        measure.append(self.recipe.evaluation.model_dump(mode="json"))
+        measure.append(judging if stage.evaluate == "judge" else self.recipe.evaluation.model_dump(mode="json"))
         measure.append(_code([self.recipe.evaluation.answer, self.recipe.evaluation.soundness]))
         return {
             "parent": self.results[parent]["artifact"]["digest"] if parent else self._model_digest(),

@@ -91,8 +91,9 @@ async def judge_quality(context: Context, engine: Engine, source: str) -> Report
     """Precision, recall, κ and the specificity for each kind of corruption, on rows with columns `sound` and
     `corruption`. "Positive" is a verdict of sound."""
     prompts = held_out(context, source, len(context.rows(source)), think=False)
-    groups = await engine.generate(prompts, Sampling(temperature=0.0, max_tokens=context.recipe.evaluation.max_tokens))
-    said = [verdict(group.rollouts[0]) for group in groups]
+    settings = context.recipe.judging
+    groups = await engine.generate(prompts, Sampling(temperature=0.0, max_tokens=settings.max_tokens))
+    said = [verdict(group.rollouts[0], settings.confidence) for group in groups]
     truth = [bool(group.prompt.columns["sound"]) for group in groups]
     metrics = agreement(said, truth, "judge")
     by_kind: dict[str, list[Score]] = defaultdict(list)

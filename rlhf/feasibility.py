@@ -229,18 +229,24 @@ def _function(key: str, spec: str) -> Iterator[str]:
         yield f"{key} = {spec!r}: no such file {home}; correct the path"
 
 
+def longest_replies(recipe: Recipe, stage: Stage) -> dict[str, int]:
+    """How many tokens the stage's engines may sample for one reply, by the recipe's key for it."""
+    replies = {"max_tokens": stage.max_tokens} if isinstance(stage, Rl | Synthesize) else {}
+    if stage.evaluate == "modes":
+        replies["evaluation.max_tokens"] = recipe.evaluation.max_tokens
+    if stage.evaluate == "judge" or judges_of(stage):
+        replies["judging.max_tokens"] = recipe.judging.max_tokens
+    return replies
+
+
 def _lengths(recipe: Recipe, stage: Stage) -> Iterator[str]:
     limit = recipe.resources.max_model_len
-    if isinstance(stage, Rl | Synthesize) and stage.max_tokens >= limit:
-        yield (
-            f"max_tokens = {stage.max_tokens} leaves no room for a prompt in resources.max_model_len = {limit}; "
-            "lower the one or raise the other"
-        )
-    if stage.evaluate in ("modes", "judge") and recipe.evaluation.max_tokens >= limit:
-        yield (
-            f"evaluation.max_tokens = {recipe.evaluation.max_tokens} leaves no room for a prompt in "
-            f"resources.max_model_len = {limit}; lower the one or raise the other"
-        )
+    for key, tokens in longest_replies(recipe, stage).items():
+        if tokens >= limit:
+            yield (
+                f"{key} = {tokens} leaves no room for a prompt in resources.max_model_len = {limit}; "
+                "lower the one or raise the other"
+            )
 
 
 def _gate(recipe: Recipe, stage: Stage, metric: str) -> Iterator[str]:

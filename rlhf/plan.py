@@ -295,9 +295,7 @@ def _stage_shapes(recipe: Recipe, architectures: dict[str, Architecture]) -> Ite
                     "over the whole row; leave clip_low and clip_high out (3e-4 and 4e-4)"
                 )
         pictures = architecture.image_tokens
-        longest = stage.max_tokens if isinstance(stage, Rl | Synthesize) else 0
-        if stage.evaluate in ("modes", "judge"):
-            longest = max(longest, recipe.evaluation.max_tokens)
+        longest = max(feasibility.longest_replies(recipe, stage).values(), default=0)
         if pictures is not None and longest + pictures >= resources.max_model_len:
             yield (
                 f"stage {stage.name!r}: a picture of up to {pictures} tokens and max_tokens = {longest} leave no room "

@@ -144,6 +144,14 @@ class Evaluation(Table):
     bootstrap: PositiveInt = 2000
 
 
+class Judging(Table):
+    """How a judge is asked, and when its yes counts: a yes with a token of less than `confidence` on its way, of the
+    probabilities the judge gave what it said, is a no. 0 counts every yes."""
+
+    max_tokens: PositiveInt = 80
+    confidence: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+
+
 class Tracking(Table):
     """Where progress goes besides the console and JSONL."""
 
@@ -293,6 +301,7 @@ class Recipe(Table):
     resources: Resources = Resources()
     deadlines: Deadlines = Deadlines()
     evaluation: Evaluation = Evaluation()
+    judging: Judging = Judging()
     tracking: Tracking = Tracking()
     stages: Annotated[list[Stage], Field(min_length=1)]
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
 from rewards import judge as judging
 from rewards.mixture import combine
-from rlhf.recipe import Reward
+from rlhf.recipe import Judging, Reward
 from rlhf.roles import Engine, Rewards
 from rlhf.types import Group, Sampling, Score
 
@@ -22,7 +22,7 @@ class Judge:
 
     engine: Engine
     tokenizer: PreTrainedTokenizerBase
-    max_tokens: int = 80
+    settings: Judging = field(default_factory=Judging)
 
     async def score(self, groups: Sequence[Group], right: Sequence[Sequence[Score]] | None = None) -> list[list[Score]]:
         """One verdict a rollout: 1.0 sound, 0.0 unsound; a reply that does not parse is a failure. Given the scores of
@@ -37,9 +37,10 @@ class Judge:
         distinct = {
             (g, prompt.token_ids): prompt for g, row in enumerate(asked) for prompt in row if prompt is not None
         }
-        sampling = Sampling(temperature=0.0, max_tokens=self.max_tokens)
+        sampling = Sampling(temperature=0.0, max_tokens=self.settings.max_tokens)
         replies = await self.engine.generate(list(distinct.values()), sampling)
-        said = {key: judging.verdict(reply.rollouts[0]) for key, reply in zip(distinct, replies, strict=True)}
+        sure = self.settings.confidence
+        said = {key: judging.verdict(reply.rollouts[0], sure) for key, reply in zip(distinct, replies, strict=True)}
         return [
             [judging.not_asked() if prompt is None else said[g, prompt.token_ids] for prompt in row]
             for g, row in enumerate(asked)

@@ -1,5 +1,6 @@
 """Rewards: found by name, isolated in failure, checked by hand-made cases."""
 
+import dataclasses
 import threading
 import time
 
@@ -230,6 +231,11 @@ def test_verdicts():
     assert judge.verdict(reply("3 5 . yes")).value == 1.0
     assert judge.verdict(reply("no")).value == 0.0
     assert judge.not_asked().value == 0.0
+    hesitant = Rollout((1, 2, 3), (0.0, -0.5, 0.0), (0, 0, 0), "3 3. yes", "stop")  # 0.61
+    assert judge.verdict(hesitant, 0.6).value == 1.0
+    assert judge.verdict(hesitant, 0.62).value == 0.0
+    assert "probability 0.61" in judge.verdict(hesitant, 0.62).note
+    assert judge.verdict(dataclasses.replace(hesitant, text="3 5 bad. no"), 0.62).value == 0.0
     unread = judge.verdict(reply("3 5 8"))
     assert (unread.outcome, unread.value) == ("failed", None)
     assert "3 5 8" in unread.note
