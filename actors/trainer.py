@@ -12,7 +12,7 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from fnmatch import fnmatchcase
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rlhf.agreement import NEAR_TIE, lowest_margins, routers
+from rlhf.agreement import NEAR_TIE, Routed, lowest_margins, routers
 from rlhf.algorithms import LOSSES, processed_logprobs
 from rlhf.batching import Cached, Tensors, Visual, collate
 from rlhf.bridge import short_name
@@ -186,7 +186,7 @@ class _Stage:
         gap, tied = list[float](), list[bool]()
         for index, update in enumerate(batch.updates):
             own = _Totals()
-            differences = self.accumulate(update, own)
+            differences = self.accumulate(update, own, compared=index == 0)
             self._require_finite(own)
             totals.add(own)
             if index == 0:
@@ -194,9 +194,10 @@ class _Stage:
             self._apply(totals)
         return StepStats(totals.reduce(self.world_size), gap, tied)
 
-    def accumulate(self, update: Update, totals: _Totals) -> list[Tensor]:
+    def accumulate(self, update: Update, totals: _Totals, compared: bool = False) -> list[Tensor]:
         """Gradients of one update on this rank, reduced over ranks by DeepSpeed; of its sampled tokens, a micro-batch
-        each, [2, N]: |trainer − engine| log-probability difference, and whether a router was at a tie."""
+        each, [2, N]: |trainer − engine| log-probability difference in nats, and 1 where a router was at a tie (if
+        `compared`)."""
         loss_spec = self.spec.loss
         rows = update.micro_batches[self.rank]
         length = sum(len(s.token_ids) for mine in update.micro_batches for part in mine for s in part)
@@ -205,7 +206,8 @@ class _Stage:
         for index, samples in enumerate(rows):
             self.engine.set_gradient_accumulation_boundary(index == len(rows) - 1)
             tensors = collate(samples, self.visual).to(self.device)
-            with routers(self.model) as routed:
+            unheard: AbstractContextManager[Routed] = nullcontext({})
+            with routers(self.model) if compared and bool(tensors.sampled.any()) else unheard as routed:
                 logprobs, entropy, out = self._forward(tensors, loss_spec)
             loss, metrics = LOSSES[loss_spec.kind](
                 logprobs,
@@ -298,7 +300,7 @@ class _Stage:
         totals.learning_rate = max(self._rates) * share
 
     def _gather(self, differences: list[Tensor]) -> tuple[list[float], list[bool]]:
-        """Gaps and ties of all ranks."""
+        """[N] each, ranks in order: |trainer − engine| in nats, and whether a router was at a tie."""
         parts: list[Any] = [None] * self.world_size
         torch.distributed.all_gather_object(parts, torch.cat(differences, dim=1).cpu().numpy())
         gap, tied = np.concatenate(parts, axis=1)

@@ -20,7 +20,7 @@ CHAIN = re.compile(r"<think>(.*?)</think>", re.DOTALL)
 def ask(items: Group | Sequence[Item], tokenizer: PreTrainedTokenizerBase) -> list[Prompt | None]:
     """The judge's prompt for each completion, in order: the same media, the judge's own template, no thinking.
 
-    None where there is no chain to judge: an empty chain is unsound, and `without_chain()` says so without asking.
+    None where there is no chain to judge: an empty chain is unsound, and `not_asked()` says so without asking.
     Keys are "<prompt key>/judge/<place>". Special tokens spelled inside the completion are taken out, so that no
     policy can end its judge's turn or show it a picture.
     """
@@ -45,8 +45,7 @@ def verdict(reply: Rollout, confidence: float = 0.0) -> Score:
     said = parse_verdict(reply.text)
     if said is None:
         return Score("failed", note=f"the judge said neither yes nor no: {reply.text!r}")
-    least = math.exp(min(reply.logprobs))
-    if said and least < confidence:
+    if said and confidence > 0.0 and (least := math.exp(min(reply.logprobs))) < confidence:
         return Score("scored", 0.0, note=f"the judge said {reply.text!r}, but with a token of probability {least:.2f}")
     return Score("scored", 1.0 if said else 0.0, note=f"the judge said {reply.text!r}")
 

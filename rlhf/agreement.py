@@ -183,7 +183,8 @@ def fingerprint_model(
 def _forward(
     model: nn.Module, processor: ProbeProcessor, visual: Visual, probes: Sequence[Probe]
 ) -> tuple[list[list[int]], torch.Tensor]:
-    """Expanded ids of the probes and their logits [probes, longest, vocabulary], by the path of training."""
+    """Expanded ids of the probes and their logits [rows, longest, vocabulary], by the path of training. A row with a
+    picture may come after the probes' own (`Visual.blank`): routers see it too."""
     expanded = [processor.expand(probe.token_ids, [media.size for media in probe.media]) for probe in probes]
     rows = [Sample("probe", tuple(ids), 1, probe.media) for ids, probe in zip(expanded, probes, strict=True)]
     inputs = collate(rows, visual).to(next(model.parameters()).device).model_inputs()
@@ -191,7 +192,7 @@ def _forward(
     model.eval()
     try:
         with torch.no_grad():
-            return expanded, model(**inputs, use_cache=False).logits[: len(rows)]
+            return expanded, model(**inputs, use_cache=False).logits
     finally:
         model.train(training)
 

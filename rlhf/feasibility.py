@@ -230,12 +230,14 @@ def _function(key: str, spec: str) -> Iterator[str]:
 
 
 def longest_replies(recipe: Recipe, stage: Stage) -> dict[str, int]:
-    """How many tokens the stage's engines may sample for one reply, by the recipe's key for it."""
+    """How many tokens replies may take in a sequence of the stage's engines, by the recipe's keys for them."""
     replies = {"max_tokens": stage.max_tokens} if isinstance(stage, Rl | Synthesize) else {}
     if stage.evaluate == "modes":
         replies["evaluation.max_tokens"] = recipe.evaluation.max_tokens
-    if stage.evaluate == "judge" or judges_of(stage):
+    if stage.evaluate == "judge":
         replies["judging.max_tokens"] = recipe.judging.max_tokens
+    if judges_of(stage):  # a judge reads the policy's reply in its prompt
+        replies["max_tokens + judging.max_tokens"] = replies["max_tokens"] + recipe.judging.max_tokens
     return replies
 
 

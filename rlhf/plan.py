@@ -295,12 +295,13 @@ def _stage_shapes(recipe: Recipe, architectures: dict[str, Architecture]) -> Ite
                     "over the whole row; leave clip_low and clip_high out (3e-4 and 4e-4)"
                 )
         pictures = architecture.image_tokens
-        longest = max(feasibility.longest_replies(recipe, stage).values(), default=0)
-        if pictures is not None and longest + pictures >= resources.max_model_len:
-            yield (
-                f"stage {stage.name!r}: a picture of up to {pictures} tokens and max_tokens = {longest} leave no room "
-                f"for the question in resources.max_model_len = {resources.max_model_len}; raise it, or use fewer tiles"
-            )
+        for key, tokens in feasibility.longest_replies(recipe, stage).items():
+            if pictures is not None and tokens + pictures >= resources.max_model_len:
+                yield (
+                    f"stage {stage.name!r}: a picture of up to {pictures} tokens and {key} = {tokens} leave no room "
+                    f"for the question in resources.max_model_len = {resources.max_model_len}; raise it, or use fewer "
+                    "tiles"
+                )
     if resources.token_budget < resources.max_model_len:
         yield (
             f"resources.token_budget = {resources.token_budget} is less than resources.max_model_len = "

@@ -27,6 +27,7 @@ class Totals:
     gap_above: int = 0
     gap_max: float = 0.0
     gap_flips: int = 0
+    gap_tied: int = 0
     maxima: dict[str, float] = field(default_factory=dict)
 
     def add(self, metrics: Mapping[str, float], stats: StepStats, sync: SyncReport) -> None:
@@ -42,7 +43,9 @@ class Totals:
             counts = np.bincount(np.searchsorted(EDGES, gaps), minlength=len(EDGES) + 1)
             self.gap_counts = [old + int(new) for old, new in zip(self.gap_counts, counts, strict=True)]
             self.gap_above += int((gaps > LARGE).sum())
-            self.gap_flips += int(((gaps > LARGE) & np.asarray(stats.tied)).sum())
+            tied = np.asarray(stats.tied)
+            self.gap_flips += int(((gaps > LARGE) & tied).sum())
+            self.gap_tied += int(tied.sum())
             self.gap_max = max(self.gap_max, float(gaps.max()))
         for name, value in (("sync", sync.seconds), ("proof", sync.proof_seconds)):
             self.sums[f"{name}_seconds"] = self.sums.get(f"{name}_seconds", 0.0) + value
@@ -60,6 +63,8 @@ class Totals:
                 "logprob_gap.max": self.gap_max,
                 "logprob_gap.share_above_1e-4": self.gap_above / total,
                 "logprob_gap.flips": float(self.gap_flips),
+                # flips say little where nearly every token is at a tie
+                "logprob_gap.share_tied": self.gap_tied / total,
                 "logprob_gap.tokens": float(total),
             }
         return found | self.maxima

@@ -161,6 +161,10 @@ class StepStats:
     gap: Sequence[float] = ()
     tied: Sequence[bool] = ()
 
+    def __post_init__(self) -> None:
+        if len(self.gap) != len(self.tied):
+            raise ValueError(f"{len(self.gap)} gaps and {len(self.tied)} ties: one of each for every sampled token")
+
 
 @dataclass(frozen=True)
 class Probe:

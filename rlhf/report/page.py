@@ -367,7 +367,7 @@ def _facts(run: RunView) -> str:
     labels = {
         "logprob_gap.p999": "gap, 99.9th percentile",
         "logprob_gap.share_above_1e-4": "tokens above 10⁻⁴",
-        "logprob_gap.flips": "of these at a router tie",
+        "logprob_gap.flips": "their number at a router tie",
         "sync_probe.max": "worst probe after a sync",
         "rl.clip_fraction": "clipped tokens",
     }

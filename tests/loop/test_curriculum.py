@@ -125,6 +125,22 @@ def test_a_changed_evaluation_measures_again_and_trains_nothing(
         assert after["stages"][i]["artifact"]["digest"] == before["stages"][i]["artifact"]["digest"]
 
 
+def test_another_way_of_judging_spares_what_no_judge_touched(finished: tuple[Path, FakeCast], tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(finished[0], folder)
+    again = run(recipe("judging.max_tokens = 23"), folder)
+    begun = [Path(spec.model).parent.name for spec in again.trainer.begun]
+    assert begun[-1] == "14-think-fusion"  # rl-mixed on top of it
+    assert not {"04-instruct", "06-long-cot"} & set(begun)  # the judge, and B
+    before, after = (
+        {stage["name"]: stage["artifact"]["evaluation_digest"] for stage in summary(where)["stages"]}
+        for where in (finished[0], folder)
+    )
+    assert before["rl-verifiable"] == after["rl-verifiable"]
+    assert before["judge"] != after["judge"]
+    assert before["judge-of-own"] != after["judge-of-own"]
+
+
 def test_another_seed_starts_from_another_model(finished: tuple[Path, FakeCast], tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(finished[0], folder)

@@ -171,7 +171,7 @@ def write_run(folder: Path, last: int | None = None, failed: bool = False, runni
         if kind == "rl":
             metrics |= {
                 "sync_probe.max": 4.8e-6, "logprob_gap.p999": 8.6e-6, "logprob_gap.share_above_1e-4": 2.4e-4,
-                "rl.clip_fraction": 0.012,
+                "logprob_gap.flips": 12, "rl.clip_fraction": 0.012,
             }  # fmt: skip
         if name == "judge":
             metrics |= {"judge.precision": 0.956, "judge.recall": 0.913, "judge.kappa": 0.842}

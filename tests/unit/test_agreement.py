@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,12 +19,13 @@ from rlhf.agreement import (
     localise,
     lowest_margins,
     make_probes,
+    probe_model,
     recording,
     sketch,
 )
 from rlhf.roles import SyncReport
 from rlhf.statistics import Totals
-from rlhf.types import Media, ProbeScores, StepStats
+from rlhf.types import Media, Probe, ProbeScores, Sample, StepStats
 
 MEDIA = [Media(b"a", (4, 4)), Media(b"b", (4, 4))]
 
@@ -77,12 +80,56 @@ def test_the_lowest_margin_is_that_of_any_router_there_or_before() -> None:
     assert lowest_margins({}, (1, 2)).tolist() == [[math.inf, math.inf]]
 
 
+class TiedRouter(nn.Module):
+    """Two experts; the second is a tie away where the token's id is 5."""
+
+    def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = torch.stack([torch.ones(ids.numel()), (ids.flatten() == 5).float()], dim=-1)
+        return logits, logits.argmax(-1, keepdim=True)
+
+
+class TiedMixture(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = nn.Module()
+        self.mlp.gate, self.mlp.experts = TiedRouter(), nn.Linear(1, 1)
+
+    def forward(self, input_ids: torch.Tensor, **_: object) -> SimpleNamespace:
+        self.mlp.gate(input_ids)
+        return SimpleNamespace(logits=torch.zeros(*input_ids.shape, 8))
+
+
+def test_probes_without_pictures_are_scored_beside_the_row_that_brings_one() -> None:
+    """Of an ordinary model, whose vision tower every rank must run."""
+
+    class Blank:
+        pad_id, explicit_positions = 0, False
+
+        def join(self, items: object, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {}
+
+        def blank(self) -> Sample:
+            return Sample("blank", (5, 5, 5, 5, 5), 1)
+
+    class Plain:
+        def expand(self, token_ids: Sequence[int], sizes: Sequence[tuple[int, int]]) -> list[int]:
+            return list(token_ids)
+
+    found = probe_model(TiedMixture(), Plain(), Blank(), [Probe((1, 2, 3, 4)), Probe((1, 5, 3))])
+    assert [len(row) for row in found.logprobs] == [3, 2]
+    assert found.margins[0] == pytest.approx([0.4621] * 3, abs=1e-3)
+    assert found.margins[1] == pytest.approx([0.4621, 0.0], abs=1e-3)
+
+
 def test_a_large_gap_at_a_tie_is_a_flip() -> None:
     totals, sync = Totals(), SyncReport(1, 0.1, 0.1, {})
     totals.add({}, StepStats({}, [1e-6, 2e-4, 3e-4, 1e-6], [True, True, False, False]), sync)
     totals.add({}, StepStats({}, [1.0], [True]), sync)
     found = totals.metrics()
     assert found["logprob_gap.flips"] == 2
+    assert found["logprob_gap.share_tied"] == 3 / 5
+    with pytest.raises(ValueError, match="1 gaps and 0 ties"):
+        StepStats({}, [1e-6])
     assert found["logprob_gap.share_above_1e-4"] == 3 / 5
     assert found["logprob_gap.max"] == 1.0
 

@@ -236,6 +236,7 @@ def test_every_shipped_recipe_plans(recipe: Path, monkeypatch: pytest.MonkeyPatc
 REFUSALS = {
     "unknown source": ("stages.align.data = {trian = 1}", "data 'trian' is no [data] source.*did you mean 'train'"),
     "unknown start": ("stages.improve.start = 'cott'", "start = 'cott' is no stage; did you mean 'cot'"),
+    "judges that talk": ("judging.max_tokens = 300", r"max_tokens \+ judging.max_tokens = \d+ leaves no room"),
     "later start": ("stages.align.start = 'cot'", "start = 'cot' comes later; move it"),
     "own start": ("stages.cot.start = 'cot'", "is the stage itself"),
     "start without a model": ("stages.improve.start = 'filtered'", "is a synthesize stage, which makes no model"),
@@ -281,7 +282,7 @@ REFUSALS = {
     ),
     "no room for a prompt": ("stages.improve.max_tokens = 256", "max_tokens = 256 leaves no room for a prompt"),
     "no room in evaluation": ("evaluation.max_tokens = 300", "evaluation.max_tokens = 300 leaves no room"),
-    "no room for the picture": ("stages.improve.max_tokens = 245", "a picture of up to 16 tokens"),
+    "no room for the picture": ("stages.improve.max_tokens = 165", r"of up to 16 tokens and max_tokens \+ judg"),
     "budget under a row": ("resources.token_budget = 128", "token_budget = 128 is less than resources.max_model_len"),
     "cuda without gpus": ("resources.device = 'cuda'", "there is no GPU here"),
     "nccl on cpu": ("resources.transport = 'nccl'", "the trainer has no sender for it yet"),

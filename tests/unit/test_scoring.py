@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Sequence
 
 from rlhf.data.tokenizer import train_tokenizer
-from rlhf.recipe import Chat, Reward
+from rlhf.recipe import Chat, Judging, Reward
 from rlhf.scoring import Judge, score
 from rlhf.types import Group, Prompt, Rollout, Sampling, Score
 
@@ -45,6 +45,21 @@ def test_each_rollout_gets_its_own_verdict_and_equal_ones_are_asked_once() -> No
     scores = asyncio.run(Judge(engine, TOKENIZER).score(groups))
     assert [[score.value for score in row] for row in scores] == [[1.0, 0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]
     assert engine.asked == 4  # two chains under each of two questions; the one without a chain is not asked
+
+
+def test_a_judge_is_asked_and_believed_as_the_recipe_says() -> None:
+    class Hesitant(Engine):
+        async def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
+            assert sampling.max_tokens == 7
+            return [Group(p, p.token_ids, (Rollout((1, 2), (-0.5, 0.0), (0, 0), "3 3. yes", "stop"),)) for p in prompts]
+
+    def asked(confidence: float) -> list[float | None]:
+        judge = Judge(Hesitant(), TOKENIZER, Judging(confidence=confidence, max_tokens=7))
+        (scores,) = asyncio.run(judge.score([group("read the digits.", SOUND)]))
+        return [score.value for score in scores]
+
+    assert asked(0.6) == [1.0]
+    assert asked(0.7) == [0.0]
 
 
 def test_pictures_tell_equal_questions_apart() -> None:
