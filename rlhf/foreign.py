@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import io
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from rlhf import bridge
+from rlhf.architecture import chain_of
 from rlhf.batching import BridgeVisual, Visual, concatenate, pad_of
 from rlhf.types import Media, Sample
 
@@ -22,13 +22,16 @@ from rlhf.types import Media, Sample
 def open_model(path: str) -> tuple[PreTrainedModel, Any, Visual]:
     """(model, processor, visual) of a model folder or hub name. A folder in peft's format opens as its base model
     with the adapter merged in. Raises ValueError if the folder holds no vision-language model."""
-    folder = Path(path)
-    if (folder / "adapter_config.json").is_file():
+    *adapters, base = chain_of(Path(path))
+    model, processor, visual = _open_base(str(base))
+    for adapter in reversed(adapters):
         from peft import PeftModel
 
-        base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-        model, processor, visual = open_model(base)
-        return PeftModel.from_pretrained(model, path).merge_and_unload(), processor, visual
+        model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    return model, processor, visual
+
+
+def _open_base(path: str) -> tuple[PreTrainedModel, Any, Visual]:
     bridge.register()
     if AutoConfig.from_pretrained(path).model_type == bridge.MODEL_TYPE:
         own, own_processor = bridge.load(path)
