@@ -220,8 +220,8 @@ class TrainerHandle:
         info = (await self._all("begin", "start", spec))[0]
         return {"parameters": info.num_parameters, "trainable": info.num_trainable}
 
-    async def step(self, batch: Batch) -> StepStats:
-        stats: StepStats = (await self._all("step", "step", ray.put(batch)))[0]
+    async def step(self, batch: Batch, fresh: bool = False) -> StepStats:
+        stats: StepStats = (await self._all("step", "step", ray.put(batch), fresh))[0]
         return stats
 
     async def losses(self, batch: Batch) -> Mapping[str, float]:

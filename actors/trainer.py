@@ -88,10 +88,11 @@ class TrainerRank:
         self._stage = _Stage(self._deepspeed, spec, self.rank, self.world_size, self.device)
         return self._stage.info
 
-    def step(self, batch: Batch) -> StepStats:
-        """One optimizer step for each update of the batch. Raises FloatingPointError naming step and samples if a
-        loss is not finite; the model is then as before that optimizer step."""
-        return self._begun.step(batch)
+    def step(self, batch: Batch, fresh: bool = False) -> StepStats:
+        """One optimizer step for each update of the batch; `fresh`: the weights are those that sampled its rows, so the
+        log-probabilities of the first update are compared with the engine's. Raises FloatingPointError naming step and
+        samples if a loss is not finite; the model is then as before that optimizer step."""
+        return self._begun.step(batch, fresh)
 
     def losses(self, batch: Batch) -> dict[str, float]:
         """{"loss": mean negative log-likelihood of the completion tokens in nats, "tokens": their number};
@@ -181,15 +182,16 @@ class _Stage:
             num_trainable=sum(_numel(p) for p in parameters if p.requires_grad),
         )
 
-    def step(self, batch: Batch) -> StepStats:
+    def step(self, batch: Batch, fresh: bool) -> StepStats:
         totals = _Totals()
         gap, tied = list[float](), list[bool]()
         for index, update in enumerate(batch.updates):
             own = _Totals()
-            differences = self.accumulate(update, own, compared=index == 0)
+            compared = fresh and index == 0
+            differences = self.accumulate(update, own, compared)
             self._require_finite(own)
             totals.add(own)
-            if index == 0:
+            if compared:
                 gap, tied = self._gather(differences)
             self._apply(totals)
         return StepStats(totals.reduce(self.world_size), gap, tied)
@@ -207,7 +209,7 @@ class _Stage:
             self.engine.set_gradient_accumulation_boundary(index == len(rows) - 1)
             tensors = collate(samples, self.visual).to(self.device)
             unheard: AbstractContextManager[Routed] = nullcontext({})
-            with routers(self.model) if compared and bool(tensors.sampled.any()) else unheard as routed:
+            with routers(self.model) if compared else unheard as routed:
                 logprobs, entropy, out = self._forward(tensors, loss_spec)
             loss, metrics = LOSSES[loss_spec.kind](
                 logprobs,
@@ -231,11 +233,12 @@ class _Stage:
             totals.sums["loss"] += value
             totals.sums["entropy"] += float((entropy.double() * (tensors.mask > 0)).sum())
             totals.collect(metrics)
-            sampled = tensors.completion & tensors.sampled[:, None]
-            gap = (logprobs.detach() - tensors.old_logprobs).abs()
-            margins = lowest_margins(routed, tensors.input_ids.shape)[:, :-1]
-            tied = torch.from_numpy(margins < NEAR_TIE).to(gap)
-            differences.append(torch.stack((gap[sampled], tied[sampled])))
+            if compared:
+                sampled = tensors.completion & tensors.sampled[:, None]
+                gap = (logprobs.detach() - tensors.old_logprobs).abs()
+                margins = lowest_margins(routed, tensors.input_ids.shape)[:, :-1]
+                tied = torch.from_numpy(margins < NEAR_TIE).to(gap)
+                differences.append(torch.stack((gap[sampled], tied[sampled])))
             # DeepSpeed averages over ranks; the loss is already divided by the step's global denominator
             self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
         return differences

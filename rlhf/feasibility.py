@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -191,16 +192,17 @@ def _synthesize(stage: Synthesize) -> Iterator[str]:
 
 def _rl(recipe: Recipe, stage: Rl) -> Iterator[str]:
     ranks, updates = recipe.resources.trainer_ranks, stage.updates_per_batch
-    rollouts = stage.prompts_per_step * stage.group_size
-    if rollouts < ranks * updates:
+    prompts = stage.prompts_per_step
+    if prompts % updates:
         yield (
-            f"prompts_per_step × group_size = {rollouts} rollouts cannot fill {updates} updates on {ranks} trainer "
-            f"ranks; sample at least {ranks * updates}"
+            f"prompts_per_step = {prompts} does not divide into updates_per_batch = {updates}, each of whole groups; "
+            f"change prompts_per_step to a multiple of {updates}"
         )
-    elif rollouts % (ranks * updates):
+    elif prompts // updates * stage.group_size % ranks:
         yield (
-            f"prompts_per_step × group_size = {rollouts} rollouts do not divide into updates_per_batch = {updates} "
-            f"times trainer_ranks = {ranks}; change prompts_per_step to a multiple of {_multiple(stage, ranks)}"
+            f"prompts_per_step × group_size = {prompts * stage.group_size} rollouts do not divide into "
+            f"updates_per_batch = {updates} times trainer_ranks = {ranks}; change prompts_per_step to a multiple of "
+            f"{_multiple(stage, ranks)}"
         )
     if not stage.rewards:
         yield "rewards is empty: there is nothing to learn from; add [stages.rewards.NAME] with a function or a judge"
@@ -215,10 +217,8 @@ def _rl(recipe: Recipe, stage: Rl) -> Iterator[str]:
 
 
 def _multiple(stage: Rl, ranks: int) -> int:
-    whole, prompts = ranks * stage.updates_per_batch, 1
-    while prompts * stage.group_size % whole:
-        prompts += 1
-    return prompts
+    """The least number of prompts a step that gives every rank as many rollouts of every update."""
+    return stage.updates_per_batch * ranks // math.gcd(ranks, stage.group_size)
 
 
 def _function(key: str, spec: str) -> Iterator[str]:

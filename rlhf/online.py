@@ -1,13 +1,16 @@
 """The loop of reinforcement learning, on one screen.
 
-Staleness 0: the groups of a step are sampled by the very weights the step improves.
+Staleness 0: the groups of a step are sampled by the weights that were published last. A step of several updates takes
+its prompts in as many parts: while the trainer learns from one, the engine samples the next.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Mapping
-from contextlib import contextmanager
+from collections import defaultdict
+from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 
 from rlhf.algorithms.advantages import group_normalised
@@ -20,8 +23,11 @@ from rlhf.recipe import Rl
 from rlhf.roles import Engine
 from rlhf.scoring import Judge, failure_rate, part_means, score
 from rlhf.stage import Context, derive
-from rlhf.statistics import Totals, gap_metrics
-from rlhf.types import Batch, Group, Sample, Sampling
+from rlhf.statistics import Totals, gap_metrics, merged
+from rlhf.types import Batch, Group, Sample, Sampling, StepStats
+
+Part = tuple[list[Group], list[Group]]  # (groups to learn from, all groups seen) of one update
+EXAMPLES = 4  # groups of a step that are kept for the report
 
 
 async def run(stage: Rl, context: Context, engine: Engine, judges: Mapping[str, Judge]) -> dict[str, float]:
@@ -33,12 +39,17 @@ async def run(stage: Rl, context: Context, engine: Engine, judges: Mapping[str, 
     version = await resume(trainer, {"stream": stream, "totals": totals}, latest(checkpoints))
     await trainer.publish(engine, version)
     while version < stage.steps:
-        clock = Clock()
-        with clock("rollout"):
-            groups = await rollouts.take(version)
-        batch = pack(stage, context, groups, version)
-        with clock("train"):
-            stats = await trainer.step(batch)
+        clock, learned = Clock(), list[StepStats]()
+        async with aclosing(rollouts.take(version)) as parts:
+            with clock("rollout"):
+                groups = await anext(parts, None)
+            while groups is not None:
+                batch = pack(context, groups, version)
+                with clock("train"):
+                    learned.append(await trainer.step(batch, fresh=not learned))
+                with clock("rollout"):
+                    groups = await anext(parts, None)
+        stats = merged(learned)
         sync = await trainer.publish(engine, version + 1)
         version += 1
         metrics = rollouts.metrics | dict(stats.metrics)
@@ -49,7 +60,7 @@ async def run(stage: Rl, context: Context, engine: Engine, judges: Mapping[str, 
             clock.seconds["checkpoint"] = await save(trainer, checkpoints, version, state)
         context.log.log(version, metrics | gap_metrics(stats.gap) | dict(sync.metrics), clock.seconds)
         if version % max(stage.steps // 4, 1) == 0:
-            context.log.rollouts(version, [record(group, 0, {}, version, judge) for group in groups[:4]])
+            context.log.rollouts(version, [record(group, 0, {}, version, judge) for group in rollouts.examples])
     return totals.metrics()
 
 
@@ -63,29 +74,51 @@ class Rollouts:
     judges: Mapping[str, Judge]
     stream: Stream
     metrics: dict[str, float] = field(default_factory=dict)
+    examples: list[Group] = field(default_factory=list)
+    sampling: asyncio.Lock = field(default_factory=asyncio.Lock)  # parts sample in turn: the first is soon there
 
-    async def take(self, version: int) -> list[Group]:
-        """The groups of the step after `version`: at most prompts_per_step, fewer when refills did not suffice."""
+    async def take(self, version: int) -> AsyncIterator[list[Group]]:
+        """The groups of each update after `version`, an equal part of prompts_per_step or fewer when refills did not
+        suffice; a part that has none is left out. All parts are under way at once, in order."""
+        parts = list[asyncio.Task[Part]]()
+        for part in range(self.stage.updates_per_batch):
+            parts.append(asyncio.create_task(self._part(version, part, parts[-1] if parts else None)))
+        try:
+            for task in parts:
+                kept, _ = await task
+                if kept:
+                    yield kept
+            self._measure([await task for task in parts])
+        finally:
+            for task in parts:
+                task.cancel()
+            await asyncio.gather(*parts, return_exceptions=True)
+
+    async def _part(self, version: int, part: int, before: asyncio.Task[Part] | None) -> Part:
+        """Sample and score the groups of one update, in the order of `part`."""
         stage, kept, seen = self.stage, list[Group](), list[Group]()
+        share = stage.prompts_per_step // stage.updates_per_batch
         for refill in range(stage.refill_rounds + 1):
-            wanted = stage.prompts_per_step - len(kept)
+            if refill and before is not None:
+                await asyncio.wait([before])  # prompts are drawn in the same order however long replies take
             prompts = [
                 as_prompt(row, source, index, self.context.tokenizer, True, self.context.recipe.chat)
-                for source, index, row in self.stream.take(wanted)
+                for source, index, row in self.stream.take(share - len(kept))
             ]
-            seed = derive(self.context.recipe.seed, stage.name, "rollout", version, refill)
-            sampled = await self.engine.generate(
-                prompts, Sampling(stage.group_size, stage.temperature, stage.max_tokens, seed)
-            )
+            seed = derive(self.context.recipe.seed, stage.name, "rollout", version, part, refill)
+            async with self.sampling:
+                sampled = await self.engine.generate(
+                    prompts, Sampling(stage.group_size, stage.temperature, stage.max_tokens, seed)
+                )
             scored = await score(sampled, stage.rewards, self.context.actors.rewards, self.judges)
             seen += scored
             kept += [group for group in scored if informative(group)]
-            if len(kept) >= stage.prompts_per_step:
+            if len(kept) >= share:
                 break
-        self._measure(seen, kept)
-        return kept
+        return kept, seen
 
-    def _measure(self, seen: list[Group], kept: list[Group]) -> None:
+    def _measure(self, parts: list[Part]) -> None:
+        kept, seen = ([group for part in parts for group in part[which]] for which in (0, 1))
         failed = failure_rate(seen)
         if failed > self.stage.max_failed_rewards:
             notes = [s.note for group in seen for s in group.scores if s.outcome != "scored"]
@@ -99,6 +132,7 @@ class Rollouts:
                 "learn from; use questions the model gets right sometimes (a difficulty filter), or larger groups"
             )
         rollouts = [rollout for group in seen for rollout in group.rollouts]
+        self.examples = kept[:EXAMPLES]
         self.metrics = part_means(seen) | {
             "rollouts": float(len(rollouts)),
             "informative": len(kept) / len(seen),
@@ -114,8 +148,8 @@ def informative(group: Group) -> bool:
     return len(values) > 1
 
 
-def pack(stage: Rl, context: Context, groups: list[Group], version: int) -> Batch:
-    """Groups with their advantages, cut into optimizer steps, ranks and micro-batches. Failed scores weigh 0."""
+def pack(context: Context, groups: list[Group], version: int) -> Batch:
+    """One update: groups with their advantages, cut into ranks and micro-batches. Failed scores weigh 0."""
     samples = []
     for group in groups:
         advantages = group_normalised([score.value for score in group.scores])
@@ -132,18 +166,17 @@ def pack(stage: Rl, context: Context, groups: list[Group], version: int) -> Batc
                 )
             )
     resources = context.recipe.resources
-    seed = derive(context.recipe.seed, stage.name, "batch", version)
-    return make_batch(samples, stage.updates_per_batch, resources.trainer_ranks, resources.token_budget, seed)
+    return make_batch(samples, 1, resources.trainer_ranks, resources.token_budget)
 
 
 class Clock:
-    """Seconds by phase of one step."""
+    """Seconds by phase of one step; "rollout": those that the trainer waits."""
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+        self.seconds: defaultdict[str, float] = defaultdict(float)
 
     @contextmanager
     def __call__(self, phase: str):  # type: ignore[no-untyped-def]
         started = time.perf_counter()
         yield
-        self.seconds[phase] = time.perf_counter() - started
+        self.seconds[phase] += time.perf_counter() - started

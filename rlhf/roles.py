@@ -48,7 +48,10 @@ class Trainer(Protocol):
         publish and export is proven on `probes`."""
         ...
 
-    async def step(self, batch: Batch) -> StepStats: ...
+    async def step(self, batch: Batch, fresh: bool = False) -> StepStats:
+        """One optimizer step for each update of the batch. `fresh`: the weights are those that sampled its rows, so
+        what trainer and engine give the same tokens can be compared."""
+        ...
 
     async def losses(self, batch: Batch) -> Mapping[str, float]:
         """Held-out loss: {"loss": …}, no gradient."""

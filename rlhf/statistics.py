@@ -81,6 +81,21 @@ class Totals:
         return float(EDGES[min(int(rank), len(EDGES) - 1)])
 
 
+def merged(stats: Sequence[StepStats]) -> StepStats:
+    """The updates of one step as one: means of their metrics, the maximum of *_max, the last learning rate, all tokens,
+    and the gap of the first, whose rows were sampled by the weights it met."""
+    metrics = {}
+    for name in stats[-1].metrics:
+        values = [part.metrics[name] for part in stats if name in part.metrics]
+        if name.endswith("_max"):
+            metrics[name] = max(values)
+        elif name == "lr":
+            metrics[name] = values[-1]
+        else:
+            metrics[name] = sum(values) if name == "tokens" else sum(values) / len(values)
+    return StepStats(metrics, stats[0].gap, stats[0].tied)
+
+
 def gap_metrics(gap: Sequence[float]) -> dict[str, float]:
     """The 99.9th percentile of one batch's |trainer − engine| log-prob differences."""
     return {"logprob_gap.p999": float(np.quantile(np.abs(gap), 0.999))} if len(gap) else {}

@@ -153,9 +153,9 @@ class Batch:
 
 @dataclass(frozen=True)
 class StepStats:
-    """Metrics of one Batch, reduced over ranks; gap holds |trainer − engine| log-prob differences [N] of its
-    first update (the weights that sampled the rows), empty for supervised batches. tied [N]: there, or earlier in the
-    row, a router of the trainer was at a tie, where the engine may choose other experts (a top-k flip)."""
+    """Metrics of one Batch, reduced over ranks; gap holds |trainer − engine| log-prob differences [N] where they
+    were asked for, of the batch's first update. tied [N]: there, or earlier in the row, a router of the trainer was at
+    a tie, where the engine may choose other experts (a top-k flip)."""
 
     metrics: Mapping[str, float]
     gap: Sequence[float] = ()

@@ -67,7 +67,7 @@ class FakeTrainer:
         self.steps = 0
         return {"parameters": 1.0}
 
-    async def step(self, batch: Batch) -> StepStats:
+    async def step(self, batch: Batch, fresh: bool = False) -> StepStats:
         if self.die_at is not None and len(self.batches) >= self.die_at:
             raise KilledError
         if self.lost_at is not None and len(self.batches) >= self.lost_at:
@@ -75,7 +75,7 @@ class FakeTrainer:
             raise ActorLostError("a trainer rank died during 'step'")
         self.batches.append(batch)
         self.steps += len(batch.updates)
-        gap = [1e-6] * sum(update.num_tokens for update in batch.updates[:1])
+        gap = [1e-6] * sum(update.num_tokens for update in batch.updates[:1]) if fresh else []
         return StepStats({"loss": 1.0 / self.steps, "clip_fraction": 0.1}, gap, [False] * len(gap))
 
     async def losses(self, batch: Batch) -> Mapping[str, float]:

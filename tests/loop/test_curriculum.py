@@ -27,9 +27,15 @@ def recipe(*overrides: str) -> Recipe:
     return load(FILES, [*QUIET, *overrides])
 
 
-def run(recipe: Recipe, folder: Path, die_at: int | None = None, lost_at: int | None = None) -> FakeCast:
+def run(
+    recipe: Recipe, folder: Path, die_at: int | None = None, lost_at: int | None = None, until: str | None = None
+) -> FakeCast:
     """Run a recipe in folder on a fake cast, as the command line would, and return the cast. Its trainer raises
-    KilledError at step `die_at` of the whole run, and ActorLostError, once, at step `lost_at`."""
+    KilledError at step `die_at` of the whole run, and ActorLostError, once, at step `lost_at`. `until`: the last stage
+    to run."""
+    if until is not None:
+        last = [stage.name for stage in recipe.stages].index(until)
+        recipe = recipe.model_copy(update={"stages": recipe.stages[: last + 1]})
 
     async def go() -> FakeCast:
         with Tracker(folder, recipe.name, recipe.tracking) as tracker:
@@ -171,12 +177,11 @@ def test_killed_in_the_middle_of_rl_continues_from_the_checkpoint(tmp_path: Path
     folder = tmp_path / "killed"
     before_rl = sum(stage.steps for stage in wanted.stages[:6] if isinstance(stage, Sft))
     with pytest.raises(KilledError):
-        run(wanted, folder, die_at=before_rl + 3)
+        run(wanted, folder, die_at=before_rl + 5)  # between the two updates of step 3
     again = run(wanted, folder)
     assert Path(again.trainer.begun[0].model).parent.name == "06-long-cot"
-    rl = again.trainer.batches[:3]  # steps 3, 4, 5: the checkpoint was of step 2
-    expected = [batch for batch in whole.trainer.batches if len(batch.updates) == 2][2:5]
-    assert rl == expected
+    # steps 3, 4, 5 of two updates each: the checkpoint was of step 2
+    assert again.trainer.batches[:6] == whole.trainer.batches[before_rl + 4 : before_rl + 10]
     digests = [[stage["artifact"]["digest"] for stage in summary(f)["stages"]] for f in (folder, tmp_path / "whole")]
     assert digests[0] == digests[1]
 
