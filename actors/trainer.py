@@ -79,12 +79,14 @@ class TrainerRank:
     ) -> None:
         self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
         self._deepspeed = _start(rank, world_size, address, threads, device, timeout)
+        self._threads = threads
         self._stage: _Stage | None = None
 
     def begin(self, spec: TrainSpec) -> TrainInfo:
         """Load spec.model and make it ready to train. Raises ValueError for globs that match nothing, and for an
         upcycling or reset the model does not support."""
         self.end()
+        torch.set_num_threads(spec.threads or self._threads)
         self._stage = _Stage(self._deepspeed, spec, self.rank, self.world_size, self.device)
         return self._stage.info
 

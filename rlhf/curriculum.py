@@ -384,6 +384,7 @@ def train_spec(recipe: Recipe, stage: Sft | Rl, model: Path, masked: tuple[int, 
         reset=() if isinstance(stage, Rl) else tuple(stage.reset),
         upcycle=upcycle,
         lora=(stage.lora.rank, stage.lora.alpha, tuple(stage.lora.target_modules)) if stage.lora else None,
+        threads=resources.threads_of(stage),
     )
 
 

@@ -64,9 +64,9 @@ class Verdict:
 
 @dataclass(frozen=True)
 class ActorPlan:
-    """`count` processes of one role. cpus: Ray's share of each, in cores; threads: OpenMP threads of each (phases
-    alternate, so threads may add up to more than the cores); gpus: Ray's share of each, a fraction where several
-    processes hold one GPU together; memory_gib: of each, an estimate."""
+    """`count` processes of one role. cpus: Ray's share of each, in cores; threads: OpenMP threads of each, which may
+    add up to more than the cores where phases alternate (where they do not: Resources.threads_of); gpus: Ray's share
+    of each, a fraction where several processes hold one GPU together; memory_gib: of each, an estimate."""
 
     role: str
     count: int
@@ -210,7 +210,7 @@ def make_plan(recipe: Recipe, cluster: Cluster | None = None, verdicts: Sequence
     cluster = cluster or Cluster.here()
     _refuse(feasibility.problems(recipe))
     architectures = _architectures(recipe)
-    _refuse((*_stage_shapes(recipe, architectures), *_machine(recipe, cluster)))
+    _refuse((*_stage_shapes(recipe, architectures), *_machine(recipe, cluster), *_side_by_side(recipe, cluster)))
     implementation = _implementation(recipe, next(iter(architectures.values())), verdicts)
     engines = _engines(recipe, architectures, implementation, verdicts)
     stages = tuple(_stage(recipe, stage, architectures[stage.name], engines[stage.name]) for stage in recipe.stages)
@@ -307,6 +307,21 @@ def _stage_shapes(recipe: Recipe, architectures: dict[str, Architecture]) -> Ite
             f"resources.token_budget = {resources.token_budget} is less than resources.max_model_len = "
             f"{resources.max_model_len}: a longest row would fit no micro-batch; raise token_budget"
         )
+
+
+def _side_by_side(recipe: Recipe, cluster: Cluster) -> Iterator[str]:
+    """Problems of a trainer that learns while engines sample on the same cores."""
+    r = recipe.resources
+    for stage in recipe.stages:
+        if r.device != "cpu" or not isinstance(stage, Rl) or stage.updates_per_batch == 1:
+            continue
+        trainer, engines = r.trainer_ranks * r.threads_of(stage), r.rollout_workers * r.rollout_threads
+        if trainer + engines > cluster.cpus and max(r.threads_of(stage), r.rollout_threads) > 1:
+            yield (
+                f"stage {stage.name!r}: with updates_per_batch = {stage.updates_per_batch} the trainer learns while "
+                f"engines sample; its {trainer} threads and their {engines} on {cluster.cpus} cores would wait for one "
+                "another; set resources.rollout_threads = 1"
+            )
 
 
 def _machine(recipe: Recipe, cluster: Cluster) -> Iterator[str]:

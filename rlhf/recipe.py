@@ -109,7 +109,7 @@ class Resources(Table):
     zero_stage: Literal[0, 1, 2, 3] = 2
     offload: bool = False
     rollout_workers: PositiveInt = 1
-    rollout_threads: PositiveInt = 2
+    rollout_threads: PositiveInt = 1  # vLLM's own work is one thread of Python; cores serve the trainer better
     tensor_parallel: PositiveInt = 1
     max_num_seqs: PositiveInt = 256
     max_model_len: PositiveInt = 256
@@ -118,6 +118,12 @@ class Resources(Table):
     memory_gib: Positive = 8.0
     token_budget: PositiveInt = 8192
     transport: Literal["auto", "cpu", "ipc", "nccl"] = "auto"
+
+    def threads_of(self, stage: Stage) -> int:
+        """Threads of a trainer rank in a stage: it leaves the engines theirs where they sample beside it on the same
+        cores, since OpenMP threads that share a core wait for one another."""
+        beside = self.device == "cpu" and isinstance(stage, Rl) and stage.updates_per_batch > 1
+        return max(self.trainer_threads - self.rollout_threads, 1) if beside else self.trainer_threads
 
 
 class Deadlines(Table):

@@ -230,6 +230,7 @@ class TrainSpec:
     train    globs over parameter names (without the leading "model.") to learning rates; the rest is frozen
     steps    optimizer steps of the whole stage, for the schedule; warmup is a fraction of them
     reset    globs of parameters to initialise anew; upcycle (num_experts, top_k); lora (rank, alpha, target modules)
+    threads  OpenMP threads of each rank in this stage; None: as many as it was started with
     """
 
     model: str
@@ -248,3 +249,4 @@ class TrainSpec:
     reset: tuple[str, ...] = ()
     upcycle: tuple[int, int] | None = None
     lora: tuple[int, float, tuple[str, ...]] | None = None
+    threads: int | None = None

@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rlhf.types import Batch, StepStats
-from tests.loop.cast import FakeEngine, FakeRewards, FakeTrainer
+from tests.loop.cast import FakeCast, FakeEngine, FakeRewards, FakeTrainer
 from tests.loop.test_curriculum import recipe, run
 
-STAGE = "stages.rl-verifiable"
+NAME = "rl-verifiable"
+STAGE = f"stages.{NAME}"
 
 
-def test_the_next_part_is_sampled_while_the_trainer_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run up to the stage before, to copy."""
+    folder = tmp_path_factory.mktemp("prepared") / "run"
+    run(recipe(), folder, until="difficulty")
+    return folder
+
+
+def improve(prepared: Path, folder: Path, settings: str) -> FakeCast:
+    shutil.copytree(prepared, folder)
+    return run(recipe(f"{STAGE} = {{updates_per_batch = 2, evaluate = 'none', {settings}}}"), folder, until=NAME)
+
+
+def test_the_next_part_is_sampled_while_the_trainer_learns(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls, changed = {"generate": 0, "step": 0}, asyncio.Condition()
     begin, generate, step = FakeTrainer.begin, FakeEngine.generate, FakeTrainer.step
 
@@ -31,7 +48,7 @@ def test_the_next_part_is_sampled_while_the_trainer_learns(tmp_path: Path, monke
 
     async def patient(trainer: FakeTrainer, batch: Batch, fresh: bool = False) -> StepStats:
         calls["step"] += 1
-        if trainer.begun[-1].loss.kind == "gspo":  # two parts a step: the first waits until the second is asked for
+        if trainer.begun[-1].loss.kind != "nll":  # two parts a step: the first waits until the second is asked for
             async with changed:
                 wanted = calls["step"] + calls["step"] % 2
                 await asyncio.wait_for(changed.wait_for(lambda: calls["generate"] >= wanted), 10)
@@ -40,27 +57,26 @@ def test_the_next_part_is_sampled_while_the_trainer_learns(tmp_path: Path, monke
     monkeypatch.setattr(FakeTrainer, "begin", beginning)
     monkeypatch.setattr(FakeEngine, "generate", counted)
     monkeypatch.setattr(FakeTrainer, "step", patient)
-    run(recipe(f"{STAGE} = {{updates_per_batch = 2, steps = 3, evaluate = 'none'}}"), tmp_path, until="rl-verifiable")
+    improve(prepared, tmp_path / "run", "steps = 3")
     assert calls == {"generate": 6, "step": 6}
 
 
-@pytest.mark.parametrize("part", [0, 1, 2])
 def test_groups_are_the_same_however_long_scoring_takes(
-    part: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    score, turns = FakeRewards.score, [0]
+    score, turns, settings = FakeRewards.score, [0], "refill_rounds = 2, group_size = 2"
+    quick = improve(prepared, tmp_path / "quick", settings).trainer.batches
+    for late in range(3):
 
-    async def slow(rewards: FakeRewards, function: str, groups: Any) -> Any:
-        turns[0] += 1
-        for _ in range(50 if turns[0] % 3 == part else 0):
-            await asyncio.sleep(0)
-        return await score(rewards, function, groups)
+        async def slow(rewards: FakeRewards, function: str, groups: Any, late: int = late) -> Any:
+            turns[0] += 1
+            for _ in range(50 if turns[0] % 3 == late else 0):
+                await asyncio.sleep(0)
+            return await score(rewards, function, groups)
 
-    only = f"{STAGE} = {{updates_per_batch = 2, refill_rounds = 2, group_size = 2, evaluate = 'none'}}"
-    quick = run(recipe(only), tmp_path / "quick", until="rl-verifiable")
-    monkeypatch.setattr(FakeRewards, "score", slow)
-    delayed = run(recipe(only), tmp_path / "delayed", until="rl-verifiable")
-    assert [keys(batch) for batch in quick.trainer.batches] == [keys(batch) for batch in delayed.trainer.batches]
+        monkeypatch.setattr(FakeRewards, "score", slow)
+        delayed = improve(prepared, tmp_path / f"late-{late}", settings).trainer.batches
+        assert [keys(batch) for batch in delayed] == [keys(batch) for batch in quick]
 
 
 def keys(batch: Batch) -> list[str]:

@@ -140,7 +140,7 @@ def test_a_judge_of_the_policys_architecture_needs_an_engine_of_its_own() -> Non
 def test_shares_of_the_machine_add_up() -> None:
     made = plan()
     assert sum(actor.cpus * actor.count for actor in made.actors) <= LAPTOP.cpus
-    assert {actor.role: actor.threads for actor in made.actors} == {"trainer": 2, "rollout": 2, "reward": 1}
+    assert {actor.role: actor.threads for actor in made.actors} == {"trainer": 2, "rollout": 1, "reward": 1}
     parts = sum(actor.memory_gib * actor.count for actor in made.actors)
     assert parts < made.memory_gib < parts + 1.5  # the driver, Ray and one publish
 
@@ -272,6 +272,10 @@ REFUSALS = {
     "ranks over cores": ("resources.trainer_ranks = 4", "trainer_ranks = 4 on 2 cores; use at most 2"),
     "threads over cores": ("resources.rollout_threads = 3", "rollout_threads = 3 threads on 2 cores.*to 2"),
     "indivisible": ("stages.improve.updates_per_batch = 3", "16 does not divide into.*each of whole.*multiple of 3"),
+    "threads side by side": (
+        "resources.rollout_threads = 2",
+        "'improve': with updates_per_batch = 2 the trainer learns while.*its 1 threads and their 2 on 2 cores",
+    ),
     "too few prompts": (
         "stages.improve = {prompts_per_step = 1, group_size = 2, updates_per_batch = 4}",
         "prompts_per_step = 1 does not divide into updates_per_batch = 4.*multiple of 4",
