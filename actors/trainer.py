@@ -27,7 +27,7 @@ from rlhf.agreement import NEAR_TIE, Routed, lowest_margins, routers
 from rlhf.algorithms import LOSSES, processed_logprobs
 from rlhf.batching import Cached, Tensors, Visual, collate
 from rlhf.bridge import short_name
-from rlhf.types import Batch, Loss, Probe, ProbeScores, StepStats, TrainSpec, Update
+from rlhf.types import Batch, Loss, Probe, ProbeScores, StepStats, TrainSpec
 
 Bucket = list[tuple[str, np.ndarray]]
 
@@ -91,9 +91,9 @@ class TrainerRank:
         return self._stage.info
 
     def step(self, batch: Batch, fresh: bool = False) -> StepStats:
-        """One optimizer step for each update of the batch; `fresh`: the weights are those that sampled its rows, so the
-        log-probabilities of the first update are compared with the engine's. Raises FloatingPointError naming step and
-        samples if a loss is not finite; the model is then as before that optimizer step."""
+        """One optimizer step; `fresh`: the weights are those that sampled the batch's rows, so their log-probabilities
+        are compared with the engine's. Raises FloatingPointError naming step and samples if a loss is not finite; the
+        model is then as before."""
         return self._begun.step(batch, fresh)
 
     def losses(self, batch: Batch) -> dict[str, float]:
@@ -186,25 +186,20 @@ class _Stage:
 
     def step(self, batch: Batch, fresh: bool) -> StepStats:
         totals = _Totals()
-        gap, tied = list[float](), list[bool]()
-        for index, update in enumerate(batch.updates):
-            own = _Totals()
-            compared = fresh and index == 0
-            differences = self.accumulate(update, own, compared)
-            self._require_finite(own)
-            totals.add(own)
-            if compared:
-                gap, tied = self._gather(differences)
-            self._apply(totals)
-        return StepStats(totals.reduce(self.world_size), gap, tied)
+        differences = self.accumulate(batch, totals, compared=fresh)
+        self._require_finite(totals)
+        gap, tied = self._gather(differences) if fresh else ([], [])
+        norm, learning_rate = self._apply()
+        metrics = totals.reduce(self.world_size) | {"grad_norm": norm, "lr": learning_rate}
+        return StepStats(metrics, gap, tied)
 
-    def accumulate(self, update: Update, totals: _Totals, compared: bool = False) -> list[Tensor]:
-        """Gradients of one update on this rank, reduced over ranks by DeepSpeed; of its sampled tokens, a micro-batch
+    def accumulate(self, batch: Batch, totals: _Totals, compared: bool = False) -> list[Tensor]:
+        """Gradients of one batch on this rank, reduced over ranks by DeepSpeed; of its sampled tokens, a micro-batch
         each, [2, N]: |trainer − engine| log-probability difference in nats, and 1 where a router was at a tie (if
         `compared`)."""
         loss_spec = self.spec.loss
-        rows = update.micro_batches[self.rank]
-        length = sum(len(s.token_ids) for mine in update.micro_batches for part in mine for s in part)
+        rows = batch.micro_batches[self.rank]
+        length = sum(len(s.token_ids) for mine in batch.micro_batches for part in mine for s in part)
         differences: list[Tensor] = []
         self.engine.train()
         for index, samples in enumerate(rows):
@@ -219,8 +214,8 @@ class _Stage:
                 tensors.advantages,
                 tensors.mask,
                 loss_spec,
-                max(1, update.num_tokens),
-                max(1, update.num_rows),
+                max(1, batch.num_tokens),
+                max(1, batch.num_rows),
             )
             if loss_spec.router_aux and self.moe and samples:
                 # a mean over the micro-batch's tokens; by its share of them the step's micro-batches add up to a mean
@@ -285,7 +280,8 @@ class _Stage:
                 "finite: policy and rollouts are too far apart; lower the learning rate or updates_per_batch"
             )
 
-    def _apply(self, totals: _Totals) -> None:
+    def _apply(self) -> tuple[float, float]:
+        """Move the weights; the gradient's norm and the (largest) learning rate."""
         share = rate(self.steps, self.spec.steps, self.spec.warmup, self.spec.schedule)
         for group, full in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = full * share
@@ -300,9 +296,7 @@ class _Stage:
             self._require_finite_gradient(float(norm))
             self.engine.step()
         self.steps += 1
-        totals.updates += 1
-        totals.grad_norm += float(norm)
-        totals.learning_rate = max(self._rates) * share
+        return float(norm), max(self._rates) * share
 
     def _gather(self, differences: list[Tensor]) -> tuple[list[float], list[bool]]:
         """[N] each, ranks in order: |trainer − engine| in nats, and whether a router was at a tie."""
@@ -314,14 +308,13 @@ class _Stage:
     def losses(self, batch: Batch) -> dict[str, float]:
         totals = _Totals()
         with self.evaluating(), torch.no_grad():
-            for update in batch.updates:
-                for samples in update.micro_batches[self.rank]:
-                    tensors = collate(samples, self.visual).to(self.device)
-                    logprobs, _, _ = self._forward(tensors, Loss())
-                    _, metrics = LOSSES["nll"](
-                        logprobs, tensors.old_logprobs, tensors.advantages, tensors.mask, Loss(), 1, 1
-                    )
-                    totals.collect(metrics)
+            for samples in batch.micro_batches[self.rank]:
+                tensors = collate(samples, self.visual).to(self.device)
+                logprobs, _, _ = self._forward(tensors, Loss())
+                _, metrics = LOSSES["nll"](
+                    logprobs, tensors.old_logprobs, tensors.advantages, tensors.mask, Loss(), 1, 1
+                )
+                totals.collect(metrics)
         reduced = totals.reduce(self.world_size)
         return {"loss": reduced["nll"], "tokens": reduced["tokens"]}
 
@@ -433,9 +426,6 @@ class _Totals:
         self.sums: defaultdict[str, float] = defaultdict(float)
         self.maxima: defaultdict[str, float] = defaultdict(float)
         self.bad: list[str] = []
-        self.updates = 0
-        self.grad_norm = 0.0
-        self.learning_rate = 0.0
 
     def collect(self, metrics: Mapping[str, Tensor]) -> None:
         for name, value in metrics.items():
@@ -444,14 +434,8 @@ class _Totals:
             else:
                 self.sums[name] += float(value)
 
-    def add(self, other: _Totals) -> None:
-        for name, value in other.sums.items():
-            self.sums[name] += value
-        for name, value in other.maxima.items():
-            self.maxima[name] = max(self.maxima[name], value)
-
     def reduce(self, world_size: int) -> dict[str, float]:
-        """Over all ranks: sums divided by the number of tokens, loss and router_aux by that of updates."""
+        """Over all ranks: means over tokens, but for the loss and router_aux, whose parts add up to them."""
         sums, maxima = dict(self.sums), dict(self.maxima)
         if world_size > 1:
             parts: list[Any] = [None] * world_size
@@ -460,10 +444,7 @@ class _Totals:
             maxima = {name: max(part[1].get(name, 0.0) for part in parts) for name in _keys(parts, 1)}
         tokens = sums.pop("tokens", 0.0)
         result = {name: value / max(1.0, tokens) for name, value in sums.items()}
-        if self.updates:
-            result |= {name: sums[name] / self.updates for name in ("loss", "router_aux") if name in sums}
-            result["grad_norm"] = self.grad_norm / self.updates
-            result["lr"] = self.learning_rate
+        result |= {name: sums[name] for name in ("loss", "router_aux") if name in sums}
         return {**result, **maxima, "tokens": tokens}
 
 

@@ -17,15 +17,18 @@ from rlhf.types import Group, Prompt, Rollout, Score
 CHAIN = re.compile(r"<think>(.*?)</think>", re.DOTALL)
 
 
-def ask(items: Group | Sequence[Item], tokenizer: PreTrainedTokenizerBase) -> list[Prompt | None]:
+def ask(
+    items: Group | Sequence[Item], tokenizer: PreTrainedTokenizerBase, wanted: Sequence[bool] | None = None
+) -> list[Prompt | None]:
     """The judge's prompt for each completion, in order: the same media, the judge's own template, no thinking.
 
-    None where there is no chain to judge: an empty chain is unsound, and `not_asked()` says so without asking.
+    None where it is not `wanted`, or there is no chain to judge: `not_asked()` says unsound without asking.
     Keys are "<prompt key>/judge/<place>". Special tokens spelled inside the completion are taken out, so that no
     policy can end its judge's turn or show it a picture.
     """
     items = items_of(items) if isinstance(items, Group) else items
-    return [_prompt(item, place, tokenizer) for place, item in enumerate(items)]
+    chosen = [True] * len(items) if wanted is None else wanted
+    return [_prompt(item, place, tokenizer) if chosen[place] else None for place, item in enumerate(items)]
 
 
 def not_asked() -> Score:

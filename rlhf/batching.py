@@ -1,14 +1,12 @@
 """From samples to the tensors of a forward pass.
 
-samples ─make_batch→ Batch: optimizer steps × ranks × micro-batches (on the driver, no torch tensors)
+samples ─make_batch→ Batch: ranks × micro-batches of one optimizer step (on the driver, no torch tensors)
 one micro-batch ─collate→ Tensors (on the rank, decoding its own pixels)
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
-import random
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -17,36 +15,40 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from rlhf.types import Batch, Media, Sample, Update
+from rlhf.types import Batch, Media, Sample
 
 # What one more forward and backward costs beside its tokens, as a share of the token budget: 128 tokens of 4,096. On
 # two CPU cores with a decoder of width 128 it was 80 on judge rows, 300 on short ones
 CALL_COST = 1 / 32
 
 
-def make_batch(
-    samples: Sequence[Sample], updates: int, ranks: int, token_budget: int, shuffle_seed: int | None = None
-) -> Batch:
-    """Cut samples into `updates` optimizer steps of (nearly) equal row counts, each over `ranks` ranks balanced by
-    tokens, each rank into micro-batches of rows × longest row ≤ token_budget, longest first, with little padding.
+def make_batch(samples: Sequence[Sample], ranks: int, token_budget: int) -> Batch:
+    """Cut the samples of one optimizer step over `ranks` ranks balanced by tokens, each rank into micro-batches of
+    rows × longest row ≤ token_budget, longest first, with little padding.
 
-    shuffle_seed decides which optimizer step a row falls into; None keeps the order given. Every rank has the same
-    number of micro-batches in an update; one that ran out gets empty ones. Rows of weight 0 are kept (they cost a
-    forward pass, and their place must not depend on the weight) but count in no denominator.
-    Raises ValueError naming the sample that is longer than the budget or has no completion, or if there are fewer
-    samples than updates.
+    Every rank has the same number of micro-batches; one that ran out gets empty ones. Rows of weight 0 are kept (they
+    cost a forward pass, and their place must not depend on the weight) but count in no denominator.
+    Raises ValueError without samples or ranks, and for a sample longer than the budget or without completion, by name.
     """
-    if updates < 1 or ranks < 1:
-        raise ValueError(f"a batch needs at least one update and one rank, got {updates} and {ranks}")
-    if len(samples) < updates:
-        raise ValueError(f"{len(samples)} samples cannot fill {updates} optimizer steps; lower updates_per_batch")
+    if ranks < 1 or not samples:
+        raise ValueError(f"a batch needs at least one rank and one sample, got {ranks} and {len(samples)}")
     for sample in samples:
         _require_trainable(sample, token_budget)
-    order = list(samples)
-    if shuffle_seed is not None:
-        random.Random(shuffle_seed).shuffle(order)
-    bounds = [len(order) * index // updates for index in range(updates + 1)]
-    return Batch(tuple(_make_update(order[a:b], ranks, token_budget) for a, b in itertools.pairwise(bounds)))
+    shares: list[list[Sample]] = [[] for _ in range(ranks)]
+    loads = [0] * ranks
+    # longest first onto the least loaded rank: within 4/3 of the best balance (Graham 1969); sort is stable
+    for sample in sorted(samples, key=_length, reverse=True):
+        rank = loads.index(min(loads))
+        shares[rank].append(sample)
+        loads[rank] += _length(sample)
+    cut = [_cut(share, token_budget) for share in shares]
+    depth = max(map(len, cut))
+    counted = [sample for sample in samples if sample.weight != 0]
+    return Batch(
+        micro_batches=tuple(tuple(mine + [()] * (depth - len(mine))) for mine in cut),
+        num_tokens=sum(sample.num_completion for sample in counted),
+        num_rows=len(counted),
+    )
 
 
 def _require_trainable(sample: Sample, token_budget: int) -> None:
@@ -65,24 +67,6 @@ def _require_trainable(sample: Sample, token_budget: int) -> None:
         raise ValueError(
             f"sample {sample.key} has {len(sample.logprobs)} log-probabilities for {sample.num_completion} tokens"
         )
-
-
-def _make_update(samples: Sequence[Sample], ranks: int, token_budget: int) -> Update:
-    shares: list[list[Sample]] = [[] for _ in range(ranks)]
-    loads = [0] * ranks
-    # longest first onto the least loaded rank: within 4/3 of the best balance (Graham 1969); sort is stable
-    for sample in sorted(samples, key=_length, reverse=True):
-        rank = loads.index(min(loads))
-        shares[rank].append(sample)
-        loads[rank] += _length(sample)
-    cut = [_cut(share, token_budget) for share in shares]
-    depth = max(map(len, cut))
-    counted = [sample for sample in samples if sample.weight != 0]
-    return Update(
-        micro_batches=tuple(tuple(mine + [()] * (depth - len(mine))) for mine in cut),
-        num_tokens=sum(sample.num_completion for sample in counted),
-        num_rows=len(counted),
-    )
 
 
 def _cut(samples: Sequence[Sample], token_budget: int) -> list[tuple[Sample, ...]]:

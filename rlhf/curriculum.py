@@ -233,9 +233,7 @@ class Curriculum:
             for i in range(min(len(rows), self.recipe.evaluation.prompts))
         ]
         resources = self.recipe.resources
-        return await self.actors.trainer.losses(
-            make_batch(samples, 1, resources.trainer_ranks, resources.token_budget, 0)
-        )
+        return await self.actors.trainer.losses(make_batch(samples, resources.trainer_ranks, resources.token_budget))
 
     def _judges(self, engines: Mapping[str, Engine], models: Mapping[str, Path]) -> dict[str, Judge]:
         settings = self.recipe.judging

@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from rlhf.algorithms.advantages import group_normalised
 from rlhf.batching import make_batch
@@ -27,6 +28,7 @@ from rlhf.statistics import Totals, gap_metrics, merged
 from rlhf.types import Batch, Group, Sample, Sampling, StepStats
 
 Part = tuple[list[Group], list[Group]]  # (groups to learn from, all groups seen) of one update
+T = TypeVar("T")
 EXAMPLES = 4  # groups of a step that are kept for the report
 
 
@@ -41,14 +43,10 @@ async def run(stage: Rl, context: Context, engine: Engine, judges: Mapping[str, 
     while version < stage.steps:
         clock, learned = Clock(), list[StepStats]()
         async with aclosing(rollouts.take(version)) as parts:
-            with clock("rollout"):
-                groups = await anext(parts, None)
-            while groups is not None:
+            async for groups in clock.waiting("rollout", parts):
                 batch = pack(context, groups, version)
                 with clock("train"):
                     learned.append(await trainer.step(batch, fresh=not learned))
-                with clock("rollout"):
-                    groups = await anext(parts, None)
         stats = merged(learned)
         sync = await trainer.publish(engine, version + 1)
         version += 1
@@ -77,7 +75,7 @@ class Rollouts:
     examples: list[Group] = field(default_factory=list)
     sampling: asyncio.Lock = field(default_factory=asyncio.Lock)  # parts sample in turn: the first is soon there
 
-    async def take(self, version: int) -> AsyncIterator[list[Group]]:
+    async def take(self, version: int) -> AsyncGenerator[list[Group]]:
         """The groups of each update after `version`, an equal part of prompts_per_step or fewer when refills did not
         suffice; a part that has none is left out. All parts are under way at once, in order."""
         parts = list[asyncio.Task[Part]]()
@@ -166,7 +164,7 @@ def pack(context: Context, groups: list[Group], version: int) -> Batch:
                 )
             )
     resources = context.recipe.resources
-    return make_batch(samples, 1, resources.trainer_ranks, resources.token_budget)
+    return make_batch(samples, resources.trainer_ranks, resources.token_budget)
 
 
 class Clock:
@@ -176,7 +174,16 @@ class Clock:
         self.seconds: defaultdict[str, float] = defaultdict(float)
 
     @contextmanager
-    def __call__(self, phase: str):  # type: ignore[no-untyped-def]
+    def __call__(self, phase: str) -> Iterator[None]:
         started = time.perf_counter()
         yield
         self.seconds[phase] += time.perf_counter() - started
+
+    async def waiting(self, phase: str, items: AsyncGenerator[T]) -> AsyncGenerator[T]:
+        """The same items; the time they take to come counts as `phase`."""
+        while True:
+            with self(phase):
+                item = await anext(items, None)
+            if item is None:
+                return
+            yield item

@@ -49,8 +49,8 @@ class Trainer(Protocol):
         ...
 
     async def step(self, batch: Batch, fresh: bool = False) -> StepStats:
-        """One optimizer step for each update of the batch. `fresh`: the weights are those that sampled its rows, so
-        what trainer and engine give the same tokens can be compared."""
+        """One optimizer step. `fresh`: the weights are those that sampled the batch's rows, so what trainer and engine
+        give the same tokens can be compared."""
         ...
 
     async def losses(self, batch: Batch) -> Mapping[str, float]:

@@ -27,12 +27,8 @@ class Judge:
     async def score(self, groups: Sequence[Group], right: Sequence[Sequence[Score]] | None = None) -> list[list[Score]]:
         """One verdict a rollout: 1.0 sound, 0.0 unsound; a reply that does not parse is a failure. Given the scores of
         the answers, 0.0 without asking where one is not right."""
-        asked = [judging.ask(group, self.tokenizer) for group in groups]
-        if right is not None:
-            asked = [
-                [prompt if found.value == 1.0 else None for prompt, found in zip(prompts, row, strict=True)]
-                for prompts, row in zip(asked, right, strict=True)
-            ]
+        wanted = [None] * len(groups) if right is None else [[found.value == 1.0 for found in row] for row in right]
+        asked = [judging.ask(group, self.tokenizer, row) for group, row in zip(groups, wanted, strict=True)]
         # the same chain twice under one question is judged once: the judge is greedy
         distinct = {
             (g, prompt.token_ids): prompt for g, row in enumerate(asked) for prompt in row if prompt is not None

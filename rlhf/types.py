@@ -5,7 +5,7 @@ A worked example of one step, with 2 prompts of 3 rollouts each:
     Prompt  "what is the sum?" + 1 image        2 of them
     Group   the prompt and its 3 rollouts       2 of them, each rollout with a Score
     Sample  prompt ids + completion ids         6 of them, each with an advantage
-    Batch   the samples, cut by optimizer step, trainer rank and micro-batch
+    Batch   the samples of one optimizer step, cut by trainer rank and micro-batch
 
 Every class is frozen; bulk data (media) is kept as encoded bytes until pixels are needed.
 """
@@ -132,7 +132,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Update:
+class Batch:
     """One optimizer step: micro_batches[rank][i] is a tuple of samples.
 
     Every rank has the same number of micro-batches (an empty tuple where it has no rows left).
@@ -145,17 +145,10 @@ class Update:
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Everything between two publishes: one or more optimizer steps."""
-
-    updates: tuple[Update, ...]
-
-
-@dataclass(frozen=True)
 class StepStats:
-    """Metrics of one Batch, reduced over ranks; gap holds |trainer − engine| log-prob differences [N] where they
-    were asked for, of the batch's first update. tied [N]: there, or earlier in the row, a router of the trainer was at
-    a tie, where the engine may choose other experts (a top-k flip)."""
+    """Metrics of one Batch, reduced over ranks; gap holds the |trainer − engine| log-prob differences [N] of its
+    sampled tokens, where they were asked for. tied [N]: there, or earlier in the row, a router of the trainer was at a
+    tie, where the engine may choose other experts (a top-k flip)."""
 
     metrics: Mapping[str, float]
     gap: Sequence[float] = ()

@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rlhf import bridge
 from rlhf.batching import make_batch
-from rlhf.types import Batch, Loss, Media, Sample, TrainSpec, Update
+from rlhf.types import Batch, Loss, Media, Sample, TrainSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE = 240.0  # of a call; the first waits for the process to import its vendors
@@ -243,7 +243,7 @@ def lopsided(step: int) -> tuple[Batch, Batch]:
     tokens = sum(sample.num_completion for sample in images + texts)
     split = (tuple(images[:1]), tuple(images[1:])), (tuple(texts), ())
     together = (tuple(images + texts),)
-    return Batch((Update(split, tokens, 7),)), Batch((Update((together,), tokens, 7),))
+    return Batch(split, tokens, 7), Batch((together,), tokens, 7)
 
 
 def spec_of(model: str, **changes: Any) -> TrainSpec:
@@ -276,7 +276,7 @@ def test_two_ranks_train_as_one(one, two, sparse, zero_stage):
 @pytest.mark.parametrize("zero_stage", [2, 3])
 def test_resume_is_bit_exact(two, sparse, tmp_path, zero_stage):
     spec = spec_of(sparse, zero_stage=zero_stage, loss=Loss("gspo"))
-    batches = [make_batch(rows(6, True, i, True) + rows(2, False, i, True), 2, 2, 40, i) for i in range(3)]
+    batches = [make_batch(rows(6, True, i, True) + rows(2, False, i, True), 2, 40) for i in range(3)]
     two.begin(spec)
     two.step(batches[0])
     two.save(str(tmp_path / "checkpoint"))
@@ -334,22 +334,23 @@ def test_a_loss_that_is_not_finite_stops_every_rank_and_names_the_row(two, spars
     good = rows(4, True, 0, True)
     spoilt = [*good[:3], dataclasses.replace(good[3], advantage=float("nan"), key="spoilt/7")]
     before = two.weights(1 << 30)
-    answers = two.all("step", make_batch(spoilt, 1, 2, 64))
+    answers = two.all("step", make_batch(spoilt, 2, 64))
     assert [ok for ok, _ in answers] == [False, False]
     assert all("spoilt/7" in message and "step 0" in message for _, message in answers)
     for (name, old), (_, new) in zip(before[0], two.weights(1 << 30)[0], strict=True):
         assert np.array_equal(old, new), name
-    assert np.isfinite(two.step(make_batch(good, 1, 2, 64)).metrics["grad_norm"])
+    assert np.isfinite(two.step(make_batch(good, 2, 64)).metrics["grad_norm"])
 
 
-def test_gap_is_the_distance_to_the_engine_in_the_first_update_only(one, sparse, tmp_path):
+def test_gap_is_the_distance_to_the_engine_where_it_is_asked_for(one, sparse, tmp_path):
     one.begin(spec_of(sparse, loss=Loss("dapo", masked_ids=(0, IMAGE), temperature=0.7)))
-    stats = one.step(make_batch(rows(6, True, 0, True), 2, 1, 64))
-    first = make_batch(rows(6, True, 0, True), 2, 1, 64).updates[0]
-    assert len(stats.gap) == first.num_tokens
+    batch = make_batch(rows(6, True, 0, True), 1, 64)
+    stats = one.step(batch, True)
+    assert len(stats.gap) == batch.num_tokens
+    assert one.step(batch).gap == []
     model, processor = bridge.load(sparse)
     expected = []
-    for sample in (s for part in first.micro_batches[0] for s in part):
+    for sample in (s for part in batch.micro_batches[0] for s in part):
         ids = torch.tensor([sample.token_ids])
         pixels = processor.pixel_values([item.open() for item in sample.media])
         with torch.no_grad():
@@ -364,7 +365,7 @@ def test_gap_is_the_distance_to_the_engine_in_the_first_update_only(one, sparse,
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     one.begin(spec_of(tmp_path, loss=Loss("dapo", masked_ids=(0, IMAGE), temperature=0.7)))
-    assert one.step(make_batch(rows(6, True, 0, True), 2, 1, 64)).tied == [True] * first.num_tokens
+    assert one.step(batch, True).tied == [True] * batch.num_tokens
 
 
 def test_globs_choose_what_trains(one, dense):

@@ -80,4 +80,4 @@ def test_groups_are_the_same_however_long_scoring_takes(
 
 
 def keys(batch: Batch) -> list[str]:
-    return [s.key for update in batch.updates for rank in update.micro_batches for part in rank for s in part]
+    return [sample.key for rank in batch.micro_batches for part in rank for sample in part]

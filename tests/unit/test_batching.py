@@ -23,25 +23,21 @@ def rows(num: int, seed: int = 0) -> list[Sample]:
     ]
 
 
-def keys(update) -> list[str]:
-    return [sample.key for mine in update.micro_batches for part in mine for sample in part]
+def keys(batch) -> list[str]:
+    return [sample.key for mine in batch.micro_batches for part in mine for sample in part]
 
 
-@pytest.mark.parametrize(("num", "updates", "ranks"), [(1, 1, 1), (40, 1, 2), (41, 3, 2), (64, 4, 4), (3, 1, 4)])
-def test_batch_holds_every_row_once_within_the_budget(num, updates, ranks):
+@pytest.mark.parametrize(("num", "ranks"), [(1, 1), (40, 2), (41, 3), (64, 4), (3, 4)])
+def test_batch_holds_every_row_once_within_the_budget(num, ranks):
     samples = rows(num)
-    batch = make_batch(samples, updates, ranks, 100, shuffle_seed=1)
-    assert len(batch.updates) == updates
-    assert sorted(key for update in batch.updates for key in keys(update)) == sorted(s.key for s in samples)
-    for update in batch.updates:
-        assert len(update.micro_batches) == ranks
-        assert len({len(mine) for mine in update.micro_batches}) == 1
-        for part in (part for mine in update.micro_batches for part in mine if part):
-            assert len(part) * max(len(s.token_ids) for s in part) <= 100
-        found = [s for mine in update.micro_batches for part in mine for s in part]
-        assert update.num_tokens == sum(len(s.token_ids) - 2 for s in found)
-        assert update.num_rows == len(found)
-    assert max(u.num_rows for u in batch.updates) - min(u.num_rows for u in batch.updates) <= 1
+    batch = make_batch(samples, ranks, 100)
+    assert sorted(keys(batch)) == sorted(s.key for s in samples)
+    assert len(batch.micro_batches) == ranks
+    assert len({len(mine) for mine in batch.micro_batches}) == 1
+    for part in (part for mine in batch.micro_batches for part in mine if part):
+        assert len(part) * max(len(s.token_ids) for s in part) <= 100
+    assert batch.num_tokens == sum(len(s.token_ids) - 2 for s in samples)
+    assert batch.num_rows == num
 
 
 def test_the_cut_is_the_cheapest_one():
@@ -56,44 +52,35 @@ def test_the_cut_is_the_cheapest_one():
             padded = [(end - start) * lengths[start] for start, end in itertools.pairwise([0, *ends])]
             if max(padded) <= budget:
                 costs.append(sum(padded) + CALL_COST * budget * len(padded))
-        parts = make_batch(samples, 1, 1, budget).updates[0].micro_batches[0]
+        parts = make_batch(samples, 1, budget).micro_batches[0]
         found = sum(len(part) * len(part[0].token_ids) + CALL_COST * budget for part in parts)
         assert found == pytest.approx(min(costs))
 
 
 def test_ranks_are_balanced_by_tokens():
-    update = make_batch(rows(200), 1, 4, 400).updates[0]
-    loads = [sum(len(s.token_ids) for part in mine for s in part) for mine in update.micro_batches]
+    batch = make_batch(rows(200), 4, 400)
+    loads = [sum(len(s.token_ids) for part in mine for s in part) for mine in batch.micro_batches]
     assert max(loads) - min(loads) <= 40
-
-
-def test_order_decides_updates_unless_shuffled():
-    samples = rows(20)
-    plain = make_batch(samples, 2, 1, 100)
-    assert set(keys(plain.updates[0])) == {s.key for s in samples[:10]}
-    shuffled = [make_batch(samples, 2, 1, 100, shuffle_seed=seed) for seed in (1, 1, 2)]
-    assert shuffled[0] == shuffled[1]
-    assert shuffled[0] != shuffled[2]
 
 
 def test_rows_of_weight_zero_stay_but_count_for_nothing():
     samples = rows(4)
-    update = make_batch([*samples[:3], replace(samples[3], weight=0.0)], 1, 1, 400).updates[0]
-    assert len(keys(update)) == 4
-    assert update.num_rows == 3
-    assert update.num_tokens == sum(s.num_completion for s in samples[:3])
+    batch = make_batch([*samples[:3], replace(samples[3], weight=0.0)], 1, 400)
+    assert len(keys(batch)) == 4
+    assert batch.num_rows == 3
+    assert batch.num_tokens == sum(s.num_completion for s in samples[:3])
 
 
 def test_errors_name_the_sample():
     good = rows(3)
     with pytest.raises(ValueError, match="row/long has 70 tokens"):
-        make_batch([*good, Sample("row/long", (1,) * 70, 3)], 1, 1, 60)
+        make_batch([*good, Sample("row/long", (1,) * 70, 3)], 1, 60)
     with pytest.raises(ValueError, match="row/bare"):
-        make_batch([*good, Sample("row/bare", (1, 2, 3), 3)], 1, 1, 60)
+        make_batch([*good, Sample("row/bare", (1, 2, 3), 3)], 1, 60)
     with pytest.raises(ValueError, match="row/odd has 1 log-probabilities for 2"):
-        make_batch([*good, Sample("row/odd", (1, 2, 3), 1, logprobs=(-1.0,))], 1, 1, 60)
-    with pytest.raises(ValueError, match="3 samples cannot fill 4"):
-        make_batch(good, 4, 1, 60)
+        make_batch([*good, Sample("row/odd", (1, 2, 3), 1, logprobs=(-1.0,))], 1, 60)
+    with pytest.raises(ValueError, match="at least one rank and one sample, got 1 and 0"):
+        make_batch([], 1, 60)
 
 
 class Grey:
