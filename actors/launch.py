@@ -176,10 +176,16 @@ class EngineHandle:
 
     async def _ask(self, index: int, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
         what = f"engine {self.name!r} generating for {len(prompts)} prompts"
-        return await self._call(
-            index,
-            lambda worker: within(self.deadlines.generate, "generate", what, worker.generate.remote(prompts, sampling)),
-        )
+        try:
+            return await self._call(
+                index,
+                lambda worker: within(
+                    self.deadlines.generate, "generate", what, worker.generate.remote(prompts, sampling)
+                ),
+            )
+        except asyncio.CancelledError:
+            self.workers[index].abort.remote()  # nobody waits for these replies any more
+            raise
 
     async def _call(self, index: int, call: Callable[[Any], Awaitable[T]]) -> T:
         """What a worker answers; one that died is replaced and its replacement asked, twice at most."""

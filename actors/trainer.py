@@ -177,7 +177,6 @@ class _Stage:
         groups, self._rates = _parameter_groups(self.model, spec)
         self._optimizer = torch.optim.AdamW(groups, lr=0.0, betas=spec.betas, fused=True)
         self.engine = deepspeed.initialize(model=self.model, optimizer=self._optimizer, config=_config(spec))[0]
-        self.steps = 0
         parameters = list(self.model.parameters())
         self.info = TrainInfo(
             num_parameters=sum(_numel(p) for p in parameters),
@@ -187,9 +186,9 @@ class _Stage:
     def step(self, batch: Batch, fresh: bool) -> StepStats:
         totals = _Totals()
         differences = self.accumulate(batch, totals, compared=fresh)
-        self._require_finite(totals)
+        self._require_finite(totals, batch)
         gap, tied = self._gather(differences) if fresh else ([], [])
-        norm, learning_rate = self._apply()
+        norm, learning_rate = self._apply(batch.index)
         metrics = totals.reduce(self.world_size) | {"grad_norm": norm, "lr": learning_rate}
         return StepStats(metrics, gap, tied)
 
@@ -257,7 +256,7 @@ class _Stage:
         entropy = spread.new_zeros(shape).masked_scatter(tensors.completion, spread)
         return logprobs, entropy, out
 
-    def _require_finite(self, totals: _Totals) -> None:
+    def _require_finite(self, totals: _Totals, batch: Batch) -> None:
         """Raise on every rank if a loss was not finite on any of them, before the optimizer moves."""
         flag = torch.tensor([float(bool(totals.bad))], device=self.device)
         torch.distributed.all_reduce(flag)
@@ -268,21 +267,21 @@ class _Stage:
         keys = [key for part in lists for key in part]
         self.engine.optimizer.zero_grad()
         raise FloatingPointError(
-            f"the loss of optimizer step {self.steps} of {self.spec.model} is not finite in the micro-batches of "
+            f"the loss of optimizer step {batch.index} of {self.spec.model} is not finite in the micro-batches of "
             f"{', '.join(keys[:8])}{' …' if len(keys) > 8 else ''}; look at these rows and lower the learning rate"
         )
 
-    def _require_finite_gradient(self, norm: float) -> None:
+    def _require_finite_gradient(self, norm: float, index: int) -> None:
         """A ratio that overflows on its clipped side has a finite loss and no finite gradient."""
         if not math.isfinite(norm):
             raise FloatingPointError(
-                f"the gradient of optimizer step {self.steps} of {self.spec.model} has norm {norm}, though its loss is "
-                "finite: policy and rollouts are too far apart; lower the learning rate or updates_per_batch"
+                f"the gradient of optimizer step {index} of {self.spec.model} has norm {norm}, though its loss is "
+                "finite: policy and rollouts are too far apart; lower the learning rate or updates_per_step"
             )
 
-    def _apply(self) -> tuple[float, float]:
+    def _apply(self, index: int) -> tuple[float, float]:
         """Move the weights; the gradient's norm and the (largest) learning rate."""
-        share = rate(self.steps, self.spec.steps, self.spec.warmup, self.spec.schedule)
+        share = rate(index, self.spec.steps, self.spec.warmup, self.spec.schedule)
         for group, full in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = full * share
         # without ZeRO the engine clips but keeps the norm to itself
@@ -291,11 +290,10 @@ class _Stage:
         if norm is None:  # under ZeRO the norm is known after the step; raising still comes before any save
             self.engine.step()
             norm = self.engine.get_global_grad_norm()
-            self._require_finite_gradient(float(norm))
+            self._require_finite_gradient(float(norm), index)
         else:
-            self._require_finite_gradient(float(norm))
+            self._require_finite_gradient(float(norm), index)
             self.engine.step()
-        self.steps += 1
         return float(norm), max(self._rates) * share
 
     def _gather(self, differences: list[Tensor]) -> tuple[list[float], list[bool]]:
@@ -376,7 +374,7 @@ class _Stage:
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
-        own = {"steps": self.steps, "random": torch.get_rng_state(), "world_size": self.world_size}
+        own = {"random": torch.get_rng_state(), "world_size": self.world_size}
         torch.save(own, folder / f"rank-{self.rank}.pt")
         torch.distributed.barrier()
 
@@ -393,7 +391,6 @@ class _Stage:
         found, _ = self.engine.load_checkpoint(str(folder), tag=_TAG)
         if found is None:
             raise ValueError(f"{folder} holds no DeepSpeed checkpoint")
-        self.steps = own["steps"]
         torch.set_rng_state(own["random"])
 
     def export(self, folder: Path) -> None:

@@ -22,8 +22,8 @@ from rlhf.types import Batch, Media, Sample
 CALL_COST = 1 / 32
 
 
-def make_batch(samples: Sequence[Sample], ranks: int, token_budget: int) -> Batch:
-    """Cut the samples of one optimizer step over `ranks` ranks balanced by tokens, each rank into micro-batches of
+def make_batch(samples: Sequence[Sample], ranks: int, token_budget: int, index: int = 0) -> Batch:
+    """Cut the samples of optimizer step `index` over `ranks` ranks balanced by tokens, each rank into micro-batches of
     rows × longest row ≤ token_budget, longest first, with little padding.
 
     Every rank has the same number of micro-batches; one that ran out gets empty ones. Rows of weight 0 are kept (they
@@ -48,6 +48,7 @@ def make_batch(samples: Sequence[Sample], ranks: int, token_budget: int) -> Batc
         micro_batches=tuple(tuple(mine + [()] * (depth - len(mine))) for mine in cut),
         num_tokens=sum(sample.num_completion for sample in counted),
         num_rows=len(counted),
+        index=index,
     )
 
 
@@ -181,7 +182,7 @@ class BridgeVisual:
 
 class Cached:
     """A Visual that remembers the last `size` media items by the hash of their bytes: the rollouts of a group share
-    a picture, and several optimizer steps see it again."""
+    a picture, and small data comes round again."""
 
     def __init__(self, visual: Visual, size: int = 512) -> None:
         self._visual = visual

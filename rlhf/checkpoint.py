@@ -62,11 +62,20 @@ def whole(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file atomically."""
+def write_text(path: Path, text: str) -> None:
+    """Write a file that is whole or not there, its folder included."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".partial-{path.name}")
-    partial.write_text(json.dumps(value, indent=1, sort_keys=True))
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     partial.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file that is whole or not there."""
+    write_text(path, json.dumps(value, indent=1, sort_keys=True))
 
 
 def finish(folder: Path, step: int, state: Mapping[str, Any]) -> None:

@@ -359,7 +359,7 @@ def train_spec(recipe: Recipe, stage: Sft | Rl, model: Path, masked: tuple[int, 
             masked_ids=masked,
             router_aux=stage.router_aux,
         )
-        updates, upcycle = stage.updates_per_batch, None
+        updates, upcycle = stage.updates_per_step, None
     else:
         loss = Loss(kind="nll", normalise=stage.normalise, router_aux=stage.router_aux)
         updates = 1
@@ -382,7 +382,7 @@ def train_spec(recipe: Recipe, stage: Sft | Rl, model: Path, masked: tuple[int, 
         reset=() if isinstance(stage, Rl) else tuple(stage.reset),
         upcycle=upcycle,
         lora=(stage.lora.rank, stage.lora.alpha, tuple(stage.lora.target_modules)) if stage.lora else None,
-        threads=resources.threads_of(stage),
+        threads=resources.trainer_threads_beside if isinstance(stage, Rl) and stage.pipelined else None,
     )
 
 

@@ -191,17 +191,17 @@ def _synthesize(stage: Synthesize) -> Iterator[str]:
 
 
 def _rl(recipe: Recipe, stage: Rl) -> Iterator[str]:
-    ranks, updates = recipe.resources.trainer_ranks, stage.updates_per_batch
+    ranks, updates = recipe.resources.trainer_ranks, stage.updates_per_step
     prompts = stage.prompts_per_step
     if prompts % updates:
         yield (
-            f"prompts_per_step = {prompts} does not divide into updates_per_batch = {updates}, each of whole groups; "
+            f"prompts_per_step = {prompts} does not divide into updates_per_step = {updates}, each of whole groups; "
             f"change prompts_per_step to a multiple of {updates}"
         )
     elif prompts // updates * stage.group_size % ranks:
         yield (
             f"prompts_per_step × group_size = {prompts * stage.group_size} rollouts do not divide into "
-            f"updates_per_batch = {updates} times trainer_ranks = {ranks}; change prompts_per_step to a multiple of "
+            f"updates_per_step = {updates} times trainer_ranks = {ranks}; change prompts_per_step to a multiple of "
             f"{_multiple(stage, ranks)}"
         )
     if not stage.rewards:
@@ -218,7 +218,7 @@ def _rl(recipe: Recipe, stage: Rl) -> Iterator[str]:
 
 def _multiple(stage: Rl, ranks: int) -> int:
     """The least number of prompts a step that gives every rank as many rollouts of every update."""
-    return stage.updates_per_batch * ranks // math.gcd(ranks, stage.group_size)
+    return stage.updates_per_step * ranks // math.gcd(ranks, stage.group_size)
 
 
 def _function(key: str, spec: str) -> Iterator[str]:

@@ -21,13 +21,13 @@ async def run(stage: Sft, context: Context) -> dict[str, float]:
     trainer, stream = context.actors.trainer, context.stream(stage.data, stage.name)
     checkpoints = context.folder / "checkpoints"
     step = await resume(trainer, {"stream": stream}, latest(checkpoints))
-    batch = asyncio.create_task(asyncio.to_thread(_next_batch, stage, context, stream))
+    batch = asyncio.create_task(asyncio.to_thread(_next_batch, stage, context, stream, step))
     last: Mapping[str, float] = {}
     while step < stage.steps:
         waited = time.perf_counter()
         ready, cursor = await batch
         if step + 1 < stage.steps:  # the next batch is made while the trainer works on this one
-            batch = asyncio.create_task(asyncio.to_thread(_next_batch, stage, context, stream))
+            batch = asyncio.create_task(asyncio.to_thread(_next_batch, stage, context, stream, step + 1))
         started = time.perf_counter()
         stats = await trainer.step(ready)
         step, last = step + 1, stats.metrics
@@ -38,11 +38,11 @@ async def run(stage: Sft, context: Context) -> dict[str, float]:
     return {f"train.{name}": value for name, value in last.items()}
 
 
-def _next_batch(stage: Sft, context: Context, stream: Stream) -> tuple[Batch, Mapping[str, Any]]:
+def _next_batch(stage: Sft, context: Context, stream: Stream, step: int) -> tuple[Batch, Mapping[str, Any]]:
     """One batch, and the stream's position after it (the stream itself may already be ahead)."""
     samples = [
         as_sample(row, source, index, context.processor, None, context.recipe.chat)
         for source, index, row in stream.take(stage.batch_size)
     ]
     resources = context.recipe.resources
-    return make_batch(samples, resources.trainer_ranks, resources.token_budget), stream.state()
+    return make_batch(samples, resources.trainer_ranks, resources.token_budget, step), stream.state()

@@ -27,7 +27,6 @@ from rlhf.stage import Context, derive
 from rlhf.statistics import Totals, gap_metrics, merged
 from rlhf.types import Batch, Group, Sample, Sampling, StepStats
 
-Part = tuple[list[Group], list[Group]]  # (groups to learn from, all groups seen) of one update
 T = TypeVar("T")
 EXAMPLES = 4  # groups of a step that are kept for the report
 
@@ -43,8 +42,8 @@ async def run(stage: Rl, context: Context, engine: Engine, judges: Mapping[str, 
     while version < stage.steps:
         clock, learned = Clock(), list[StepStats]()
         async with aclosing(rollouts.take(version)) as parts:
-            async for groups in clock.waiting("rollout", parts):
-                batch = pack(context, groups, version)
+            async for part in clock.waiting("rollout", parts):
+                batch = pack(context, part.kept, version, version * stage.updates_per_step + part.index)
                 with clock("train"):
                     learned.append(await trainer.step(batch, fresh=not learned))
         stats = merged(learned)
@@ -62,6 +61,15 @@ async def run(stage: Rl, context: Context, engine: Engine, judges: Mapping[str, 
     return totals.metrics()
 
 
+@dataclass(frozen=True)
+class Part:
+    """What one update of a step learns from: the groups `kept` of those `seen`."""
+
+    index: int
+    kept: list[Group]
+    seen: list[Group]
+
+
 @dataclass
 class Rollouts:
     """Groups worth learning from: sampled, scored, and refilled when their rewards do not vary (DAPO §3.2)."""
@@ -73,50 +81,54 @@ class Rollouts:
     stream: Stream
     metrics: dict[str, float] = field(default_factory=dict)
     examples: list[Group] = field(default_factory=list)
-    sampling: asyncio.Lock = field(default_factory=asyncio.Lock)  # parts sample in turn: the first is soon there
+    # parts take turns in the engine, so that the first is soon there, and with the rewards, so that it always is
+    sampling: asyncio.Lock = field(default_factory=asyncio.Lock)
+    scoring: asyncio.Lock = field(default_factory=asyncio.Lock)
 
-    async def take(self, version: int) -> AsyncGenerator[list[Group]]:
-        """The groups of each update after `version`, an equal part of prompts_per_step or fewer when refills did not
-        suffice; a part that has none is left out. All parts are under way at once, in order."""
+    async def take(self, version: int) -> AsyncGenerator[Part]:
+        """The parts of the step after `version`, an equal share of its prompts each, fewer groups when refills did not
+        suffice; a part that has none is left out. All are under way at once."""
         parts = list[asyncio.Task[Part]]()
-        for part in range(self.stage.updates_per_batch):
-            parts.append(asyncio.create_task(self._part(version, part, parts[-1] if parts else None)))
+        for index in range(self.stage.updates_per_step):
+            parts.append(asyncio.create_task(self._part(version, index, parts[-1] if parts else None)))
+        done = list[Part]()
         try:
             for task in parts:
-                kept, _ = await task
-                if kept:
-                    yield kept
-            self._measure([await task for task in parts])
+                done.append(await task)
+                self._require_rewards(done)
+                if done[-1].kept:
+                    yield done[-1]
+            self._measure(done)
         finally:
             for task in parts:
                 task.cancel()
             await asyncio.gather(*parts, return_exceptions=True)
 
-    async def _part(self, version: int, part: int, before: asyncio.Task[Part] | None) -> Part:
-        """Sample and score the groups of one update, in the order of `part`."""
+    async def _part(self, version: int, index: int, before: asyncio.Task[Part] | None) -> Part:
         stage, kept, seen = self.stage, list[Group](), list[Group]()
-        share = stage.prompts_per_step // stage.updates_per_batch
+        share = stage.prompts_per_step // stage.updates_per_step
+        if before is not None and stage.refill_rounds:
+            await asyncio.wait([before])  # prompts are drawn in one order, however long replies take
         for refill in range(stage.refill_rounds + 1):
-            if refill and before is not None:
-                await asyncio.wait([before])  # prompts are drawn in the same order however long replies take
             prompts = [
-                as_prompt(row, source, index, self.context.tokenizer, True, self.context.recipe.chat)
-                for source, index, row in self.stream.take(share - len(kept))
+                as_prompt(row, source, place, self.context.tokenizer, True, self.context.recipe.chat)
+                for source, place, row in self.stream.take(share - len(kept))
             ]
-            seed = derive(self.context.recipe.seed, stage.name, "rollout", version, part, refill)
+            seed = derive(self.context.recipe.seed, stage.name, "rollout", version, index, refill)
             async with self.sampling:
                 sampled = await self.engine.generate(
                     prompts, Sampling(stage.group_size, stage.temperature, stage.max_tokens, seed)
                 )
-            scored = await score(sampled, stage.rewards, self.context.actors.rewards, self.judges)
+            async with self.scoring:
+                scored = await score(sampled, stage.rewards, self.context.actors.rewards, self.judges)
             seen += scored
             kept += [group for group in scored if informative(group)]
             if len(kept) >= share:
                 break
-        return kept, seen
+        return Part(index, kept, seen)
 
-    def _measure(self, parts: list[Part]) -> None:
-        kept, seen = ([group for part in parts for group in part[which]] for which in (0, 1))
+    def _require_rewards(self, parts: list[Part]) -> None:
+        seen = [group for part in parts for group in part.seen]
         failed = failure_rate(seen)
         if failed > self.stage.max_failed_rewards:
             notes = [s.note for group in seen for s in group.scores if s.outcome != "scored"]
@@ -124,6 +136,9 @@ class Rollouts:
                 f"stage {self.stage.name!r}: rewards failed on {failed:.1%} of the rollouts of {len(seen)} prompts, "
                 f"above max_failed_rewards = {self.stage.max_failed_rewards:g}. The last failure: {notes[-1]}"
             )
+
+    def _measure(self, parts: list[Part]) -> None:
+        kept, seen = [g for part in parts for g in part.kept], [g for part in parts for g in part.seen]
         if not kept:
             raise RuntimeError(
                 f"stage {self.stage.name!r}: none of {len(seen)} groups had rewards that vary, so there is nothing to "
@@ -133,8 +148,9 @@ class Rollouts:
         self.examples = kept[:EXAMPLES]
         self.metrics = part_means(seen) | {
             "rollouts": float(len(rollouts)),
+            "updates": float(sum(bool(part.kept) for part in parts)),
             "informative": len(kept) / len(seen),
-            "reward_failures": failed,
+            "reward_failures": failure_rate(seen),
             "tokens.mean": sum(len(r.token_ids) for r in rollouts) / len(rollouts),
             "truncated": sum(r.finish == "length" for r in rollouts) / len(rollouts),
         }
@@ -146,8 +162,8 @@ def informative(group: Group) -> bool:
     return len(values) > 1
 
 
-def pack(context: Context, groups: list[Group], version: int) -> Batch:
-    """One update: groups with their advantages, cut into ranks and micro-batches. Failed scores weigh 0."""
+def pack(context: Context, groups: list[Group], version: int, index: int) -> Batch:
+    """Optimizer step `index`: groups with their advantages, cut into ranks and micro-batches. Failed scores weigh 0."""
     samples = []
     for group in groups:
         advantages = group_normalised([score.value for score in group.scores])
@@ -164,7 +180,7 @@ def pack(context: Context, groups: list[Group], version: int) -> Batch:
                 )
             )
     resources = context.recipe.resources
-    return make_batch(samples, resources.trainer_ranks, resources.token_budget)
+    return make_batch(samples, resources.trainer_ranks, resources.token_budget, index)
 
 
 class Clock:

@@ -65,7 +65,7 @@ class Verdict:
 @dataclass(frozen=True)
 class ActorPlan:
     """`count` processes of one role. cpus: Ray's share of each, in cores; threads: OpenMP threads of each, which may
-    add up to more than the cores where phases alternate (where they do not: Resources.threads_of); gpus: Ray's share
+    add up to more than the cores where phases alternate (where they do not: trainer_threads_beside); gpus: Ray's share
     of each, a fraction where several processes hold one GPU together; memory_gib: of each, an estimate."""
 
     role: str
@@ -313,14 +313,16 @@ def _side_by_side(recipe: Recipe, cluster: Cluster) -> Iterator[str]:
     """Problems of a trainer that learns while engines sample on the same cores."""
     r = recipe.resources
     for stage in recipe.stages:
-        if r.device != "cpu" or not isinstance(stage, Rl) or stage.updates_per_batch == 1:
+        if r.device != "cpu" or not isinstance(stage, Rl) or not stage.pipelined:
             continue
-        trainer, engines = r.trainer_ranks * r.threads_of(stage), r.rollout_workers * r.rollout_threads
-        if trainer + engines > cluster.cpus and max(r.threads_of(stage), r.rollout_threads) > 1:
+        trainer = r.trainer_ranks * r.trainer_threads_beside
+        engines = (r.rollout_workers + len(feasibility.judges_of(stage))) * r.rollout_threads
+        # processes of one thread share a core by turns; a team of threads waits for its slowest
+        if trainer + engines > cluster.cpus and max(r.trainer_threads_beside, r.rollout_threads) > 1:
             yield (
-                f"stage {stage.name!r}: with updates_per_batch = {stage.updates_per_batch} the trainer learns while "
+                f"stage {stage.name!r}: with updates_per_step = {stage.updates_per_step} the trainer learns while "
                 f"engines sample; its {trainer} threads and their {engines} on {cluster.cpus} cores would wait for one "
-                "another; set resources.rollout_threads = 1"
+                "another; lower resources.rollout_threads or trainer_threads_beside (1 is always allowed)"
             )
 
 
@@ -472,7 +474,7 @@ def _stage(recipe: Recipe, stage: Stage, architecture: Architecture, engines: tu
         steps, rows = stage.steps, stage.batch_size
     elif isinstance(stage, Rl):
         rollouts_per_step = stage.prompts_per_step * stage.group_size
-        steps, rows = stage.steps * stage.updates_per_batch, rollouts_per_step // stage.updates_per_batch
+        steps, rows = stage.steps * stage.updates_per_step, rollouts_per_step // stage.updates_per_step
         rollouts = stage.steps * rollouts_per_step
     elif isinstance(stage, Synthesize):
         rollouts = stage.prompts * stage.samples
@@ -579,7 +581,7 @@ def _actors(
     engines = sum(stage.cold_starts for stage in stages)
     counts = {"trainer": r.trainer_ranks, "rollout": engines, "reward": r.reward_workers}
     total = sum(counts.values())
-    # phases alternate: shares only have to add up to the machine, or Ray would not place the actors
+    # phases mostly alternate: shares only have to add up to the machine, or Ray would not place the actors
     share = min(1.0, math.floor(100 * cluster.cpus / total) / 100)
     part = math.floor(100 / max(_tenants(recipe, cluster, stages), 1)) / 100 if cuda else 0.0
     return (

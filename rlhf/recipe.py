@@ -106,6 +106,7 @@ class Resources(Table):
     precision: Literal["float32", "bfloat16"] = "float32"
     trainer_ranks: PositiveInt = 1
     trainer_threads: PositiveInt = 2
+    trainer_threads_beside: PositiveInt = 1  # while engines sample beside it: RL with several updates a step
     zero_stage: Literal[0, 1, 2, 3] = 2
     offload: bool = False
     rollout_workers: PositiveInt = 1
@@ -118,12 +119,6 @@ class Resources(Table):
     memory_gib: Positive = 8.0
     token_budget: PositiveInt = 8192
     transport: Literal["auto", "cpu", "ipc", "nccl"] = "auto"
-
-    def threads_of(self, stage: Stage) -> int:
-        """Threads of a trainer rank in a stage: it leaves the engines theirs where they sample beside it on the same
-        cores, since OpenMP threads that share a core wait for one another."""
-        beside = self.device == "cpu" and isinstance(stage, Rl) and stage.updates_per_batch > 1
-        return max(self.trainer_threads - self.rollout_threads, 1) if beside else self.trainer_threads
 
 
 class Deadlines(Table):
@@ -245,7 +240,8 @@ class Sft(Optimised):
 
 
 class Rl(Optimised):
-    """Reinforcement learning on groups of rollouts. Clip ranges belong to the algorithm unless given."""
+    """Reinforcement learning on groups of rollouts. Clip ranges belong to the algorithm unless given. Each of a step's
+    updates learns from prompts of its own, while the next one's are sampled."""
 
     kind: Literal["rl"]
     algorithm: Literal["auto", "grpo", "dapo", "gspo"] = "auto"
@@ -253,12 +249,17 @@ class Rl(Optimised):
     clip_high: Positive | None = None
     prompts_per_step: PositiveInt
     group_size: Annotated[int, Field(ge=2)] = 8
-    updates_per_batch: PositiveInt = 1
+    updates_per_step: PositiveInt = 1
     temperature: Positive = 1.0
     max_tokens: PositiveInt = 96
     refill_rounds: Annotated[int, Field(ge=0)] = 2
     max_failed_rewards: Fraction = 0.05
     rewards: dict[Name, Reward]
+
+    @property
+    def pipelined(self) -> bool:
+        """Whether the trainer learns while engines sample."""
+        return self.updates_per_step > 1
 
 
 class Synthesize(StageBase):

@@ -15,6 +15,8 @@ from rlhf.types import StepStats
 EDGES = np.logspace(-9, 1, 201)
 # of float32; a larger difference is a top-k flip of a router near a tie, or a fault
 LARGE = 1e-4
+# what an optimizer step has one of; other metrics are means over its tokens
+ONCE = ("loss", "router_aux", "grad_norm")
 
 
 @dataclass
@@ -82,17 +84,20 @@ class Totals:
 
 
 def merged(stats: Sequence[StepStats]) -> StepStats:
-    """The updates of one step as one: means of their metrics, the maximum of *_max, the last learning rate, all tokens,
-    and the gap of the first, whose rows were sampled by the weights it met."""
+    """The updates of one step as one: means over their tokens (over the updates for what is one number of each), the
+    maximum of *_max, the last learning rate, all tokens; and the gap of the first, whose rows were sampled by the
+    weights it met."""
     metrics = {}
-    for name in stats[-1].metrics:
-        values = [part.metrics[name] for part in stats if name in part.metrics]
+    for name in dict.fromkeys(name for part in stats for name in part.metrics):
+        found = [part.metrics for part in stats if name in part.metrics]
+        values = np.array([part[name] for part in found])
+        weights = np.array([1.0 if name in ONCE else part.get("tokens", 1.0) for part in found])
         if name.endswith("_max"):
-            metrics[name] = max(values)
-        elif name == "lr":
-            metrics[name] = values[-1]
+            metrics[name] = float(values.max())
+        elif name in ("lr", "tokens"):
+            metrics[name] = float(values[-1] if name == "lr" else values.sum())
         else:
-            metrics[name] = sum(values) if name == "tokens" else sum(values) / len(values)
+            metrics[name] = float((values * weights).sum() / max(weights.sum(), 1.0))
     return StepStats(metrics, stats[0].gap, stats[0].tied)
 
 

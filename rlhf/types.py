@@ -136,12 +136,14 @@ class Batch:
     """One optimizer step: micro_batches[rank][i] is a tuple of samples.
 
     Every rank has the same number of micro-batches (an empty tuple where it has no rows left).
-    num_tokens and num_rows count completion tokens and rows over all ranks: the loss's denominators.
+    num_tokens and num_rows count completion tokens and rows over all ranks: the loss's denominators. index: its place
+    among the stage's optimizer steps, from 0, which decides the learning rate.
     """
 
     micro_batches: tuple[tuple[tuple[Sample, ...], ...], ...]
     num_tokens: int
     num_rows: int
+    index: int = 0
 
 
 @dataclass(frozen=True)
@@ -201,7 +203,7 @@ class Loss:
     """What a trainer minimises.
 
     kind "nll": negative log-likelihood of the completion; any other kind names a policy loss of `rlhf.algorithms`.
-    normalise "token": divide by the update's num_tokens; "row": sum over tokens, divide by num_rows.
+    normalise "token": divide by the batch's num_tokens; "row": sum over tokens, divide by num_rows.
     clip_low and clip_high bound the importance ratio to [1 − low, 1 + high]; unused by "nll".
     temperature divides the logits, and masked_ids get −inf, on the trainer as on the engine.
     """

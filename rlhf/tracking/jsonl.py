@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf.checkpoint import write_text
 from rlhf.tracking.sink import Numbers, Record, Stage
 
 
@@ -38,10 +38,10 @@ class Jsonl:
         _append(stage.folder / "rollouts.jsonl", [{**record, "step": step} for record in records])
 
     def metrics(self, stage: Stage, final: Numbers, examples: Sequence[Record]) -> None:
-        replace(stage.folder / "eval.json", _dump({"metrics": _finite(final), "examples": list(examples)}) + "\n")
+        write_text(stage.folder / "eval.json", _dump({"metrics": _finite(final), "examples": list(examples)}) + "\n")
 
     def artifact(self, stage: Stage, manifest: Record) -> None:
-        replace(stage.folder / "manifest.json", _dump(manifest) + "\n")
+        write_text(stage.folder / "manifest.json", _dump(manifest) + "\n")
 
     def close_stage(self, stage: Stage, failed: bool) -> None:
         """Nothing is held open between lines."""
@@ -69,7 +69,7 @@ def keep_until(path: Path, step: int | None) -> None:
                 ) from error
             if recorded <= step:
                 kept.append(line + "\n")
-    replace(path, "".join(kept))
+    write_text(path, "".join(kept))
 
 
 def _finite(numbers: Numbers) -> dict[str, float | None]:
@@ -83,13 +83,3 @@ def _dump(value: Any) -> str:
 def _append(path: Path, records: Sequence[Record]) -> None:
     with path.open("a", encoding="utf-8") as file:
         file.write("".join(_dump(record) + "\n" for record in records))
-
-
-def replace(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(path.name + ".new")
-    with fresh.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    fresh.replace(path)

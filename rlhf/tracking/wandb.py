@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from rlhf.tracking.jsonl import replace
+from rlhf.checkpoint import write_text
 from rlhf.tracking.sink import Numbers, Record, Stage
 
 WANDB_START_DEADLINE = 60.0
@@ -106,7 +106,7 @@ class Wandb:
     def _id(self) -> str:
         path = self._folder / "wandb_id"
         if not path.exists():
-            replace(path, uuid.uuid4().hex[:12] + "\n")
+            write_text(path, uuid.uuid4().hex[:12] + "\n")
         return path.read_text().strip()
 
     def _table(self, records: Sequence[Record]) -> Any:

@@ -46,7 +46,7 @@ data = {{ questions = 1.0 }}
 steps = 2
 prompts_per_step = 4
 group_size = 4
-updates_per_batch = 2
+updates_per_step = 2
 lr = 1e-3
 max_tokens = 16
 evaluate = "none"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,10 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def improve(prepared: Path, folder: Path, settings: str) -> FakeCast:
+def improve(prepared: Path, folder: Path, settings: str, lost_at: int | None = None) -> FakeCast:
     shutil.copytree(prepared, folder)
-    return run(recipe(f"{STAGE} = {{updates_per_batch = 2, evaluate = 'none', {settings}}}"), folder, until=NAME)
+    wanted = recipe(f"{STAGE} = {{updates_per_step = 2, evaluate = 'none'}}", f"{STAGE} = {{{settings}}}")
+    return run(wanted, folder, until=NAME, lost_at=lost_at)
 
 
 def test_the_next_part_is_sampled_while_the_trainer_learns(
@@ -61,10 +63,12 @@ def test_the_next_part_is_sampled_while_the_trainer_learns(
     assert calls == {"generate": 6, "step": 6}
 
 
+@pytest.mark.parametrize("updates", [2, 4])
 def test_groups_are_the_same_however_long_scoring_takes(
-    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    updates: int, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    score, turns, settings = FakeRewards.score, [0], "refill_rounds = 2, group_size = 2"
+    score, turns = FakeRewards.score, [0]
+    settings = f"updates_per_step = {updates}, refill_rounds = 2, group_size = 2"
     quick = improve(prepared, tmp_path / "quick", settings).trainer.batches
     for late in range(3):
 
@@ -77,6 +81,50 @@ def test_groups_are_the_same_however_long_scoring_takes(
         monkeypatch.setattr(FakeRewards, "score", slow)
         delayed = improve(prepared, tmp_path / f"late-{late}", settings).trainer.batches
         assert [keys(batch) for batch in delayed] == [keys(batch) for batch in quick]
+        assert [batch.index for batch in delayed] == [batch.index for batch in quick]
+
+
+def test_a_trainer_lost_between_updates_leaves_no_part_under_way(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = "steps = 4, checkpoint_every = 2"
+    whole = improve(prepared, tmp_path / "whole", settings)
+    generate, running, left = FakeEngine.generate, [0], list[int]()
+
+    async def slow(engine: FakeEngine, prompts: Any, sampling: Any) -> Any:
+        running[0] += 1
+        try:
+            for _ in range(100):
+                await asyncio.sleep(0)
+            return await generate(engine, prompts, sampling)
+        finally:
+            running[0] -= 1
+
+    async def renewed(cast: FakeCast) -> None:
+        left.append(running[0])
+
+    monkeypatch.setattr(FakeEngine, "generate", slow)
+    monkeypatch.setattr(FakeCast, "renew_trainer", renewed)
+    lost = improve(prepared, tmp_path / "lost", settings, lost_at=4)  # at the first update of step 3
+    assert left == [0]
+    assert lost.trainer.batches == whole.trainer.batches
+
+
+def test_a_part_without_a_signal_keeps_its_place_in_the_schedule(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score, asked = FakeRewards.score, [0]
+
+    async def level(rewards: FakeRewards, function: str, groups: Any) -> Any:
+        asked[0] += 1
+        scores = await score(rewards, function, groups)
+        if asked[0] in (3, 4):  # both rewards of the second part: nothing to choose between
+            return [[dataclasses.replace(one, value=1.0) for one in row] for row in scores]
+        return scores
+
+    monkeypatch.setattr(FakeRewards, "score", level)
+    batches = improve(prepared, tmp_path / "run", "steps = 3, refill_rounds = 0").trainer.batches
+    assert [batch.index for batch in batches] == [0, 2, 3, 4, 5]
 
 
 def keys(batch: Batch) -> list[str]:

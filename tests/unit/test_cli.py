@@ -34,7 +34,7 @@ def test_an_impossible_batch_is_refused_before_anything_starts(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     status, shown = run(
-        capsys, "run", str(RECIPE), "--runs", str(tmp_path), "-o", "stages.rl-verifiable.updates_per_batch = 3"
+        capsys, "run", str(RECIPE), "--runs", str(tmp_path), "-o", "stages.rl-verifiable.updates_per_step = 3"
     )
     assert status == 2
     assert "stage 'rl-verifiable'" in shown

@@ -81,7 +81,7 @@ data = {filtered = 1}
 steps = 10
 prompts_per_step = 16
 group_size = 8
-updates_per_batch = 2
+updates_per_step = 2
 evaluate = "modes"
 [stages.rewards]
 answer = {function = "rewards.answer:boxed"}
@@ -271,18 +271,18 @@ REFUSALS = {
     "loss without data": ("stages.align.evaluate = 'loss'", 'evaluate = "loss" needs eval_data'),
     "ranks over cores": ("resources.trainer_ranks = 4", "trainer_ranks = 4 on 2 cores; use at most 2"),
     "threads over cores": ("resources.rollout_threads = 3", "rollout_threads = 3 threads on 2 cores.*to 2"),
-    "indivisible": ("stages.improve.updates_per_batch = 3", "16 does not divide into.*each of whole.*multiple of 3"),
+    "indivisible": ("stages.improve.updates_per_step = 3", "16 does not divide into.*each of whole.*multiple of 3"),
     "threads side by side": (
         "resources.rollout_threads = 2",
-        "'improve': with updates_per_batch = 2 the trainer learns while.*its 1 threads and their 2 on 2 cores",
+        "'improve': with updates_per_step = 2 the trainer learns while.*its 1 threads and their 4 on 2 cores",
     ),
     "too few prompts": (
-        "stages.improve = {prompts_per_step = 1, group_size = 2, updates_per_batch = 4}",
-        "prompts_per_step = 1 does not divide into updates_per_batch = 4.*multiple of 4",
+        "stages.improve = {prompts_per_step = 1, group_size = 2, updates_per_step = 4}",
+        "prompts_per_step = 1 does not divide into updates_per_step = 4.*multiple of 4",
     ),
     "updates over ranks": (
         "resources = {trainer_ranks = 2, trainer_threads = 1}\nstages.improve = {prompts_per_step = 6, group_size = 3}",
-        "18 rollouts do not divide into updates_per_batch = 2 times trainer_ranks = 2.*multiple of 4",
+        "18 rollouts do not divide into updates_per_step = 2 times trainer_ranks = 2.*multiple of 4",
     ),
     "batch under ranks": (
         "resources = {trainer_ranks = 2, trainer_threads = 1}\nstages.align.batch_size = 1",
