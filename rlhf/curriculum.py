@@ -32,7 +32,7 @@ from rlhf.batching import make_batch
 from rlhf.checkpoint import digest, latest, whole, write_json
 from rlhf.data.formatting import as_sample
 from rlhf.data.rows import Rows, read, write
-from rlhf.data.sources import open_source
+from rlhf.data.sources import open_source, open_sources
 from rlhf.feasibility import judges_of, parent_of
 from rlhf.footprint import Footprint
 from rlhf.models import build_model, load_processor, local_folder, masked_ids
@@ -268,6 +268,7 @@ class Curriculum:
         """Make the rows, and the model of [model] where it is one to build and what it is built from has changed."""
         if self.recipe.model.bridge is None:
             return
+        self.sources |= open_sources(self.recipe.data, self.recipe.seed, self.folder / "data")
         model, inputs = self.folder / "model", {"digest": self._model_digest()}
         if model.exists() and _read(self.folder / "model.json") == inputs:
             return

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import inspect
 import json
-from collections.abc import Callable
+import multiprocessing
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from rlhf.recipe import Source
 Builder = Callable[..., list[Row]]
 
 BUILDERS = {"digits": "rlhf.data.digits:build"}
+WORTH_A_PROCESS = 5_000  # rows: starting one takes as long as building a few thousand
+HELPER_DEADLINE = 600.0  # seconds
 
 
 def open_source(name: str, source: Source, seed: int, folder: str | Path) -> Rows:
@@ -25,20 +29,56 @@ def open_source(name: str, source: Source, seed: int, folder: str | Path) -> Row
     """
     if source.path is not None:
         return read(source.path)
-    assert source.builder is not None
-    build = _builder(name, source.builder)
-    # two sources of the same table must not hold the same rows
-    own_seed = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:4], "big")
-    spec = json.dumps(
-        {"source": source.model_dump(mode="json"), "seed": own_seed, "code": _code_digest(build)}, sort_keys=True
-    )
-    path = Path(folder) / f"{name}.parquet"
-    if not path.exists() or note_of(path) != spec:
-        write(build(source.table, source.rows, source.split, own_seed, dict(source.options)), path, spec)
-    return read(path)
+    if _is_missing(name, source, seed, folder):
+        path, spec = _built(name, source, seed, folder)
+        build = _builder(name, source.builder)
+        write(build(source.table, source.rows, source.split, _seed(name, seed), dict(source.options)), path, spec)
+    return read(Path(folder) / f"{name}.parquet")
 
 
-def _builder(name: str, reference: str) -> Builder:
+def open_sources(sources: Mapping[str, Source], seed: int, folder: str | Path) -> dict[str, Rows]:
+    """Every source. Where many rows must be built, a second process builds about half of them. Raises DataError."""
+    missing = [name for name, source in sources.items() if _is_missing(name, source, seed, folder)]
+    missing.sort(key=lambda name: sources[name].rows or 0, reverse=True)
+    theirs = {name: sources[name] for name in missing[1::2]}
+    if sum(source.rows or 0 for source in theirs.values()) < WORTH_A_PROCESS:
+        return {name: open_source(name, source, seed, folder) for name, source in sources.items()}
+    helper = multiprocessing.get_context("spawn").Process(target=_build_all, args=(theirs, seed, folder), daemon=True)
+    helper.start()
+    for name in missing[::2]:
+        open_source(name, sources[name], seed, folder)
+    helper.join(HELPER_DEADLINE)
+    # what the helper has not built is tried here, where an error reaches the user
+    return {name: open_source(name, source, seed, folder) for name, source in sources.items()}
+
+
+def _build_all(sources: Mapping[str, Source], seed: int, folder: str | Path) -> None:
+    for name, source in sources.items():
+        with contextlib.suppress(DataError):
+            open_source(name, source, seed, folder)
+
+
+def _is_missing(name: str, source: Source, seed: int, folder: str | Path) -> bool:
+    if source.path is not None:
+        return False
+    path, spec = _built(name, source, seed, folder)
+    return not path.exists() or note_of(path) != spec
+
+
+def _built(name: str, source: Source, seed: int, folder: str | Path) -> tuple[Path, str]:
+    """Where the rows of a builder lie, and the note they bear when they are those of this source."""
+    code = _code_digest(_builder(name, source.builder))
+    spec = {"source": source.model_dump(mode="json"), "seed": _seed(name, seed), "code": code}
+    return Path(folder) / f"{name}.parquet", json.dumps(spec, sort_keys=True)
+
+
+def _seed(name: str, seed: int) -> int:
+    """Two sources of the same table must not hold the same rows."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:4], "big")
+
+
+def _builder(name: str, reference: str | None) -> Builder:
+    assert reference is not None
     module_name, _, function_name = BUILDERS.get(reference, reference).partition(":")
     known = f'known builders are {", ".join(BUILDERS)}; your own is "module:function"'
     if not function_name:

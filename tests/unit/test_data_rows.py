@@ -9,8 +9,9 @@ import datasets
 import pytest
 from PIL import Image
 
+from rlhf.data import sources as data_sources
 from rlhf.data.rows import DataError, Rows, read, write
-from rlhf.data.sources import open_source
+from rlhf.data.sources import open_source, open_sources
 from rlhf.data.stream import Stream
 from rlhf.recipe import Source
 from rlhf.types import Media
@@ -172,3 +173,16 @@ def test_a_builder_runs_once_until_its_source_changes(tmp_path):
     ]:
         with pytest.raises(DataError, match=message):
             open_source("x", Source(builder=builder, table="t"), 0, tmp_path)
+
+
+def test_two_processes_build_what_one_would(tmp_path, monkeypatch):
+    tables = {"text": "text", "facts": "facts", "single": "single", "bad": "nothing"}
+    sources = {name: Source(builder="digits", table=table, rows=8) for name, table in tables.items()}
+    monkeypatch.setattr(data_sources, "WORTH_A_PROCESS", 0)
+    with pytest.raises(DataError, match="no table 'nothing'"):
+        open_sources(sources, 0, tmp_path / "failed")
+    del sources["bad"]
+    found = open_sources(sources, 0, tmp_path / "two")
+    assert list(found) == list(sources)
+    for name, source in sources.items():
+        assert found[name].digest == open_source(name, source, 0, tmp_path / "one").digest
