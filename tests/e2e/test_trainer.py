@@ -52,12 +52,13 @@ def serve(rank: int, world_size: int, address: str) -> None:
             stage = self._begun
             apply = stage._apply
 
-            def spied(totals: Any) -> None:
+            def spied(index: int) -> tuple[float, float]:
                 if not self.grads:
                     for name, parameter in stage.model.named_parameters():
                         if parameter.requires_grad:
                             self.grads[name] = safe_get_full_grad(parameter).float().numpy().copy()
-                apply(totals)
+                found: tuple[float, float] = apply(index)
+                return found
 
             stage._apply = spied  # type: ignore[method-assign]
             return info
