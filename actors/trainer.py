@@ -185,17 +185,17 @@ class _Stage:
 
     def step(self, batch: Batch, fresh: bool) -> StepStats:
         totals = _Totals()
-        differences = self.accumulate(batch, totals, compared=fresh)
+        differences = self.accumulate(batch, totals, fresh)
         self._require_finite(totals, batch)
         gap, tied = self._gather(differences) if fresh else ([], [])
         norm, learning_rate = self._apply(batch.index)
         metrics = totals.reduce(self.world_size) | {"grad_norm": norm, "lr": learning_rate}
         return StepStats(metrics, gap, tied)
 
-    def accumulate(self, batch: Batch, totals: _Totals, compared: bool = False) -> list[Tensor]:
+    def accumulate(self, batch: Batch, totals: _Totals, fresh: bool) -> list[Tensor]:
         """Gradients of one batch on this rank, reduced over ranks by DeepSpeed; of its sampled tokens, a micro-batch
-        each, [2, N]: |trainer − engine| log-probability difference in nats, and 1 where a router was at a tie (if
-        `compared`)."""
+        each, [2, N]: |trainer − engine| log-probability difference in nats, and 1 where a router was at a tie;
+        none unless `fresh`."""
         loss_spec = self.spec.loss
         rows = batch.micro_batches[self.rank]
         length = sum(len(s.token_ids) for mine in batch.micro_batches for part in mine for s in part)
@@ -205,7 +205,7 @@ class _Stage:
             self.engine.set_gradient_accumulation_boundary(index == len(rows) - 1)
             tensors = collate(samples, self.visual).to(self.device)
             unheard: AbstractContextManager[Routed] = nullcontext({})
-            with routers(self.model) if compared else unheard as routed:
+            with routers(self.model) if fresh else unheard as routed:
                 logprobs, entropy, out = self._forward(tensors, loss_spec)
             loss, metrics = LOSSES[loss_spec.kind](
                 logprobs,
@@ -229,7 +229,7 @@ class _Stage:
             totals.sums["loss"] += value
             totals.sums["entropy"] += float((entropy.double() * (tensors.mask > 0)).sum())
             totals.collect(metrics)
-            if compared:
+            if fresh:
                 sampled = tensors.completion & tensors.sampled[:, None]
                 gap = (logprobs.detach() - tensors.old_logprobs).abs()
                 margins = lowest_margins(routed, tensors.input_ids.shape)[:, :-1]

@@ -29,11 +29,11 @@ def open_source(name: str, source: Source, seed: int, folder: str | Path) -> Row
     """
     if source.path is not None:
         return read(source.path)
-    if _is_missing(name, source, seed, folder):
-        path, spec = _built(name, source, seed, folder)
+    path, spec = _built(name, source, seed, folder)
+    if not _holds(path, spec):
         build = _builder(name, source.builder)
         write(build(source.table, source.rows, source.split, _seed(name, seed), dict(source.options)), path, spec)
-    return read(Path(folder) / f"{name}.parquet")
+    return read(path)
 
 
 def open_sources(sources: Mapping[str, Source], seed: int, folder: str | Path) -> dict[str, Rows]:
@@ -59,10 +59,11 @@ def _build_all(sources: Mapping[str, Source], seed: int, folder: str | Path) -> 
 
 
 def _is_missing(name: str, source: Source, seed: int, folder: str | Path) -> bool:
-    if source.path is not None:
-        return False
-    path, spec = _built(name, source, seed, folder)
-    return not path.exists() or note_of(path) != spec
+    return source.path is None and not _holds(*_built(name, source, seed, folder))
+
+
+def _holds(path: Path, spec: str) -> bool:
+    return path.exists() and note_of(path) == spec
 
 
 def _built(name: str, source: Source, seed: int, folder: str | Path) -> tuple[Path, str]:
