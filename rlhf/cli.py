@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlhf.plan import Plan, PlanError, make_plan, read_verdicts
+from rlhf.plan import Plan, PlanError, describe, make_plan, read_verdicts
 from rlhf.recipe import Recipe, RecipeError, load
 
 FAILED, UNUSABLE, GATE_MISSED, INTERRUPTED = 1, 2, 3, 130
@@ -130,7 +130,7 @@ def _report(folder: Path) -> None:
 
 def plan_command(parsed: argparse.Namespace) -> int:
     verdicts = read_verdicts(parsed.runs / "verdicts.json")
-    print(make_plan(load(parsed.recipe, parsed.override), verdicts=verdicts).describe())
+    print(describe(make_plan(load(parsed.recipe, parsed.override), verdicts=verdicts)))
     return 0
 
 

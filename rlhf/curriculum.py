@@ -33,7 +33,7 @@ from rlhf.checkpoint import digest, latest, whole, write_json
 from rlhf.data.formatting import as_sample
 from rlhf.data.rows import Rows, read, write
 from rlhf.data.sources import open_source, open_sources
-from rlhf.feasibility import judges_of, parent_of
+from rlhf.feasibility import algorithm_of, judges_of, parent_of
 from rlhf.footprint import Footprint
 from rlhf.models import build_model, load_processor, local_folder, masked_ids
 from rlhf.recipe import Evaluate, Gate, Recipe, Rl, Sft, Stage, Synthesize
@@ -348,8 +348,8 @@ class Curriculum:
 def train_spec(recipe: Recipe, stage: Sft | Rl, model: Path, masked: tuple[int, ...]) -> TrainSpec:
     """What the trainer needs to know of a stage. The clip belongs to the algorithm unless the recipe gives one."""
     if isinstance(stage, Rl):
-        moe = stage.algorithm == "auto" and from_folder(model).experts is not None
-        kind = losses.choose(stage.algorithm, moe)
+        kind = algorithm_of(stage, from_folder(model))
+        assert kind is not None  # a model that can be trained has a configuration
         low, high = losses.defaults(kind)
         loss = Loss(
             kind=kind,

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from rlhf.architecture import Architecture
 from rlhf.recipe import Recipe, Rl, Sft, Stage, Synthesize
 
 # GSPO's ratio is a geometric mean over a row's tokens: it moves by 1e-4 to 1e-3 a step (2507.18071 clips at 3e-4, 4e-4)
@@ -31,6 +32,16 @@ def judges_of(stage: Stage) -> tuple[str, ...]:
     if isinstance(stage, Rl):
         return tuple(dict.fromkeys(part.judge for part in stage.rewards.values() if part.judge))
     return (stage.judge,) if isinstance(stage, Synthesize) and stage.judge else ()
+
+
+def algorithm_of(stage: Rl, architecture: Architecture) -> str | None:
+    """The policy loss of an rl stage: "auto" is gspo for a mixture of experts and dapo for a dense decoder, or None
+    where that is not known."""
+    if stage.algorithm != "auto":
+        return stage.algorithm
+    if not architecture.known:
+        return None
+    return "gspo" if architecture.experts else "dapo"
 
 
 def before(recipe: Recipe, stage: Stage) -> list[Stage]:

@@ -18,7 +18,7 @@ micro-batches and ranks and divided by the sum of "tokens"; a name ending in "_m
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -124,13 +124,6 @@ def defaults(algorithm: str) -> tuple[float, float]:
     if algorithm not in _CLIP:
         raise ValueError(f'unknown algorithm {algorithm!r}: choose one of {", ".join(_CLIP)}, or "auto"')
     return _CLIP[algorithm]
-
-
-def choose(algorithm: Literal["auto", "grpo", "dapo", "gspo"], moe: bool) -> str:
-    """ "auto" becomes gspo for a mixture of experts, dapo for a dense decoder; anything else stays."""
-    if algorithm == "auto":
-        return "gspo" if moe else "dapo"
-    return algorithm
 
 
 def _clipped(ratio: Tensor, advantages: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:

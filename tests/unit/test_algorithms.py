@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from rlhf.algorithms import LOSSES, choose, defaults, group_normalised, processed_logprobs
+from rlhf.algorithms import LOSSES, defaults, group_normalised, processed_logprobs
 from rlhf.types import Loss
 
 KINDS = [("nll", "token"), ("nll", "row"), ("grpo", "token"), ("dapo", "token"), ("gspo", "token")]
@@ -217,9 +217,6 @@ def test_processed_logprobs_equal_the_loop():
 
 
 def test_algorithms_by_name():
-    assert choose("auto", moe=True) == "gspo"
-    assert choose("auto", moe=False) == "dapo"
-    assert choose("grpo", moe=True) == "grpo"
     assert [defaults(name) for name in ("grpo", "dapo", "gspo")] == [(0.2, 0.2), (0.2, 0.28), (3e-4, 4e-4)]
     with pytest.raises(ValueError, match="grpo, dapo, gspo"):
         defaults("ppo")

@@ -1,0 +1,30 @@
+"""Everything a recipe implies, derived and checked before anything starts: actors, engines, batches, memory.
+
+Pure arithmetic on configurations: it imports no torch, starts nothing, and takes well under a second.
+
+    derive.py      make_plan: the order of it
+    refusals.py    why not, on this machine or with this model (rlhf.feasibility: whatever the machine)
+    engines.py     which engines start, and who uses them
+    placement.py   cores and memory
+    verdicts.py    what `rlhf check` measured
+    text.py        a plan in print
+"""
+
+from rlhf.plan.cluster import Cluster
+from rlhf.plan.derive import make_plan
+from rlhf.plan.text import describe
+from rlhf.plan.types import Memory, Plan, PlanError
+from rlhf.plan.verdicts import Verdict, implementations, installed_versions, read_verdicts
+
+__all__ = [
+    "Cluster",
+    "Memory",
+    "Plan",
+    "PlanError",
+    "Verdict",
+    "describe",
+    "implementations",
+    "installed_versions",
+    "make_plan",
+    "read_verdicts",
+]

@@ -1,0 +1,120 @@
+"""From a recipe and a cluster to a plan."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from rlhf import feasibility
+from rlhf.architecture import Architecture, architecture_of
+from rlhf.plan.cluster import Cluster
+from rlhf.plan.engines import engine_uses
+from rlhf.plan.placement import actors_of, memory_of, tenants_of, too_large
+from rlhf.plan.refusals import crowded_cores, misplaced, unfit_stages
+from rlhf.plan.types import EngineUse, Plan, PlanError, StagePlan
+from rlhf.plan.verdicts import Verdict, chosen
+from rlhf.recipe import Evaluate, Recipe, Rl, Sft, Stage, Synthesize
+
+
+def make_plan(recipe: Recipe, cluster: Cluster | None = None, verdicts: Sequence[Verdict] = ()) -> Plan:
+    """Derive the plan of a recipe on a cluster (default: this machine).
+
+    Raises PlanError with every problem found, each in a sentence that says what to change.
+    """
+    cluster = cluster or Cluster.here()
+    _refuse(feasibility.problems(recipe))
+    architectures = _architectures(recipe)
+    _refuse(unfit_stages(recipe, architectures), misplaced(recipe, cluster), crowded_cores(recipe, cluster))
+    implementation = chosen(recipe.model.implementation, next(iter(architectures.values())), verdicts)
+    uses = engine_uses(recipe, architectures, implementation, verdicts)
+    stages = tuple(_stage(recipe, stage, architectures[stage.name], uses[stage.name]) for stage in recipe.stages)
+    engines = sum(stage.cold_starts for stage in stages)
+    tenants, memory = tenants_of(recipe, cluster, engines), memory_of(recipe, stages)
+    _refuse(too_large(recipe, cluster, tenants, memory))
+    resources = recipe.resources
+    return Plan(
+        recipe=recipe.name,
+        cluster=cluster,
+        actors=actors_of(recipe, cluster, engines, tenants, memory),
+        stages=stages,
+        world_size=resources.trainer_ranks,
+        transport="cpu" if resources.transport == "auto" else resources.transport,
+        colocated=tenants > 1,
+        implementation=implementation,
+        memory=memory,
+        memory_limit_gib=resources.memory_gib,
+        budget_minutes=recipe.budget_minutes,
+        notes=tuple(_notes(stages)),
+    )
+
+
+def _refuse(*problems: Iterator[str]) -> None:
+    if found := [problem for checks in problems for problem in checks]:
+        raise PlanError("\n".join(found))
+
+
+def _architectures(recipe: Recipe) -> dict[str, Architecture]:
+    """Stage name → the architecture of the model it leaves (of the model it uses, where it makes none)."""
+    try:
+        first = architecture_of(recipe.model)
+    except ValueError as error:
+        raise PlanError(str(error)) from error
+    found: dict[str, Architecture] = {}
+    for stage in recipe.stages:
+        parent = feasibility.parent_of(recipe, stage)
+        current = found[parent] if parent else first
+        if isinstance(stage, Sft) and stage.upcycle is not None:
+            try:
+                current = current.upcycled(stage.upcycle.num_experts, stage.upcycle.top_k)
+            except ValueError as error:
+                raise PlanError(f"stage {stage.name!r}: upcycle: {error}") from error
+        found[stage.name] = current
+    return found
+
+
+def _stage(recipe: Recipe, stage: Stage, architecture: Architecture, engines: tuple[EngineUse, ...]) -> StagePlan:
+    r, longest = recipe.resources, recipe.resources.max_model_len
+    steps = rows = rollouts_per_step = rollouts = 0
+    if isinstance(stage, Sft):
+        steps, rows = stage.steps, stage.batch_size
+    elif isinstance(stage, Rl):
+        rollouts_per_step = stage.prompts_per_step * stage.group_size
+        steps, rows = stage.steps * stage.updates_per_step, rollouts_per_step // stage.updates_per_step
+        rollouts = stage.steps * rollouts_per_step
+    elif isinstance(stage, Synthesize):
+        rollouts = stage.prompts * stage.samples
+    return StagePlan(
+        name=stage.name,
+        kind=stage.kind,
+        start=feasibility.parent_of(recipe, stage),
+        architecture=architecture,
+        algorithm=feasibility.algorithm_of(stage, architecture) if isinstance(stage, Rl) else None,
+        optimizer_steps=steps,
+        rows_per_update=rows,
+        tokens_per_update=rows * longest,
+        micro_batches=math.ceil(math.ceil(rows / r.trainer_ranks) / (r.token_budget // longest)),
+        rollouts_per_step=rollouts_per_step,
+        rollouts=rollouts,
+        evaluation_rollouts=_evaluation_rollouts(recipe, stage),
+        engines=engines,
+        budget_minutes=stage.budget_minutes,
+    )
+
+
+def _evaluation_rollouts(recipe: Recipe, stage: Stage) -> int:
+    asked = recipe.evaluation
+    if stage.evaluate == "judge":
+        return asked.prompts  # greedy, once
+    if stage.evaluate != "modes":
+        return 0
+    both = 2 * asked.prompts * (asked.samples + 1)  # sampled and greedy, with and without thinking
+    more = len(stage.temperatures) if isinstance(stage, Evaluate) else 0
+    return both + more * asked.prompts * (asked.samples + 1)
+
+
+def _notes(stages: Sequence[StagePlan]) -> Iterator[str]:
+    unknown = next((stage.architecture for stage in stages if stage.architecture.parameters is None), None)
+    if unknown is not None:
+        yield f"{unknown.name}: its size is not known before it is downloaded; the memory estimate leaves it out"
+    if any(use.verdict == "unproven" for stage in stages for use in stage.engines):
+        yield "log-probs are unproven until `rlhf check` has measured them; a run proves every weight sync all the same"

@@ -1,0 +1,105 @@
+"""Processes and their shares of the machine: cores, host memory, GPU memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from rlhf.architecture import GIB, activation_bytes, training_bytes
+from rlhf.plan.cluster import Cluster
+from rlhf.plan.types import ActorPlan, Memory, StagePlan
+from rlhf.recipe import Recipe, Rl, Sft
+
+# Measured on CPU, resident and proportional (PSS), before any weights: two engines and a trainer came to 4.4 GiB.
+ENGINE_GIB, TRAINER_GIB, REWARD_GIB, DRIVER_GIB, RAY_GIB = 1.3, 1.0, 0.3, 0.6, 0.5
+
+
+def tenants_of(recipe: Recipe, cluster: Cluster, engines: int) -> int:
+    """How many processes hold one GPU together: trainer ranks and all `engines` of the curriculum, over the GPUs there
+    are. They keep their memory: an engine does not sleep while the trainer works. 0 on a CPU."""
+    r = recipe.resources
+    if r.device == "cpu":
+        return 0
+    return math.ceil((r.trainer_ranks + engines * r.tensor_parallel) / cluster.gpus)
+
+
+def memory_of(recipe: Recipe, stages: Sequence[StagePlan]) -> Memory:
+    """What all of it needs at the peak; what a process holds outside GPU memory counts on the host only."""
+    r = recipe.resources
+    trainer = max((_trainer_bytes(recipe, stage) for stage in stages), default=0) / GIB
+    width = 4 if r.precision == "float32" else 2
+    weights = {
+        use.architecture: width * (use.architecture.parameters or 0) / GIB / r.tensor_parallel
+        for stage in stages
+        for use in stage.engines
+    }
+    engine = max(weights.values(), default=0.0) + r.kv_cache_gib
+    cold = [(use.architecture, use.cold) for stage in stages for use in stage.engines]
+    processes = sum(number for _, number in cold)
+    engines = sum(number * (weights[architecture] + r.kv_cache_gib) for architecture, number in cold)
+    # a publish lies once in the object store while the engines read it
+    published = max(weights.values(), default=0.0) * r.tensor_parallel * 4 / width
+    base = DRIVER_GIB + RAY_GIB + r.reward_workers * REWARD_GIB
+    base += r.trainer_ranks * TRAINER_GIB + processes * ENGINE_GIB * r.tensor_parallel
+    on_host = r.trainer_ranks * trainer + engines if r.device == "cpu" else 0.0
+    return Memory(base + published + on_host, trainer, engine)
+
+
+def _trainer_bytes(recipe: Recipe, plan: StagePlan) -> int:
+    stage = next(stage for stage in recipe.stages if stage.name == plan.name)
+    r, parameters = recipe.resources, plan.architecture.parameters
+    if not isinstance(stage, Sft | Rl) or parameters is None:
+        return 0
+    adapters = plan.architecture.lora_parameters(stage.lora) if stage.lora is not None else None
+    trainable = parameters if adapters is None else adapters
+    held = training_bytes(parameters + (adapters or 0), trainable, r.precision, r.zero_stage, r.trainer_ranks)
+    tokens = min(r.token_budget, plan.tokens_per_update)
+    return held + activation_bytes(plan.architecture, tokens)
+
+
+def too_large(recipe: Recipe, cluster: Cluster, tenants: int, memory: Memory) -> Iterator[str]:
+    """Problems of fitting it into the memory there is."""
+    r = recipe.resources
+    advice = "lower resources.kv_cache_gib, token_budget or the number of workers"
+    if memory.together > r.memory_gib:
+        yield (
+            f"the processes need about {memory.together:.1f} GiB, more than resources.memory_gib = {r.memory_gib:g}; "
+            f"{advice}, or raise it"
+        )
+    elif memory.together > cluster.memory_gib:
+        yield (
+            f"the processes need about {memory.together:.1f} GiB, and this machine has {cluster.memory_gib:.1f}; "
+            f"{advice}"
+        )
+    if r.device == "cuda" and cluster.gpu_memory_gib is not None:
+        if tenants > 1 and r.tensor_parallel > 1:
+            yield (
+                f"{tenants} processes would share a GPU of the {cluster.gpus} here, which engines with "
+                f"tensor_parallel = {r.tensor_parallel} cannot; use tensor_parallel = 1, or more GPUs"
+            )
+        together = f"{tenants} processes on one GPU (engines do not sleep while the trainer works)"
+        for who, needed in (
+            ("a trainer rank", memory.trainer),
+            ("an engine", memory.engine),
+            *([(together, memory.trainer + (tenants - 1) * memory.engine)] if tenants > 1 else []),
+        ):
+            if needed > cluster.gpu_memory_gib:
+                yield (
+                    f"{who} would need about {needed:.1f} GiB, and a GPU has {cluster.gpu_memory_gib:.1f}; {advice}, "
+                    "or use more ranks with zero_stage = 3"
+                )
+
+
+def actors_of(recipe: Recipe, cluster: Cluster, engines: int, tenants: int, memory: Memory) -> tuple[ActorPlan, ...]:
+    """The processes of the whole curriculum, with `engines` engines among them and `tenants` on each GPU."""
+    r, cuda = recipe.resources, recipe.resources.device == "cuda"
+    counts = {"trainer": r.trainer_ranks, "rollout": engines, "reward": r.reward_workers}
+    total = sum(counts.values())
+    # phases mostly alternate: shares only have to add up to the machine, or Ray would not place the actors
+    share = min(1.0, math.floor(100 * cluster.cpus / total) / 100)
+    part = math.floor(100 / max(tenants, 1)) / 100 if cuda else 0.0
+    return (
+        ActorPlan("trainer", counts["trainer"], share, r.trainer_threads, part, TRAINER_GIB + memory.trainer),
+        ActorPlan("rollout", engines, share, r.rollout_threads, part * r.tensor_parallel, ENGINE_GIB + memory.engine),
+        ActorPlan("reward", counts["reward"], share, 1, 0, REWARD_GIB),
+    )

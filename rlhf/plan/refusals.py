@@ -1,0 +1,99 @@
+"""Why a recipe cannot run on a machine, or with the model it has by then. What needs neither is in rlhf.feasibility."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from rlhf import feasibility
+from rlhf.architecture import Architecture
+from rlhf.plan.cluster import Cluster
+from rlhf.recipe import Recipe, Rl
+
+
+def unfit_stages(recipe: Recipe, architectures: Mapping[str, Architecture]) -> Iterator[str]:
+    """Problems that depend on what the model is by the time of the stage."""
+    resources = recipe.resources
+    for stage in recipe.stages:
+        architecture = architectures[stage.name]
+        if isinstance(stage, Rl):
+            widest = max(stage.clip_low or 0.0, stage.clip_high or 0.0)
+            if feasibility.algorithm_of(stage, architecture) == "gspo" and widest > feasibility.GSPO_CLIP_LIMIT:
+                yield (
+                    f"stage {stage.name!r}: a clip range of {widest:g} never binds for GSPO, whose ratio is a mean "
+                    "over the whole row; leave clip_low and clip_high out (3e-4 and 4e-4)"
+                )
+        pictures = architecture.image_tokens
+        for key, tokens in feasibility.longest_replies(recipe, stage).items():
+            if pictures is not None and tokens + pictures >= resources.max_model_len:
+                yield (
+                    f"stage {stage.name!r}: a picture of up to {pictures} tokens and {key} = {tokens} leave no room "
+                    f"for the question in resources.max_model_len = {resources.max_model_len}; raise it, or use fewer "
+                    "tiles"
+                )
+    if resources.token_budget < resources.max_model_len:
+        yield (
+            f"resources.token_budget = {resources.token_budget} is less than resources.max_model_len = "
+            f"{resources.max_model_len}: a longest row would fit no micro-batch; raise token_budget"
+        )
+
+
+def crowded_cores(recipe: Recipe, cluster: Cluster) -> Iterator[str]:
+    """Problems of a trainer that learns while engines sample on the same cores."""
+    r = recipe.resources
+    for stage in recipe.stages:
+        if r.device != "cpu" or not isinstance(stage, Rl) or not stage.pipelined:
+            continue
+        trainer = r.trainer_ranks * r.trainer_threads_beside
+        engines = (r.rollout_workers + len(feasibility.judges_of(stage))) * r.rollout_threads
+        # processes of one thread share a core by turns; a team of threads waits for its slowest
+        if trainer + engines > cluster.cpus and max(r.trainer_threads_beside, r.rollout_threads) > 1:
+            yield (
+                f"stage {stage.name!r}: with updates_per_step = {stage.updates_per_step} the trainer learns while "
+                f"engines sample; its {trainer} threads and their {engines} on {cluster.cpus} cores would wait for one "
+                "another; lower resources.rollout_threads or trainer_threads_beside (1 is always allowed)"
+            )
+
+
+def misplaced(recipe: Recipe, cluster: Cluster) -> Iterator[str]:
+    """Problems of placing the recipe on the machine."""
+    r = recipe.resources
+    if r.transport in ("ipc", "nccl"):
+        yield (
+            f'resources.transport = "{r.transport}": engines can receive it, but the trainer has no sender for it yet; '
+            'use "auto", which goes through host memory'
+        )
+    if r.precision == "bfloat16":
+        yield (
+            'resources.precision = "bfloat16": the proof after every publish knows a bound for float32 only, and would '
+            'stop the run; use "float32"'
+        )
+    if r.device == "cpu":
+        if r.trainer_ranks > cluster.cpus:
+            yield f"resources.trainer_ranks = {r.trainer_ranks} on {cluster.cpus} cores; use at most {cluster.cpus}"
+        if r.tensor_parallel > 1:
+            yield "resources.tensor_parallel needs GPUs; on CPU use 1 and raise rollout_threads"
+    else:
+        if cluster.gpus == 0:
+            yield 'resources.device = "cuda", but there is no GPU here; use device = "cpu", or a machine with one'
+            return
+        if r.trainer_ranks > cluster.gpus:
+            yield f"resources.trainer_ranks = {r.trainer_ranks} on {cluster.gpus} GPUs; use at most {cluster.gpus}"
+        if r.tensor_parallel > cluster.gpus:
+            yield f"resources.tensor_parallel = {r.tensor_parallel} on {cluster.gpus} GPUs; use at most {cluster.gpus}"
+        elif r.rollout_workers * r.tensor_parallel > cluster.gpus:
+            yield (
+                f"resources.rollout_workers × tensor_parallel = {r.rollout_workers * r.tensor_parallel} on "
+                f"{cluster.gpus} GPUs; lower one of them"
+            )
+    for key, number, threads in (
+        ("trainer", r.trainer_ranks, r.trainer_threads),
+        ("rollout", r.rollout_workers, r.rollout_threads),
+    ):
+        plural = "trainer_ranks" if key == "trainer" else "rollout_workers"
+        if number * threads > cluster.cpus:
+            yield (
+                f"resources.{plural} × {key}_threads = {number * threads} threads on {cluster.cpus} cores would wait "
+                f"for one another; lower {key}_threads to {max(cluster.cpus // number, 1)}"
+                if number <= cluster.cpus
+                else f"resources.{plural} = {number} on {cluster.cpus} cores; use at most {cluster.cpus}"
+            )

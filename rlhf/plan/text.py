@@ -1,0 +1,86 @@
+"""A plan as `rlhf plan` prints it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from rlhf.plan.types import Plan, StagePlan
+
+
+@dataclass(frozen=True)
+class _Table:
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def describe(plan: Plan) -> str:
+    """All of it as plain text: totals, notes, and tables of actors, stages and engines."""
+    budget = "none" if plan.budget_minutes is None else f"{plan.budget_minutes:g} minutes"
+    shared = ", sharing GPUs with the trainer" if plan.colocated else ""
+    lines = [
+        f"{plan.recipe}: {len(plan.stages)} stages, budget {budget}",
+        f"{plan.world_size} trainer rank(s); weights go to the engines by {plan.transport}{shared}; "
+        f"vLLM implementation: {plan.implementation}; {plan.cold_starts} engine cold start(s)",
+        f"memory: about {plan.memory.together:.1f} GiB of resources.memory_gib = {plan.memory_limit_gib:g} "
+        f"(machine: {plan.cluster.cpus} cores, {plan.cluster.memory_gib:.1f} GiB, {plan.cluster.gpus} GPUs)",
+    ]
+    lines += [f"note: {note}" for note in plan.notes]
+    for table in _tables(plan):
+        lines += ["", table.title, *_aligned(table)]
+    return "\n".join(lines)
+
+
+def _tables(plan: Plan) -> tuple[_Table, ...]:
+    actors = tuple(
+        (a.role, str(a.count), f"{a.cpus:g}", str(a.threads), f"{a.gpus:g}", f"{a.memory_gib:.2f}") for a in plan.actors
+    )
+    stages = tuple(_stage_row(stage) for stage in plan.stages)
+    engines = tuple(
+        (stage.name, use.role, use.architecture.name, str(use.workers), str(use.cold), use.verdict)
+        for stage in plan.stages
+        for use in stage.engines
+    )
+    return (
+        _Table("Actors", ("role", "number", "cpus", "threads", "gpus", "GiB each"), actors),
+        _Table(
+            "Stages",
+            (
+                "stage",
+                "kind",
+                "continues",
+                "parameters",
+                "optimizer steps",
+                "rows",
+                "micro-batches",
+                "rollouts",
+                "minutes",
+            ),
+            stages,
+        ),
+        _Table("Engines", ("stage", "role", "architecture", "workers", "cold starts", "log-probs"), engines),
+    )
+
+
+def _stage_row(stage: StagePlan) -> tuple[str, ...]:
+    parameters = stage.architecture.parameters
+    rollouts = stage.rollouts + stage.evaluation_rollouts
+    return (
+        stage.name,
+        stage.kind + (f" ({stage.algorithm})" if stage.algorithm else ""),
+        stage.start or "[model]",
+        "?" if parameters is None else f"{parameters:,}",
+        f"{stage.optimizer_steps:,}" if stage.optimizer_steps else "",
+        f"{stage.rows_per_update:,}" if stage.rows_per_update else "",
+        str(stage.micro_batches) if stage.micro_batches else "",
+        f"{rollouts:,}" if rollouts else "",
+        "" if stage.budget_minutes is None else f"{stage.budget_minutes:g}",
+    )
+
+
+def _aligned(table: _Table) -> Iterator[str]:
+    lines = (table.columns, *table.rows)
+    widths = [max(len(line[i]) for line in lines) for i in range(len(table.columns))]
+    for line in lines:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()

@@ -1,0 +1,109 @@
+"""A plan in numbers. Counts are upper bounds where they depend on what is sampled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from rlhf.architecture import Architecture
+from rlhf.plan.cluster import Cluster
+from rlhf.recipe import Implementation
+
+Transport = Literal["cpu", "ipc", "nccl"]
+
+
+class PlanError(ValueError):
+    """A recipe that cannot run; the message has one problem a line, each saying what to change."""
+
+
+@dataclass(frozen=True)
+class ActorPlan:
+    """`count` processes of one role. cpus: Ray's share of each, in cores; threads: OpenMP threads of each, which may
+    add up to more than the cores where phases alternate (where they do not: trainer_threads_beside); gpus: Ray's share
+    of each, a fraction where several processes hold one GPU together; memory_gib: of each, an estimate."""
+
+    role: str
+    count: int
+    cpus: float
+    threads: int
+    gpus: float
+    memory_gib: float
+
+
+@dataclass(frozen=True)
+class Memory:
+    """GiB at the peak. together: all processes, in host memory; trainer and engine: the weights, states and caches of
+    one rank and of one engine, in host memory on a CPU and in GPU memory on CUDA."""
+
+    together: float
+    trainer: float
+    engine: float
+
+
+@dataclass(frozen=True)
+class EngineUse:
+    """Engines a stage asks of: `workers` of them, `cold` of which start for it; the others get new weights."""
+
+    role: str
+    architecture: Architecture
+    workers: int
+    cold: int
+    verdict: str
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage in numbers. Counts are for the whole stage unless the name says otherwise; tokens are upper bounds.
+
+    start            stage whose model it continues, None for [model]
+    algorithm        of an rl stage, with "auto" resolved; None elsewhere or when the architecture is unknown
+    rows_per_update  rows of one optimizer step; micro_batches: on each rank in one optimizer step, at most
+    rollouts_per_step  completions between two publishes, without refills
+    evaluation_rollouts  completions of the evaluation after the stage
+    """
+
+    name: str
+    kind: str
+    start: str | None
+    architecture: Architecture
+    algorithm: str | None
+    optimizer_steps: int
+    rows_per_update: int
+    tokens_per_update: int
+    micro_batches: int
+    rollouts_per_step: int
+    rollouts: int
+    evaluation_rollouts: int
+    engines: tuple[EngineUse, ...]
+    budget_minutes: float | None
+
+    @property
+    def cold_starts(self) -> int:
+        return sum(engine.cold for engine in self.engines)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything derived from a recipe for a cluster.
+
+    world_size   trainer ranks; transport: how weights reach the engines; colocated: engines and trainer share GPUs
+    memory       an estimate; memory_limit_gib: what the recipe allows of it on the host
+    """
+
+    recipe: str
+    cluster: Cluster
+    actors: tuple[ActorPlan, ...]
+    stages: tuple[StagePlan, ...]
+    world_size: int
+    transport: Transport
+    colocated: bool
+    implementation: Implementation
+    memory: Memory
+    memory_limit_gib: float
+    budget_minutes: float | None
+    notes: tuple[str, ...]
+
+    @property
+    def cold_starts(self) -> int:
+        """Engine processes that start during the whole curriculum."""
+        return sum(stage.cold_starts for stage in self.stages)
