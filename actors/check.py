@@ -17,7 +17,8 @@ from ray.exceptions import RayError
 from actors.launch import ActorTimeoutError, launch
 from rlhf.curriculum import Curriculum
 from rlhf.plan import Verdict, implementations, installed_versions, make_plan, read_verdicts
-from rlhf.recipe import Implementation, Recipe, Sft
+from rlhf.recipe import Implementation, Recipe, RecipeError, Sft
+from rlhf.roles import SyncError
 
 VERDICTS = "verdicts.json"
 
@@ -26,12 +27,14 @@ async def check(recipe: Recipe, folder: Path) -> list[Verdict]:
     """Measure every implementation that `model.implementation` allows, and keep the verdicts in `folder`'s parent.
 
     What it builds for that goes to `folder`/check: a run builds its own."""
+    if not recipe.data:
+        raise RecipeError("[data] is empty: a check needs rows, of which it takes pictures; give one source")
     architecture = make_plan(_narrowed(recipe, recipe.model.implementation)).stages[0].architecture
     found = []
     for implementation in implementations(recipe.model.implementation, architecture):
         gap, proven = await _measure(_narrowed(recipe, implementation), folder / "check")
         found.append(Verdict(architecture.digest, implementation, gap, proven, installed_versions()))
-    keep(folder.parent / VERDICTS, found)
+        keep(folder.parent / VERDICTS, found[-1:])  # each as it comes: the next may end the process
     return found
 
 
@@ -45,21 +48,22 @@ def keep(path: Path, found: Sequence[Verdict]) -> None:
 
 def _narrowed(recipe: Recipe, implementation: Implementation) -> Recipe:
     """The recipe with one stage that would train [model], under one implementation."""
-    source = recipe.evaluation.data or next(iter(recipe.data))
-    rows = recipe.data[source]  # under a second name: no stage may train on the held-out questions, nor does this one
-    stage = Sft(name="measure", kind="sft", data={"check": 1.0}, steps=1, batch_size=1, lr=1e-6)
+    source = recipe.evaluation.data if recipe.evaluation.data in recipe.data else next(iter(recipe.data))
+    stage = Sft(name="measure", kind="sft", data={source: 1.0}, steps=1, batch_size=1, lr=1e-6)
     model = recipe.model.model_copy(update={"implementation": implementation})
-    evaluation = recipe.evaluation.model_copy(update={"data": source, "prompts": 1})
-    changed = {"model": model, "stages": [stage], "evaluation": evaluation, "data": {**recipe.data, "check": rows}}
-    return recipe.model_copy(update=changed)
+    # it asks nothing and trains on nothing: rows that are held out elsewhere serve as well
+    evaluation = recipe.evaluation.model_copy(update={"data": None})
+    return recipe.model_copy(update={"model": model, "stages": [stage], "evaluation": evaluation})
 
 
 async def _measure(recipe: Recipe, folder: Path) -> tuple[float, bool]:
     """(largest log-prob gap, whether it is proven); infinite for an implementation that cannot serve the model."""
     stage = recipe.stages[0]
     assert isinstance(stage, Sft)
-    serving = recipe.model_copy(update={"stages": [stage.model_copy(update={"evaluate": "modes"})]})
-    async with launch(recipe, make_plan(serving)) as actors:
+    # a plan with an engine in it: as if the stage were asked questions afterwards
+    asked = stage.model_copy(update={"evaluate": "judge", "data": {"rows": 1.0}, "eval_data": next(iter(stage.data))})
+    rows = recipe.data | {"rows": recipe.data[next(iter(stage.data))]}
+    async with launch(recipe, make_plan(recipe.model_copy(update={"stages": [asked], "data": rows}))) as actors:
         curriculum = Curriculum(recipe, folder)
         curriculum.actors = actors
         curriculum.prepare()
@@ -67,6 +71,9 @@ async def _measure(recipe: Recipe, folder: Path) -> tuple[float, bool]:
         try:
             async with actors.serving({"policy": curriculum.model_before(stage)}) as engines:
                 agreement = await actors.trainer.agree(engines["policy"])
+        except SyncError as error:
+            print(f"{recipe.model.implementation}: {error}")
+            return math.inf, False
         except (RayError, ActorTimeoutError) as error:
             print(f"{recipe.model.implementation}: cannot serve this model: {str(error).splitlines()[-1]}")
             return math.inf, False

@@ -187,6 +187,8 @@ def _client(runs: Path, address: str | None, job: str | None = None) -> Iterator
     else:
         token = _given_token()
     where = f"the Ray head at {address}"
+    if address is not None and not address.startswith(("http://", "https://")):
+        raise JobError(f"--address {address}: give the head's dashboard as http://HOST:PORT")
     try:
         yield JobSubmissionClient(address, headers=_bearer(token))
     except (ConnectionError, requests.RequestException) as error:

@@ -29,7 +29,7 @@ from actors.trainer import TrainerRank
 from rewards.base import Item, items_of
 from rlhf.agreement import Agreement, compare, localise
 from rlhf.architecture import base_of, from_folder
-from rlhf.models import load_processor, masked_ids
+from rlhf.models import architecture_as_saved, load_processor, masked_ids
 from rlhf.plan import Plan
 from rlhf.recipe import Deadlines, Recipe
 from rlhf.roles import ActorLostError, SyncError, SyncReport
@@ -105,6 +105,7 @@ class EngineHandle:
     deadlines: Deadlines
     workers: list[Any] = field(default_factory=list)
     refit: Callable[[Any], Awaitable[None]] | None = None
+    expected: tuple[Sequence[Probe], ProbeScores] | None = None  # what the weights it was given last compute
     restarts: int = 0
     restarting: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -141,14 +142,17 @@ class EngineHandle:
 
     async def prove_artifact(self) -> None:
         """Check the engine's live log-probs against the artifact's probe scores, where it has any."""
-        saved = read_probes(self.folder)
-        if saved is None:
+        self.expected = read_probes(self.folder)
+        if self.expected is None:
             return
-        probes, expected = saved
-        for scores in await self.score(probes):
-            agreement = compare(expected, scores)
-            if not agreement.ok:
-                raise SyncError(f"engine {self.name!r} does not compute what {self.folder} holds: {agreement.message}")
+        for scores in await self.score(self.expected[0]):
+            self._require_agreement(scores)
+
+    def _require_agreement(self, scores: ProbeScores) -> None:
+        assert self.expected is not None
+        agreement = compare(self.expected[1], scores)
+        if not agreement.ok:
+            raise SyncError(f"engine {self.name!r} does not compute what it was given: {agreement.message}")
 
     async def score(self, probes: Sequence[Probe]) -> list[ProbeScores]:
         """Every worker's live log-probs on the probes."""
@@ -167,7 +171,7 @@ class EngineHandle:
         return await within(self.deadlines.sync, "sync", f"engine {self.name!r} fingerprints", call)
 
     async def _refit_all(self, refit: Callable[[Any], Awaitable[None]]) -> None:
-        self.refit = refit
+        self.refit, self.expected = refit, None
         for index, worker in enumerate(self.workers):
             try:
                 await refit(worker)
@@ -193,9 +197,12 @@ class EngineHandle:
             worker = self.workers[index]
             try:
                 return await call(worker)
-            except RayActorError:
+            except RayActorError as error:
                 if attempt == 2:
-                    raise
+                    raise RuntimeError(
+                        f"engine {self.name!r}: its worker {index} died three times over one call, last: "
+                        f"{str(error).splitlines()[0]}"
+                    ) from error
                 await self._restart(index, worker)
         raise AssertionError("unreachable")
 
@@ -210,6 +217,11 @@ class EngineHandle:
             await within(self.deadlines.start, "start", what, worker.heartbeat.remote())
             if self.refit is not None:
                 await self.refit(worker)
+            if self.expected is not None:
+                call = worker.score.remote(self.expected[0])
+                self._require_agreement(
+                    await within(self.deadlines.sync, "sync", f"engine {self.name!r} scoring probes", call)
+                )
             self.workers[index] = worker
 
 
@@ -255,8 +267,10 @@ class TrainerHandle:
     async def agree(self, engine: EngineHandle) -> Agreement:
         """How far the engine's live log-probs are from the trainer's on the probes; of several workers, the worst."""
         # one after the other: on shared cores both at once would wait for each other's threads
-        expected, found = await self._all("probe", "sync", self.probes), await engine.score(self.probes)
-        agreements = [compare(expected[0], scores) for scores in found]
+        expected = (await self._all("probe", "sync", self.probes))[0]
+        # from now on: a worker that dies while it is asked is replaced by one that must compute this
+        engine.expected = (self.probes, expected)
+        agreements = [compare(expected, scores) for scores in await engine.score(self.probes)]
         return max(agreements, key=lambda agreement: (not agreement.ok, agreement.max_gap))
 
     async def _prove(self, engine: EngineHandle, version: int) -> dict[str, float]:
@@ -295,7 +309,7 @@ class RewardsHandle:
     """Reward workers; one that hangs or dies is replaced, and only the sample that did it is lost."""
 
     start: Callable[[int], Any]
-    deadline: float
+    deadlines: Deadlines
     workers: list[Any] = field(default_factory=list)
     locks: defaultdict[int, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
 
@@ -319,14 +333,19 @@ class RewardsHandle:
         async with self.locks[worker]:
             try:
                 call = self.workers[worker].score.remote(function, items)
-                scores: list[Score] = await asyncio.wait_for(_future(call), self.deadline)
+                scores: list[Score] = await asyncio.wait_for(_future(call), self.deadlines.reward)
                 return scores
             except TimeoutError:
-                failure = Score("timed_out", note=f"{function} took more than deadlines.reward = {self.deadline:g} s")
+                failure = Score(
+                    "timed_out", note=f"{function} took more than deadlines.reward = {self.deadlines.reward:g} s"
+                )
             except RayActorError:
                 failure = Score("failed", note=f"{function} ended its process")
             ray.kill(self.workers[worker])
             self.workers[worker] = self.start(worker)
+            # else the first item would pay for the start of its process
+            ready = self.workers[worker].__ray_ready__.remote()
+            await within(self.deadlines.start, "start", f"reward worker {worker} starting again", ready)
         if len(items) == 1:
             return [failure]
         return [score for item in items for score in await self._chunk(worker, function, [item])]
@@ -433,7 +452,7 @@ class Cast:
         yield engines
 
     async def _engine(self, role: str, folder: Path, busy: list[EngineHandle]) -> EngineHandle:
-        kind = from_folder(folder).digest
+        kind = architecture_as_saved(folder).digest
         for engine in self.engines:
             if engine.architecture == kind and engine not in busy:
                 await engine.open(folder)
@@ -467,7 +486,9 @@ async def launch(recipe: Recipe, plan: Plan, address: str | None = None) -> Asyn
         placement = await Placement.reserve(recipe, plan)
         ranks = await placement.trainer()
         workers = [placement.reward(index) for index in range(recipe.resources.reward_workers)]
-        rewards = RewardsHandle(placement.reward, recipe.deadlines.reward, workers)
+        rewards = RewardsHandle(placement.reward, recipe.deadlines, workers)
         yield Cast(placement, TrainerHandle(ranks, recipe.deadlines), rewards)
+    except RayActorError as error:  # a process that nobody replaces; Ray's error is no RuntimeError
+        raise RuntimeError(f"a process of the run died: {str(error).splitlines()[0]}") from error
     finally:
         ray.shutdown()

@@ -106,7 +106,7 @@ class RolloutWorker:
     """A vLLM engine in this process (its own ranks above tensor_parallel 1). Thread-safe.
 
     Starting takes seconds; errors of starting are raised here. An error inside a step or a load ends the engine:
-    pending and later calls raise that error, and the worker must be replaced.
+    pending and later calls raise that error, and the worker serves no more.
     """
 
     def __init__(self, model: str, settings: EngineSettings) -> None:
@@ -272,12 +272,14 @@ class RolloutWorker:
                 self._wake.wait(IDLE_SECONDS)
             commands = list(self._commands)
             self._commands.clear()
-        for command, future in commands:
+        for place, (command, future) in enumerate(commands):
             try:
                 result = command()
             except Exception as error:
                 future.set_exception(error)
                 if self._error is not None:
+                    for _, waiting in commands[place + 1 :]:
+                        waiting.set_exception(error)
                     raise
             else:
                 future.set_result(result)

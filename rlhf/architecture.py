@@ -74,6 +74,12 @@ DECODER_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
+SIZES = {
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "vocab_size", "max_position_embeddings", "moe_intermediate_size", "num_experts_per_tok"),
+}
+
+
 @dataclass(frozen=True)
 class Architecture:
     """Everything but the weights: an engine of one architecture can serve any model of it.
@@ -194,7 +200,12 @@ def from_bridge(bridge: Mapping[str, Mapping[str, Any]], vocab_size: int) -> Arc
             raise ValueError(f"model.bridge.vision type {kind!r} is unknown; choose {' or '.join(defaults)}")
         tables[slot] = {**defaults.get(str(kind), {}), **tables[slot]}
     tables["decoder"].setdefault("vocab_size", vocab_size)
-    geometry_of(tables)
+    for slot in ("vision", "decoder"):
+        _require_sizes(slot, tables[slot])
+    try:
+        geometry_of(tables)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"model.bridge: {error}; make tiler, vision and connector fit one another") from error
     architecture = Architecture(DENSE, _canonical(tables))
     if architecture.experts is None:
         return architecture
@@ -204,6 +215,24 @@ def from_bridge(bridge: Mapping[str, Mapping[str, Any]], vocab_size: int) -> Arc
             f"model.bridge.decoder: num_experts_per_tok = {visited} is more than num_experts = {number}; lower it"
         )
     return replace(architecture, name=MOE)
+
+
+def _require_sizes(slot: str, table: Mapping[str, Any]) -> None:
+    """Raise ValueError for a size that is none, and for widths that do not divide into heads."""
+    for key in SIZES & table.keys():
+        if not isinstance(table[key], int) or table[key] < 1:
+            raise ValueError(f"model.bridge.{slot}.{key} = {table[key]!r}: give a whole number above 0")
+    hidden, heads = table.get("hidden_size"), table.get("num_attention_heads")
+    if hidden and heads and "head_dim" not in table and hidden % heads:
+        raise ValueError(
+            f"model.bridge.{slot}: hidden_size = {hidden} does not divide into num_attention_heads = {heads}; "
+            "change one"
+        )
+    if heads and (keys := table.get("num_key_value_heads")) and heads % keys:
+        raise ValueError(
+            f"model.bridge.{slot}: num_attention_heads = {heads} do not divide into num_key_value_heads = {keys}; "
+            "change one"
+        )
 
 
 def base_of(folder: Path) -> Path:
@@ -216,7 +245,12 @@ def chain_of(folder: Path) -> list[Path]:
     """The folder, where it holds adapters what they adapt, and so on to the folder that holds the weights."""
     chain = [folder]
     while (adapter := chain[-1] / "adapter_config.json").exists():
-        chain.append(Path(json.loads(adapter.read_text())["base_model_name_or_path"]))
+        try:
+            chain.append(Path(json.loads(adapter.read_text())["base_model_name_or_path"]))
+        except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{adapter}: names no base model ({type(error).__name__}: {error}); save the adapters with peft"
+            ) from error
     return chain
 
 
@@ -226,11 +260,20 @@ def from_folder(folder: Path) -> Architecture:
     folder = base_of(folder)
     path = folder / "config.json"
     try:
-        config: dict[str, Any] = json.loads(path.read_text())
+        config = json.loads(path.read_text())
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}); a model folder holds config.json") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(  # noqa: TRY004 - the file is wrong, not the type of an argument
+            f"{path}: holds a {type(config).__name__}, and a model's configuration is an object"
+        )
+    return of_config(config, folder)
+
+
+def of_config(config: Mapping[str, Any], folder: Path) -> Architecture:
+    """The architecture of a configuration as transformers writes it, of the model in `folder`."""
     name = str((config.get("architectures") or [config.get("model_type", "unknown")])[0])
     text = dict(config.get("text_config") or config)
     text["type"] = text.pop("model_type", None)
@@ -261,17 +304,20 @@ def geometry_of(tables: Mapping[str, Mapping[str, Any]]) -> Geometry:
     )
 
 
-def training_bytes(parameters: int, trainable: int, precision: str, zero_stage: int, ranks: int) -> int:
-    """Weights, gradients and AdamW's state of one rank (ZeRO, 1910.02054): stage 1 splits the optimizer over ranks,
-    2 the gradients too, 3 the weights too. bfloat16 keeps a float32 master copy; so does ZeRO for its own partition."""
+def weight_bytes(parameters: int, trainable: int, precision: str, zero_stage: int, ranks: int) -> int:
+    """Weights and gradients of one rank (ZeRO, 1910.02054): stage 2 splits the gradients over ranks, 3 the weights
+    too."""
     width = 4 if precision == "float32" else 2
-    master = 4 if precision != "float32" or zero_stage >= 1 else 0
-    weights, gradients, optimizer = width * parameters, width * trainable, (8 + master) * trainable
-    return (
-        weights // (ranks if zero_stage >= 3 else 1)
-        + gradients // (ranks if zero_stage >= 2 else 1)
-        + optimizer // (ranks if zero_stage >= 1 else 1)
+    return width * parameters // (ranks if zero_stage >= 3 else 1) + width * trainable // (
+        ranks if zero_stage >= 2 else 1
     )
+
+
+def optimizer_bytes(trainable: int, precision: str, zero_stage: int, ranks: int) -> int:
+    """AdamW's state of one rank, which ZeRO splits over ranks from stage 1 on. bfloat16 keeps a float32 master copy; so
+    does ZeRO for its own partition."""
+    master = 4 if precision != "float32" or zero_stage >= 1 else 0
+    return (8 + master) * trainable // (ranks if zero_stage >= 1 else 1)
 
 
 def activation_bytes(architecture: Architecture, tokens: int) -> int:

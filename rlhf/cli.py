@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import fcntl
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 
-from rlhf.plan import Plan, PlanError, describe, make_plan, read_verdicts
+from rlhf import feasibility
+from rlhf.plan import Plan, PlanError, Verdict, describe, make_plan, read_verdicts
 from rlhf.recipe import Recipe, RecipeError, load
 
 FAILED, UNUSABLE, GATE_MISSED, INTERRUPTED = 1, 2, 3, 130
+CONTINUES = "the same command continues from the last checkpoint"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (RecipeError, PlanError) as error:
         return _fail(error, UNUSABLE)
     except KeyboardInterrupt:
-        return _fail("interrupted; the same command continues from the last checkpoint", INTERRUPTED)
+        return _fail(f"interrupted; {CONTINUES}", INTERRUPTED)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -68,54 +72,78 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _verdicts(parsed: argparse.Namespace) -> tuple[Verdict, ...]:
+    """What `rlhf check` kept beside the run folders."""
+    return read_verdicts(parsed.runs / "verdicts.json")
+
+
 class _Plain(argparse.RawDescriptionHelpFormatter):
     pass
 
 
 def run_command(parsed: argparse.Namespace) -> int:
     recipe = load(parsed.recipe, parsed.override)
-    plan = make_plan(recipe, verdicts=read_verdicts(parsed.runs / "verdicts.json"))
-    folder = parsed.runs / recipe.name
-    folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
-        return asyncio.run(_run(recipe, plan, folder, parsed.address))
+    plan = make_plan(recipe, verdicts=_verdicts(parsed))
+    folder = _folder(parsed, recipe)
+    return _carried_out(lambda: _run(recipe, plan, folder, parsed.address), folder, CONTINUES)
 
 
-async def _run(recipe: Recipe, plan: Plan, folder: Path, address: str | None) -> int:
+async def _run(recipe: Recipe, plan: Plan, folder: Path, address: str | None) -> None:
     import tomli_w
 
-    _private_ray(folder)
     from actors.launch import launch
-    from rlhf.checkpoint import CheckpointError
-    from rlhf.curriculum import Curriculum, GateError
-    from rlhf.data.rows import DataError
+    from rlhf.curriculum import Curriculum
     from rlhf.footprint import Footprint
     from rlhf.tracking import Tracker
 
-    _stop_on_signals()
     (folder / "recipe.toml").write_text(tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True)))
     try:
         with Footprint() as footprint, Tracker(folder, recipe.name, recipe.tracking) as tracker:
             curriculum = Curriculum(recipe, folder, tracker, footprint)
             # rows are made while the actors start
             preparing = asyncio.create_task(asyncio.to_thread(curriculum.prepare))
-            try:
-                async with launch(recipe, plan, address) as actors:
-                    await preparing
-                    await curriculum.run(actors)
-            finally:
-                _report(folder)
+            async with launch(recipe, plan, address) as actors:
+                await preparing
+                await curriculum.run(actors)
+    finally:
+        _report(folder)
+
+
+def _folder(parsed: argparse.Namespace, recipe: Recipe) -> Path:
+    folder: Path = parsed.runs / recipe.name
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _carried_out(run: Callable[[], Awaitable[None]], folder: Path, again: str) -> int:
+    """The exit status of `run`, which has `folder` to itself; `again`: what the same command does next time."""
+    with _locked(folder):
+        _private_ray(folder)
+        return asyncio.run(_explained(run, again))
+
+
+async def _explained(run: Callable[[], Awaitable[None]], again: str) -> int:
+    """The exit status of a run, its errors in words."""
+    from rlhf.checkpoint import CheckpointError
+    from rlhf.curriculum import GateError
+    from rlhf.data.rows import DataError
+
+    _stop_on_signals()
+    try:
+        await run()
         return 0
     except GateError as error:
         return _fail(error, GATE_MISSED)
     except DataError as error:
         return _fail(error, UNUSABLE)
     except asyncio.CancelledError:
-        return _fail("interrupted; the same command continues from the last checkpoint", INTERRUPTED)
+        return _fail(f"interrupted; {again}", INTERRUPTED)
+    except (RecipeError, PlanError):
+        raise
     except (CheckpointError, RuntimeError, ValueError, TimeoutError, OSError) as error:
         if os.environ.get("RLHF_TRACEBACK"):
             raise
-        return _fail(f"{type(error).__name__}: {error}\nthe same command continues from the last checkpoint", FAILED)
+        return _fail(f"{type(error).__name__}: {error}\n{again}", FAILED)
 
 
 def _report(folder: Path) -> None:
@@ -129,40 +157,40 @@ def _report(folder: Path) -> None:
 
 
 def plan_command(parsed: argparse.Namespace) -> int:
-    verdicts = read_verdicts(parsed.runs / "verdicts.json")
-    print(describe(make_plan(load(parsed.recipe, parsed.override), verdicts=verdicts)))
+    print(describe(make_plan(load(parsed.recipe, parsed.override), verdicts=_verdicts(parsed))))
     return 0
 
 
 def check_command(parsed: argparse.Namespace) -> int:
     recipe = load(parsed.recipe, parsed.override)
-    folder = parsed.runs / recipe.name
-    folder.mkdir(parents=True, exist_ok=True)
-    _private_ray(folder)
-    from actors.check import check
+    folder = _folder(parsed, recipe)
+    proven: list[bool] = []
 
-    verdicts = asyncio.run(check(recipe, folder))
-    for verdict in verdicts:
-        print(f"{verdict.implementation}: {verdict}")
-    return 0 if any(verdict.proven for verdict in verdicts) else FAILED
+    async def measured() -> None:
+        from actors.check import check
+
+        for verdict in await check(recipe, folder):
+            print(f"{verdict.implementation}: {verdict}")
+            proven.append(verdict.proven)
+
+    return _carried_out(measured, folder, "the same command measures again") or (0 if any(proven) else FAILED)
 
 
 def eval_command(parsed: argparse.Namespace) -> int:
     recipe = load(parsed.recipe, parsed.override)
+    if recipe.evaluation.data is None:
+        raise RecipeError(f"{parsed.recipe[0]}: evaluation.data is not given; name the [data] source to ask")
     evaluate = {
         "name": f"{recipe.name}-eval",
-        "model": {"path": str(parsed.model)},
+        "model": {"path": str(parsed.model), "implementation": recipe.model.implementation},
         "stages": [{"name": "evaluate", "kind": "evaluate", "evaluate": "modes"}],
     }
     from rlhf.recipe import validate
 
     table = recipe.model_dump(mode="json", exclude_none=True) | evaluate
     narrowed = validate(table, " + ".join(parsed.recipe))
-    folder = parsed.runs / narrowed.name
-    folder.mkdir(parents=True, exist_ok=True)
-    plan = make_plan(narrowed, verdicts=read_verdicts(parsed.runs / "verdicts.json"))
-    with _locked(folder):
-        return asyncio.run(_run(narrowed, plan, folder, None))
+    plan, folder = make_plan(narrowed, verdicts=_verdicts(parsed)), _folder(parsed, narrowed)
+    return _carried_out(lambda: _run(narrowed, plan, folder, None), folder, CONTINUES)
 
 
 def report_command(parsed: argparse.Namespace) -> int:
@@ -170,13 +198,19 @@ def report_command(parsed: argparse.Namespace) -> int:
 
     if not parsed.folder.is_dir():
         return _fail(f"{parsed.folder}: no such run folder; `rlhf run` makes runs/NAME", UNUSABLE)
-    print(report.write(parsed.folder))
+    try:
+        print(report.write(parsed.folder))
+    except report.ReportError as error:
+        return _fail(error, UNUSABLE)
     return 0
 
 
 def submit_command(parsed: argparse.Namespace) -> int:
     recipe = load(parsed.recipe, parsed.override)
-    make_plan(recipe, verdicts=read_verdicts(parsed.runs / "verdicts.json"))
+    if parsed.address is None:
+        make_plan(recipe, verdicts=_verdicts(parsed))
+    elif problems := list(feasibility.problems(recipe)):
+        raise PlanError("\n".join(problems))  # the job itself looks at the machines it gets
     return _job("submit", recipe, parsed.recipe, parsed.override, parsed.runs, parsed.address)
 
 
@@ -203,23 +237,17 @@ def _job(verb: str, *arguments: object) -> int:
     return 0
 
 
-def _locked(folder: Path):  # type: ignore[no-untyped-def]
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
     """Hold the run folder: two drivers in one folder would overwrite each other's stages."""
-    import contextlib
-    import fcntl
-
-    @contextlib.contextmanager
-    def hold():  # type: ignore[no-untyped-def]
-        with (folder / ".lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise RecipeError(
-                    f"{folder}: another `rlhf run` is using this run folder; stop it, or give the recipe another name"
-                ) from None
-            yield
-
-    return hold()
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RecipeError(
+                f"{folder}: another `rlhf run` is using this run folder; stop it, or give the recipe another name"
+            ) from None
+        yield
 
 
 def _private_ray(folder: Path) -> None:

@@ -8,7 +8,8 @@
                              artifact/ (appears when whole), eval.json, answers.json, result.json (last: it is done)
       summary.json  report.html
 
-Running a finished or killed run again skips the stages whose inputs are unchanged and continues the one in progress.
+Running a finished or killed run again skips the stages whose inputs are unchanged and continues the one in progress
+from its last checkpoint; a synthesize or evaluate stage has none and begins anew.
 """
 
 from __future__ import annotations
@@ -72,19 +73,22 @@ class Curriculum:
         self.actors = actors
         self.earlier = _read(self.folder / "summary.json") or {}
         self.prepare()
-        for index, stage in enumerate(self.recipe.stages):
-            folder = stage_folder(self.folder, index, stage.name)
-            inputs = self._inputs(stage)
-            result = self._finished(folder, inputs)
-            if result is None:
-                result = await self._survive(stage, index, folder, inputs)
-            result["gates"] = [check(gate, result["metrics"]) for gate in stage.gates]
-            result["status"] = "done" if all(gate["passed"] for gate in result["gates"]) else "gate failed"
-            self.results[stage.name] = result
-            self._summarise()
-            for gate in result["gates"]:
-                if not gate["passed"]:
-                    raise GateError(explain(stage, gate))
+        try:
+            for index, stage in enumerate(self.recipe.stages):
+                folder = stage_folder(self.folder, index, stage.name)
+                inputs = self._inputs(stage)
+                result = self._finished(folder, inputs)
+                if result is None:
+                    result = await self._survive(stage, index, folder, inputs)
+                result["gates"] = [check(gate, result["metrics"]) for gate in stage.gates]
+                result["status"] = "done" if all(gate["passed"] for gate in result["gates"]) else "gate failed"
+                self.results[stage.name] = result
+                self._summarise()
+                for gate in result["gates"]:
+                    if not gate["passed"]:
+                        raise GateError(explain(stage, gate))
+        finally:
+            self._summarise()  # an interrupted stage has taken time as well
 
     async def _survive(self, stage: Stage, index: int, folder: Path, inputs: dict[str, Any]) -> dict[str, Any]:
         """The stage, continued from its last checkpoint when it loses the trainer; RENEWALS times at most."""
@@ -104,8 +108,9 @@ class Curriculum:
         write_json(folder / "inputs.json", inputs)
         spent, started = float((_read(folder / "clock.json") or {}).get("seconds", 0.0)), time.monotonic()
         steps = stage.steps if isinstance(stage, Sft | Rl) else None
+        last = stage.prompts if isinstance(stage, Synthesize) else steps  # its steps are chunks of prompts
         found = latest(folder / "checkpoints")
-        resumed = steps if (folder / "artifact").exists() else found.step if found else None
+        resumed = last if (folder / "artifact").exists() else found.step if found else None
         assert self.tracker is not None
         with self.tracker.stage(
             stage.name,
@@ -260,15 +265,18 @@ class Curriculum:
             return self.artifact(name)
         return self.folder / "model" if self.recipe.model.path is None else local_folder(self.recipe.model.path)
 
-    def tokenizer(self) -> Any:
-        """The tokenizer of the model the curriculum starts from."""
-        return load_processor(self.model_before(self.recipe.stages[0])).tokenizer
-
     def prepare(self) -> None:
         """Make the rows, and the model of [model] where it is one to build and what it is built from has changed."""
-        if self.recipe.model.bridge is None:
+        bridge = self.recipe.model.bridge is not None
+        used = {name for stage in self.recipe.stages for name in [*trained_on(stage), *measured_on(stage, self.recipe)]}
+        # the tokenizer of a bridge to build learns from all
+        wanted = {n: s for n, s in self.recipe.data.items() if n not in self.sources and (bridge or n in used)}
+        self.sources |= open_sources(wanted, self.recipe.seed, self.folder / "data")
+        for stage in self.recipe.stages:
+            if stage.evaluate == "judge" and stage.eval_data in self.sources:
+                evaluation.require_verdicts(self.sources[stage.eval_data], stage.eval_data)
+        if not bridge:
             return
-        self.sources |= open_sources(self.recipe.data, self.recipe.seed, self.folder / "data")
         model, inputs = self.folder / "model", {"digest": self._model_digest()}
         if model.exists() and _read(self.folder / "model.json") == inputs:
             return
@@ -304,6 +312,8 @@ class Curriculum:
         measure = [config.pop(name, None) for name in ("evaluate", "eval_data", "temperatures")]
         measure.append(judging if stage.evaluate == "judge" else self.recipe.evaluation.model_dump(mode="json"))
         measure.append(_code([self.recipe.evaluation.answer, self.recipe.evaluation.soundness]))
+        if stage.evaluate == "none":
+            measure = ["none"]
         return {
             "parent": self.results[parent]["artifact"]["digest"] if parent else self._model_digest(),
             "recipe_digest": _digest(
@@ -421,8 +431,8 @@ def _clear(folder: Path, stage: Stage, inputs: Mapping[str, Any]) -> None:
     if before is None or before == inputs:
         return
     changed = {name for name in inputs if before.get(name) != inputs[name]}
-    # a held-out loss and a critic's verdicts are measured while the artifact is made
-    if changed == {"evaluation_digest"} and isinstance(stage, Sft | Rl) and stage.evaluate != "loss":
+    # a held-out loss is measured while the trainer holds the model
+    if changed == {"evaluation_digest"} and stage.evaluate != "loss":
         (folder / "result.json").unlink(missing_ok=True)
     else:
         shutil.rmtree(folder)

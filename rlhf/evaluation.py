@@ -18,6 +18,7 @@ import numpy as np
 from rewards.format import has_think_block
 from rewards.judge import verdict
 from rlhf.data.formatting import as_prompt
+from rlhf.data.rows import DataError, Rows
 from rlhf.recipe import Evaluation
 from rlhf.roles import Engine
 from rlhf.scoring import verified
@@ -110,6 +111,16 @@ async def judge_quality(context: Context, engine: Engine, source: str) -> Report
     return Report(metrics, {}, examples)
 
 
+def require_verdicts(rows: Rows, source: str) -> None:
+    """Raise DataError unless a judge's answers on these rows can be told right from wrong."""
+    missing = [name for name in ("sound", "corruption") if len(rows) and name not in rows[0]]
+    if missing:
+        raise DataError(
+            f"{rows.origin}: rows of {source!r} have no {' and '.join(map(repr, missing))}, so a judge cannot be "
+            'measured on them; give each row sound = true or false, and corruption = "none" or a kind'
+        )
+
+
 def agreement(said: Sequence[Score], truth: Sequence[bool], prefix: str) -> dict[str, float]:
     """Precision, recall, Cohen's κ of verdicts against the truth, and the share of replies that did not parse."""
     pairs = [(score.value == 1.0, true) for score, true in zip(said, truth, strict=True) if score.outcome == "scored"]
@@ -121,7 +132,8 @@ def agreement(said: Sequence[Score], truth: Sequence[bool], prefix: str) -> dict
     return {
         f"{prefix}.precision": both / max(positive, 1),
         f"{prefix}.recall": both / max(sound, 1),
-        f"{prefix}.kappa": (agreed - chance) / (1 - chance) if chance < 1 else 1.0,
+        # where chance alone agrees always κ is not defined: 1, but for a judge that never answered
+        f"{prefix}.kappa": (agreed - chance) / (1 - chance) if chance < 1 else float(bool(pairs)),
         f"{prefix}.accuracy": agreed,
         f"{prefix}.failed": 1 - len(pairs) / max(len(said), 1),
         f"{prefix}.rows": float(len(said)),

@@ -8,11 +8,11 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from rewards.base import file_of
 from rlhf.architecture import Architecture
 from rlhf.recipe import Recipe, Rl, Sft, Stage, Synthesize
 
-# GSPO's ratio is a geometric mean over a row's tokens: it moves by 1e-4 to 1e-3 a step (2507.18071 clips at 3e-4, 4e-4)
-GSPO_CLIP_LIMIT = 0.01
+ROW_FILES = (".parquet", ".jsonl", ".json")
 BUILDERS = ("digits",)
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -42,6 +42,11 @@ def algorithm_of(stage: Rl, architecture: Architecture) -> str | None:
     if not architecture.known:
         return None
     return "gspo" if architecture.experts else "dapo"
+
+
+def most_rows(stage: Synthesize) -> int:
+    """How many rows a synthesize stage can make."""
+    return stage.prompts * (1 if stage.method == "difficulty" else min(stage.per_prompt, stage.samples))
 
 
 def before(recipe: Recipe, stage: Stage) -> list[Stage]:
@@ -92,16 +97,32 @@ def _model(recipe: Recipe) -> Iterator[str]:
 
 def _sources(recipe: Recipe) -> Iterator[str]:
     for name, source in recipe.data.items():
-        if source.path is not None and not Path(source.path).exists():
-            yield f"data.{name}.path = {source.path!r}: no such file or folder; correct the path or make the file first"
-        if source.builder is not None and ":" not in source.builder and source.builder not in BUILDERS:
+        if source.path is not None:
+            yield from _file(f"data.{name}.path = {source.path!r}", Path(source.path))
+        if source.builder is not None and ":" in source.builder:
+            yield from _function(f"data.{name}.builder", source.builder)
+        elif source.builder is not None and source.builder not in BUILDERS:
             yield (
                 f"data.{name}.builder = {source.builder!r} is unknown, {nearest(source.builder, BUILDERS)} "
                 'Your own is written "module:function"'
             )
 
 
+def _file(what: str, path: Path) -> Iterator[str]:
+    if not path.exists():
+        yield f"{what}: no such file or folder; correct the path or make the file first"
+    elif path.is_dir() and not (path / "state.json").is_file() and not (path / "dataset_dict.json").is_file():
+        yield f"{what}: not a folder made by datasets.Dataset.save_to_disk; name such a folder or a file of rows"
+    elif path.is_file() and path.suffix not in ROW_FILES:
+        yield f"{what}: unknown kind of file; rows are {', '.join(ROW_FILES)} or a Hugging Face dataset folder"
+    elif path.is_file() and path.stat().st_size == 0:
+        yield f"{what}: the file is empty; write its rows first"
+
+
 def _evaluation(recipe: Recipe) -> Iterator[str]:
+    yield from _function("evaluation.answer", recipe.evaluation.answer)
+    if recipe.evaluation.soundness is not None:
+        yield from _function("evaluation.soundness", recipe.evaluation.soundness)
     data = recipe.evaluation.data
     askers = [stage.name for stage in recipe.stages if stage.evaluate == "modes"]
     if data is None:
@@ -117,10 +138,13 @@ def _evaluation(recipe: Recipe) -> Iterator[str]:
             f"evaluation.prompts = {recipe.evaluation.prompts}, but data.{data} has {source.rows} rows; "
             f"lower the one or raise data.{data}.rows"
         )
-    asked = {stage.name for stage in recipe.stages if isinstance(stage, Synthesize) and data in stage.data}
+    path = source.path and Path(source.path).resolve()
+    twins = {name for name, other in recipe.data.items() if path and other.path and Path(other.path).resolve() == path}
+    held_out = {data, *twins}
+    asked = {stage.name for stage in recipe.stages if isinstance(stage, Synthesize) and held_out & stage.data.keys()}
     for stage in recipe.stages:
-        for name in sorted({data, *asked} & stage.data.keys()) if isinstance(stage, Sft | Rl) else ():
-            made = "" if name == data else f", which asks {data!r}"
+        for name in sorted((held_out | asked) & stage.data.keys()) if isinstance(stage, Sft | Rl) else ():
+            made = f", which asks {data!r}" if name in asked else ""
             yield (
                 f"stage {stage.name!r} trains on {name!r}{made}, the held-out questions of [evaluation]; "
                 "use another source"
@@ -178,6 +202,10 @@ def _data(recipe: Recipe, stage: Stage, earlier: list[Stage]) -> Iterator[str]:
             yield f"{key} {name!r} is made by a later stage; move stage {name!r} before this one"
         else:
             yield f"{key} {name!r} is no [data] source and no earlier synthesize stage; {nearest(name, known)}"
+    if isinstance(stage, Sft | Rl) and stage.eval_data in stage.data:
+        yield f"it trains on {stage.eval_data!r}, which it is measured on; use another source for one of the two"
+    if stage.evaluate == "loss" and not isinstance(stage, Sft | Rl):
+        yield 'evaluate = "loss" needs the trainer, which this stage does not use; move it to an sft or rl stage'
     if stage.evaluate in ("judge", "loss") and stage.eval_data is None:
         yield f'evaluate = "{stage.evaluate}" needs eval_data: the source to measure on'
 
@@ -197,8 +225,12 @@ def _synthesize(stage: Synthesize) -> Iterator[str]:
         yield 'method = "critique" needs a critic: a reward function whose note is what the judge should say'
     if stage.method != "critique" and stage.critic is not None:
         yield f'method = "{stage.method}" asks no critic; leave `critic` out, or use method = "critique"'
+    yield from _function("answer", stage.answer)
     if stage.critic is not None:
         yield from _function("critic", stage.critic)
+    most = most_rows(stage)
+    if stage.min_rows > most:
+        yield f"min_rows = {stage.min_rows}, but {stage.prompts} prompts give at most {most} rows; lower it or ask more"
 
 
 def _rl(recipe: Recipe, stage: Rl) -> Iterator[str]:
@@ -219,7 +251,7 @@ def _rl(recipe: Recipe, stage: Rl) -> Iterator[str]:
         yield "rewards is empty: there is nothing to learn from; add [stages.rewards.NAME] with a function or a judge"
     for name, part in stage.rewards.items():
         first = stage.rewards.get(part.only_if) if part.only_if is not None else None
-        if part.only_if is not None and (first is None or first.only_if is not None or part.only_if == name):
+        if part.only_if is not None and (first is None or first.only_if is not None):
             free = [other for other, reward in stage.rewards.items() if reward.only_if is None]
             advice = nearest(part.only_if, free)
             yield f"rewards.{name}.only_if = {part.only_if!r} is no part that is asked first; {advice}"
@@ -236,8 +268,15 @@ def _function(key: str, spec: str) -> Iterator[str]:
     home, colon, name = spec.rpartition(":")
     if not colon or not home or not name.isidentifier():
         yield f'{key} = {spec!r} is not written "module:function" or "path/file.py:function"'
-    elif home.endswith(".py") and not Path(home).is_file():
-        yield f"{key} = {spec!r}: no such file {home}; correct the path"
+        return
+    file = file_of(spec)
+    if file is None:
+        yield f"{key} = {spec!r}: no module {home!r} here; correct the name, or install what holds it"
+    elif not file.is_file():
+        yield f"{key} = {spec!r}: no such file {file}; correct the path"
+    # read and not run: running it may take long, or do what a plan must not
+    elif file.suffix == ".py" and name not in (words := re.findall(r"\w+", file.read_text(errors="replace"))):
+        yield f"{key} = {spec!r}: {file} has no {name!r}; {nearest(name, dict.fromkeys(words))}"
 
 
 def longest_replies(recipe: Recipe, stage: Stage) -> dict[str, int]:
@@ -260,6 +299,20 @@ def _lengths(recipe: Recipe, stage: Stage) -> Iterator[str]:
                 f"{key} = {tokens} leaves no room for a prompt in resources.max_model_len = {limit}; "
                 "lower the one or raise the other"
             )
+
+
+# what a stage measures under each prefix, where that is a closed list; "modes" adds accuracy.CATEGORY and pass@k
+MODES = ("accuracy", "accuracy.low", "accuracy.high", "greedy", "format_rate", "think_rate", "tokens", "truncated")
+GAINS = ("gain", "gain.low", "gain.high")
+METRICS = {
+    "eval.think.": (*MODES, *GAINS, "soundness", "right_but_unsound"),
+    "eval.direct.": (*MODES, *GAINS),
+    "eval.extra.": ("accuracy",),
+    "judge.": ("precision", "recall", "kappa", "accuracy", "failed", "rows"),
+    "synthesis.": ("prompts", "accuracy", "none_right", "all_right", "kept"),
+}
+OPEN = re.compile(r"eval\.(think|direct)\.(accuracy\.\S+|pass@\d+)|judge\.specificity\.\S+")
+AT_TEMPERATURES = re.compile(r"eval\.think\.accuracy(\.best|@[\d.]+)")
 
 
 def _gate(recipe: Recipe, stage: Stage, metric: str) -> Iterator[str]:
@@ -291,6 +344,11 @@ def _gate(recipe: Recipe, stage: Stage, metric: str) -> Iterator[str]:
         yield f"gate on {metric!r}, but evaluation.soundness names no function; give one"
     elif (asked := re.search(r"\.pass@(\d+)$", metric)) and int(asked[1]) != recipe.evaluation.samples:
         yield f"gate on {metric!r}, but evaluation.samples = {recipe.evaluation.samples}; only that k is measured"
+    elif AT_TEMPERATURES.fullmatch(metric):
+        if stage.kind != "evaluate":
+            yield f"gate on {metric!r}, which only an evaluate stage measures; move it there, with `temperatures`"
+    elif prefix in METRICS and metric.removeprefix(prefix) not in METRICS[prefix] and not OPEN.fullmatch(metric):
+        yield f"gate on {metric!r}, which no stage measures; {nearest(metric, [prefix + m for m in METRICS[prefix]])}"
 
 
 def _budget(recipe: Recipe) -> Iterator[str]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from transformers import AutoProcessor
+from transformers import AutoConfig, AutoProcessor
 
 import rlhf.bridge
+from rlhf.architecture import Architecture, base_of, of_config
 from rlhf.data.rows import Rows
 from rlhf.data.tokenizer import train_tokenizer
 from rlhf.foreign import ForeignProcessor
@@ -53,6 +55,14 @@ def load_processor(folder: Path) -> Any:
     rlhf.bridge.register()
     processor = AutoProcessor.from_pretrained(str(folder))
     return processor if hasattr(processor, "expand") else ForeignProcessor(processor)
+
+
+def architecture_as_saved(folder: Path) -> Architecture:
+    """The architecture of a folder as transformers would write it: an artifact's is then that of the published model
+    it came from, whose keys may have older names."""
+    rlhf.bridge.register()
+    base = base_of(folder)
+    return of_config(json.loads(AutoConfig.from_pretrained(str(base)).to_json_string()), base)
 
 
 def masked_ids(processor: Any) -> tuple[int, ...]:

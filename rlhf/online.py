@@ -17,7 +17,7 @@ from typing import TypeVar
 from rlhf.algorithms.advantages import group_normalised
 from rlhf.batching import make_batch
 from rlhf.checkpoint import latest, resume, save
-from rlhf.data.formatting import as_prompt
+from rlhf.data.formatting import as_prompts
 from rlhf.data.stream import Stream
 from rlhf.evaluation import record
 from rlhf.recipe import Rl
@@ -110,10 +110,8 @@ class Rollouts:
         if before is not None and stage.refill_rounds:
             await asyncio.wait([before])  # prompts are drawn in one order, however long replies take
         for refill in range(stage.refill_rounds + 1):
-            prompts = [
-                as_prompt(row, source, place, self.context.tokenizer, True, self.context.recipe.chat)
-                for source, place, row in self.stream.take(share - len(kept))
-            ]
+            drawn = self.stream.take(share - len(kept))
+            prompts = as_prompts(drawn, self.context.tokenizer, True, self.context.recipe.chat)
             seed = derive(self.context.recipe.seed, stage.name, "rollout", version, index, refill)
             async with self.sampling:
                 sampled = await self.engine.generate(
@@ -121,6 +119,7 @@ class Rollouts:
                 )
             async with self.scoring:
                 scored = await score(sampled, stage.rewards, self.context.actors.rewards, self.judges)
+            _require_version(sampled, version)
             seen += scored
             kept += [group for group in scored if informative(group)]
             if len(kept) >= share:
@@ -154,6 +153,13 @@ class Rollouts:
             "tokens.mean": sum(len(r.token_ids) for r in rollouts) / len(rollouts),
             "truncated": sum(r.finish == "length" for r in rollouts) / len(rollouts),
         }
+
+
+def _require_version(groups: list[Group], version: int) -> None:
+    """Every token must be of the policy the step starts from: its log-probabilities are the old ones."""
+    found = {v for group in groups for rollout in group.rollouts for v in rollout.versions} - {version}
+    if found:
+        raise RuntimeError(f"the engine sampled with version {min(found)} where the step learns from version {version}")
 
 
 def informative(group: Group) -> bool:

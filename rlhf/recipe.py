@@ -3,8 +3,10 @@
     recipe = load(["think_fusion.toml", "toy_size.toml"], ["stages.long-cot.lr = 1e-4"])
 
 Files compose left to right, then overrides. Tables merge key by key; `stages` merge by stage name, so an override
-file may change one field of one stage. An unknown key is an error that names the nearest known one. Every default
-lives here and nowhere else.
+file may change one field of one stage. What is one thing is replaced whole: a stage's `data`, `train` and `drop`, and
+a source that turns from a builder to a path. An override may still change one key of it (`stages.NAME.data.text = 1`),
+and `{ remove = true }` removes a stage, a source or a reward. An unknown key is an error that names the nearest known
+one. Every default lives here and nowhere else.
 """
 
 from __future__ import annotations
@@ -19,10 +21,15 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 UserPath = Annotated[str, AfterValidator(os.path.expanduser)]  # "~" is the user's home
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Implementation = Literal["auto", "vllm", "transformers"]  # of vLLM: its own, or its Transformers backend
+
+
+Layer = tuple[str, dict[str, Any], int]  # a file or an override: its name, what it holds, the keys it spells out
 
 
 class RecipeError(ValueError):
@@ -51,7 +58,7 @@ class Lora(Table):
 class Tokenizer(Table):
     """A byte-level BPE tokenizer trained on the text of the recipe's own data."""
 
-    vocab_size: PositiveInt = 512
+    vocab_size: Annotated[int, Field(ge=264)] = 512  # 256 bytes and the marks (rlhf.data.tokenizer)
 
 
 class Model(Table):
@@ -166,13 +173,15 @@ class Gate(Table):
     """A bound on a metric of the stage; a failed gate stops the job with a nonzero status."""
 
     metric: str
-    min: float | None = None
-    max: float | None = None
+    min: Finite | None = None
+    max: Finite | None = None
 
     @model_validator(mode="after")
     def _bounded(self) -> Gate:
         if self.min is None and self.max is None:
             raise ValueError(f"gate on {self.metric!r} bounds nothing: give `min` or `max`")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(f"gate on {self.metric!r}: min = {self.min:g} is above max = {self.max:g}; exchange them")
         return self
 
 
@@ -219,10 +228,10 @@ class Optimised(StageBase):
     train: dict[str, Positive] | None = None
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: Fraction = 0.03
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     clip_grad: Positive = 1.0
-    router_aux: Annotated[float, Field(ge=0)] = 0.0
+    router_aux: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     lora: Lora | None = None
     checkpoint_every: PositiveInt = 20
 
@@ -320,24 +329,31 @@ def load(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> Recipe:
     """
     if not paths:
         raise RecipeError("no recipe given; try recipes/think_fusion_digits.toml")
-    merged: dict[str, Any] = {}
+    layers: list[Layer] = []
     for path in map(Path, paths):
         try:
-            text = path.read_text()
+            text = path.read_text(encoding="utf-8")
         except OSError as error:
             raise RecipeError(f"{path}: cannot be read ({error.strerror})") from error
-        merged = _merge(merged, _parse(text, str(path)), str(path))
+        except UnicodeDecodeError as error:
+            raise RecipeError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from error
+        layers.append((str(path), _parse(text, str(path)), 0))
     for override in overrides:
-        merged = _merge(merged, _parse(override, f"override {override!r}"), f"override {override!r}")
-    return validate(merged, " + ".join(map(str, paths)))
+        origin = f"override {override!r}"
+        layers.append((origin, _parse(override, origin), _keys_written(override)))
+    merged: dict[str, Any] = {}
+    for origin, table, written in layers:
+        merged = _merge(merged, table, origin, written)
+    return validate(merged, " + ".join(map(str, paths)), layers)
 
 
-def validate(table: dict[str, Any], origin: str) -> Recipe:
-    """Check a composed table against the schema. Raises RecipeError with every problem, one a line."""
+def validate(table: dict[str, Any], origin: str, layers: Sequence[Layer] = ()) -> Recipe:
+    """Check a composed table against the schema. Raises RecipeError with every problem, one a line, each under the
+    last of its `layers` that wrote the key, or under `origin`."""
     try:
         return Recipe.model_validate(table)
     except ValidationError as error:
-        raise RecipeError("\n".join(_explain(table, origin, error))) from error
+        raise RecipeError("\n".join(_explain(table, origin, layers, error))) from error
 
 
 def _parse(text: str, origin: str) -> dict[str, Any]:
@@ -347,56 +363,118 @@ def _parse(text: str, origin: str) -> dict[str, Any]:
         raise RecipeError(f"{origin}: not valid TOML: {error}") from error
 
 
-def _merge(base: dict[str, Any], over: dict[str, Any], origin: str) -> dict[str, Any]:
+def _keys_written(override: str) -> int:
+    """How many keys the left side of `a.b.c = value` has."""
+    for equals in (place for place, sign in enumerate(override) if sign == "="):
+        try:
+            inner: Any = tomllib.loads(override[:equals] + "= 0")
+        except tomllib.TOMLDecodeError:
+            continue  # an equals sign inside a quoted key
+        depth = 0
+        while isinstance(inner, dict) and len(inner) == 1:
+            inner, depth = next(iter(inner.values())), depth + 1
+        return depth
+    return 0
+
+
+def _merge(
+    base: dict[str, Any], over: dict[str, Any], origin: str, written: int = 0, path: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """`base` changed by `over`. `written`: so many keys of a path the writer spelled out, and what they lead through
+    is changed and not replaced."""
     merged = dict(base)
     for key, value in over.items():
-        old = merged.get(key)
-        if key == "stages" and old is not None:
-            merged[key] = _merge_stages(old, value, origin)
-        elif isinstance(old, dict) and isinstance(value, dict):
-            merged[key] = _merge(old, value, origin)
+        old, here = merged.get(key), (*path, key)
+        if here == ("stages",):
+            merged[key] = _merge_stages(old, value, origin, written)
+        elif isinstance(value, dict) and value.get("remove") is True:
+            if key not in merged:
+                raise RecipeError(f"{origin}: there is no {'.'.join(here)} to remove")
+            del merged[key]
+        elif (
+            isinstance(old, dict)
+            and isinstance(value, dict)
+            and (len(here) < written or not _one_thing(here, old, value))
+        ):
+            merged[key] = _merge(old, value, origin, written, here)
         else:
             merged[key] = value
     return merged
 
 
-def _merge_stages(base: list[dict[str, Any]], over: Any, origin: str) -> list[dict[str, Any]]:
+def _one_thing(path: tuple[str, ...], old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Whether a table is replaced: a mix of data, a choice of what trains or is dropped, another kind of source."""
+    if path[0] == "stages":
+        return len(path) == 3 and path[2] in ("data", "train", "drop")
+    return path[0] == "data" and len(path) == 2 and ("path" in new, "path" in old) == (True, False)
+
+
+def _merge_stages(base: list[dict[str, Any]] | None, over: Any, origin: str, written: int) -> list[dict[str, Any]]:
     """`[[stages]]` appends or changes by name; `stages.NAME.key = …` changes one, or appends one that has a `kind`."""
-    changes = over if isinstance(over, list) else [{**fields, "name": name} for name, fields in over.items()]
-    merged = {stage["name"]: stage for stage in base}
+    changes = over
+    if isinstance(over, dict):
+        changes = [fields | {"name": name} if isinstance(fields, dict) else fields for name, fields in over.items()]
+    if not isinstance(changes, list) or not all(isinstance(change, dict) and "name" in change for change in changes):
+        raise RecipeError(f"{origin}: stages are written [[stages]] with a `name` each, or [stages.NAME]")
+    if base is None and isinstance(over, list):
+        return changes  # with two of one name, if it has them: the plan refuses that
+    merged = {stage["name"]: stage for stage in base or []}
     for change in changes:
-        name = change.get("name")
-        if name not in merged:
-            if isinstance(over, dict) and "kind" not in change:
-                raise RecipeError(f"{origin}: no stage named {name!r}; the stages are {', '.join(merged)}")
-            merged[name] = change
-        elif change.get("remove") is True:
+        name = change["name"]
+        if name in merged and change.get("remove") is True:
             del merged[name]
+        elif name in merged:
+            merged[name] = _merge(merged[name], change, origin, written, ("stages", name))
+        elif change.get("remove") is True or (isinstance(over, dict) and "kind" not in change):
+            known = f"the stages are {', '.join(map(str, merged))}" if merged else "lay this over a recipe that has it"
+            raise RecipeError(f"{origin}: no stage named {name!r}; {known}")
         else:
-            merged[name] = _merge(merged[name], change, origin)
+            merged[name] = change
     return list(merged.values())
 
 
-def _explain(table: dict[str, Any], origin: str, error: ValidationError) -> Iterator[str]:
+def _explain(table: dict[str, Any], origin: str, layers: Sequence[Layer], error: ValidationError) -> Iterator[str]:
     kinds = {"sft", "rl", "synthesize", "evaluate"}
     for problem in error.errors():
         # pydantic puts the discriminator's tag into the path; a reader of the recipe never wrote it
-        path = [part for part in problem["loc"] if part not in kinds]
-        key = _readable(table, path)
+        path = _named(table, [part for part in problem["loc"] if part not in kinds])
+        key = ".".join(map(str, path))
+        place = next((name for name, written, _ in reversed(layers) if _has(written, path)), origin)
         if problem["type"] == "extra_forbidden":
             near = difflib.get_close_matches(str(path[-1]), _known_keys(problem["loc"]), 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            yield f"{origin}: unknown key {key!r}{hint}"
+            yield f"{place}: unknown key {key!r}{hint}"
+        elif problem["type"] in ("union_tag_not_found", "union_tag_invalid"):
+            yield f"{place}: {key}: needs kind = {', '.join(map(repr, sorted(kinds)))}"
+        elif problem["type"] == "missing":
+            advice = "; a part of a recipe is laid over a whole one: name that one first" if key == "model" else ""
+            yield f"{place}: {key} is missing{advice}"
+        elif problem["type"] in ("model_type", "dict_type"):
+            yield f"{place}: {key} must be a table of keys and values"
         else:
             message = problem["msg"].removeprefix("Value error, ")
-            yield f"{origin}: {key}: {message}"
+            yield f"{place}: {key}: {message}"
 
 
-def _readable(table: dict[str, Any], path: Sequence[int | str]) -> str:
+def _named(table: dict[str, Any], path: Sequence[int | str]) -> list[int | str]:
+    """The path with a stage's name in place of its number."""
     if len(path) > 1 and path[0] == "stages" and isinstance(path[1], int):
-        stage = table["stages"][path[1]]
-        path = ["stages", stage.get("name", path[1]), *path[2:]]
-    return ".".join(map(str, path))
+        return ["stages", table["stages"][path[1]].get("name", path[1]), *path[2:]]
+    return list(path)
+
+
+def _has(table: Any, path: Sequence[int | str]) -> bool:
+    """Whether a file or override wrote something at this path."""
+    for place, part in enumerate(path):
+        if place == 1 and path[0] == "stages" and isinstance(table, list):
+            table = {stage.get("name"): stage for stage in table}
+        if isinstance(table, list) and isinstance(part, int):
+            table = table[part] if part < len(table) else None
+        elif isinstance(table, dict) and part in table:
+            table = table[part]
+        else:
+            return False
+    return True
 
 
 def _known_keys(loc: Sequence[int | str]) -> list[str]:

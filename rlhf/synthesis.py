@@ -6,11 +6,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from typing import Any
 
 from rewards import judge as judging
-from rlhf.data.formatting import as_prompt
+from rlhf.data.formatting import as_prompts
 from rlhf.data.judging import parse_verdict
 from rlhf.data.rows import Row
 from rlhf.evaluation import record
@@ -30,37 +31,34 @@ async def run(
     """The rows kept, in the form the next stage reads, and what was counted on the way."""
     stream, rewards = context.stream(stage.data, stage.name), context.actors.rewards
     drawn = stream.take(stage.prompts)
-    asked = [
-        (row, as_prompt(row, source, index, context.tokenizer, True, context.recipe.chat))
-        for source, index, row in drawn
-    ]
+    prompts = as_prompts(drawn, context.tokenizer, True, context.recipe.chat)
+    asked = [(row, prompt) for (_, _, row), prompt in zip(drawn, prompts, strict=True)]
     sampling = Sampling(
         stage.samples, stage.temperature, stage.max_tokens, derive(context.recipe.seed, stage.name, "sampling")
     )
     kept: list[dict[str, Any]] = []
     answers: list[list[Score]] = []
     chunks = [asked[start : start + CHUNK] for start in range(0, len(asked), CHUNK)]
-    async for step, chunk, sampled in _sampled(engine, chunks, sampling):
-        scored = await verified(stage.answer, sampled, rewards)
-        judged = await judge.score(sampled, scored) if judge is not None else []  # only right answers can be kept
-        said = await verified(stage.critic, sampled, rewards) if stage.critic is not None else []
-        for g, (row, _) in enumerate(chunk):
-            if stage.method == "difficulty":
-                kept += _by_difficulty(stage, row, scored[g])
-            elif stage.method == "rejection":
-                kept += _accepted(stage, row, sampled[g], scored[g], judged[g] if judged else None)
-            else:
-                kept += _criticised(stage, row, sampled[g], said[g], context.tokenizer)
-        answers += scored
-        context.log.log(step, {"prompts": float(len(answers)), "kept": float(len(kept))}, {})
-        if step == 0:
-            context.log.rollouts(
-                step,
-                [
-                    record(g, 0, {"answer": s[0]} | ({"judge": judged[i][0]} if judged else {}), step, "judge")
-                    for i, (g, s) in enumerate(zip(sampled, scored, strict=True))
-                ][: context.recipe.tracking.rollout_samples],
-            )
+    async with aclosing(_sampled(engine, chunks, sampling)) as parts:
+        async for step, chunk, sampled in parts:
+            scored = await verified(stage.answer, sampled, rewards)
+            judged = await judge.score(sampled, scored) if judge is not None else []  # only right answers can be kept
+            said = await verified(stage.critic, sampled, rewards) if stage.critic is not None else []
+            for g, (row, _) in enumerate(chunk):
+                if stage.method == "difficulty":
+                    kept += _by_difficulty(stage, row, scored[g])
+                elif stage.method == "rejection":
+                    kept += _accepted(stage, row, sampled[g], scored[g], judged[g] if judged else None)
+                else:
+                    kept += _criticised(stage, row, sampled[g], said[g], context.tokenizer)
+            answers += scored
+            context.log.log(step, {"prompts": float(len(answers)), "kept": float(len(kept))}, {})
+            if step == 0:
+                shown = zip(sampled, scored, judged or [[]] * len(sampled), strict=True)
+                records = [
+                    record(g, 0, {"answer": s[0]} | ({"judge": j[0]} if j else {}), step, "judge") for g, s, j in shown
+                ]
+                context.log.rollouts(step, records[: context.recipe.tracking.rollout_samples])
     metrics = _counts(stage, asked, answers) | {"synthesis.kept": float(len(kept))}
     if len(kept) < stage.min_rows:
         raise ValueError(
@@ -72,7 +70,7 @@ async def run(
 
 async def _sampled(
     engine: Engine, chunks: Sequence[Sequence[tuple[Row, Prompt]]], sampling: Sampling
-) -> AsyncIterator[tuple[int, Sequence[tuple[Row, Prompt]], list[Group]]]:
+) -> AsyncGenerator[tuple[int, Sequence[tuple[Row, Prompt]], list[Group]]]:
     """(number, chunk, its groups) in order, with calls for the next chunks already in the engine."""
     calls: deque[asyncio.Task[list[Group]]] = deque()
     waiting = iter(chunks)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
@@ -43,6 +45,20 @@ def as_prompt(
     columns = {name: value for name, value in row.items() if name not in {"messages", "images"}}
     key = f"{source}/{index}" + ("#think" if think else "")
     return Prompt(key, source, question, ids, media, think, columns)
+
+
+def as_prompts(
+    drawn: Iterable[tuple[str, int, Row]], tokenizer: PreTrainedTokenizerBase, think: bool, chat: Chat
+) -> list[Prompt]:
+    """Rows as drawn from a stream (source, index, row) as questions. One that is drawn twice gets a key of its own, or
+    the engine, which seeds by key, would answer it twice alike."""
+    prompts, times = list[Prompt](), Counter[str]()
+    for source, index, row in drawn:
+        prompt = as_prompt(row, source, index, tokenizer, think, chat)
+        again = times[prompt.key]
+        times[prompt.key] += 1
+        prompts.append(replace(prompt, key=f"{prompt.key}~{again}") if again else prompt)
+    return prompts
 
 
 def as_sample(

@@ -1,7 +1,7 @@
 """Rows on disk: parquet, JSONL or a Hugging Face dataset folder, in the conversational format.
 
 A row is a dict of `messages` ([{role, content}], content a string or [{type: "image"} | {type: "text", text}]),
-`images` and any further columns (answer, category, …). Once read, `images` is always a list of Media.
+`images` (or `image`, one) and any further columns (answer, category, …). Once read, `images` is always a list of Media.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from PIL import Image, UnidentifiedImageError
 from rlhf.types import Media
 
 Row = dict[str, Any]
+ROLES = ("system", "user", "assistant")
 
 
 class DataError(ValueError):
@@ -57,8 +58,7 @@ class Rows:
 
     def __getitem__(self, index: int) -> Row:
         row, where = self._raw(index)
-        sources = row.get("images") or []
-        row["images"] = [_media(_bytes(image, self._folder, where), where) for image in sources]
+        row["images"] = [_media(_bytes(image, self._folder, where), where) for image in row["images"]]
         return row
 
     def __iter__(self) -> Iterator[Row]:
@@ -69,7 +69,7 @@ class Rows:
         total = hashlib.sha256()
         for index in range(len(self)):
             row, where = self._raw(index)
-            images = [_bytes(image, self._folder, where) for image in row.pop("images", None) or []]
+            images = [_bytes(image, self._folder, where) for image in row.pop("images")]
             plain = {key: value for key, value in row.items() if value is not None}
             total.update(json.dumps(plain, sort_keys=True, default=str).encode())
             for data in images:
@@ -84,11 +84,12 @@ class Rows:
             raise IndexError(f"{self.origin}: row {index} of {len(self)}")
         row = self._store.get(index)
         where = f"{self.origin}, row {index}"
-        if not isinstance(row.get("messages"), list):
+        if not isinstance(row.get("messages"), list) or not row["messages"]:
             raise DataError(
                 f"{where}: no `messages`; a row needs messages = [{{role, content}}, …] in conversational format"
             )
         row["messages"] = [_message(message, where) for message in row["messages"]]
+        row["images"] = _images(row, where)
         return row, where
 
 
@@ -145,13 +146,15 @@ class _Parquet:
 
 class _Lines:
     def __init__(self, path: Path) -> None:
-        self._rows: list[str] = []
-        with path.open(encoding="utf-8") as lines:
+        self._rows: list[bytes] = []
+        with path.open("rb") as lines:
             for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue
                 try:
                     row = json.loads(line)
+                except UnicodeDecodeError as error:
+                    raise DataError(f"{path}, line {number}: not UTF-8 ({error.reason}); save it as UTF-8") from error
                 except json.JSONDecodeError as error:
                     raise DataError(f"{path}, line {number}: not JSON ({error.msg}); one object a line") from error
                 if not isinstance(row, dict):
@@ -186,9 +189,25 @@ class _Folder:
         return dict(self._rows[index : index + 1].to_pylist()[0])
 
 
+def _images(row: Row, where: str) -> list[Any]:
+    """The row's pictures, from `images` or from `image`, in whatever notation."""
+    single, images = row.pop("image", None), row.get("images")
+    if single is not None and images:
+        raise DataError(f"{where}: both `image` and `images`; give one of the two")
+    if images is None:
+        return [] if single is None else [single]
+    if not isinstance(images, list):
+        raise DataError(
+            f"{where}: `images` is a {type(images).__name__} and must be a list; one picture goes to `image`"
+        )
+    return images
+
+
 def _message(message: Any, where: str) -> Row:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise DataError(f"{where}: a message is {{role, content}}, this one is {message!r}")
+    if message["role"] not in ROLES:
+        raise DataError(f"{where}: unknown role {message['role']!r}; the roles are {', '.join(ROLES)}")
     content = message.get("content")
     if isinstance(content, str):
         return {"role": message["role"], "content": content}
@@ -227,6 +246,10 @@ def _bytes(image: Any, folder: Path, where: str) -> bytes:
         return _decoded(image.partition(",")[2], where)
     if _looks_encoded(image):
         return _decoded(image, where)
+    if "://" in image:
+        raise DataError(
+            f"{where}: image {image} is an address, and nothing is fetched here; download it, give its path"
+        )
     path = folder / image
     try:
         return path.read_bytes()

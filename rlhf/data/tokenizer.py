@@ -8,10 +8,10 @@ from collections.abc import Iterable
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from rlhf.data.rows import ROLES
 from rlhf.recipe import Chat
 
 PAD, EOS, IMAGE, THINK, END_THINK = "<pad>", "<eos>", "<image>", "<think>", "</think>"
-ROLES = ("system", "user", "assistant")
 SPECIAL = (PAD, EOS, IMAGE, THINK, END_THINK, *(f"<{role}>" for role in ROLES))
 
 # No white space of its own: every token of the template costs positions in every row.

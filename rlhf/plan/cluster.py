@@ -24,7 +24,8 @@ class Cluster:
     def here(cls) -> Cluster:
         """This machine, as this process may use it: affinity and control-group limits count."""
         gpus = _gpu_memories()
-        smallest = min(gpus) if gpus else None
+        known = [memory for memory in gpus if memory is not None]
+        smallest = min(known) if known else None
         return cls(len(os.sched_getaffinity(0)), _memory_bytes() / GIB, len(gpus), smallest)
 
 
@@ -37,16 +38,22 @@ def _memory_bytes() -> int:
     return min(found)
 
 
-def _gpu_memories() -> list[float]:
-    """GiB of each NVIDIA GPU, as nvidia-smi says; none where there is no nvidia-smi or no driver."""
+def _gpu_memories() -> list[float | None]:
+    """GiB of each NVIDIA GPU this process may use, as nvidia-smi says, None where it does not know; none without a
+    driver."""
     smi = shutil.which("nvidia-smi")
     if smi is None:
         return []
-    asked = subprocess.run(
-        [smi, "--query-gpu=memory.total", "--format=csv,noheader,nounits"],
-        capture_output=True,
-        text=True,
-        timeout=10,
-        check=False,
-    )
-    return [float(line) / 1024 for line in asked.stdout.split()] if asked.returncode == 0 else []
+    query = [smi, "--query-gpu=index,uuid,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        asked = subprocess.run(query, capture_output=True, text=True, timeout=10, check=False)
+    except subprocess.TimeoutExpired:
+        return []
+    if asked.returncode != 0:
+        return []
+    gpus = [[field.strip() for field in line.split(",")] for line in asked.stdout.splitlines() if line.strip()]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        named = [name.strip() for name in visible.split(",")]
+        gpus = [gpu for gpu in gpus if any(name == gpu[0] or (name and gpu[1].startswith(name)) for name in named)]
+    return [float(gpu[2]) / 1024 if gpu[2].isdigit() else None for gpu in gpus]

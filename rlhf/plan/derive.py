@@ -103,13 +103,23 @@ def _stage(recipe: Recipe, stage: Stage, architecture: Architecture, engines: tu
 
 def _evaluation_rollouts(recipe: Recipe, stage: Stage) -> int:
     asked = recipe.evaluation
+    rows = 0 if stage.eval_data is None else _rows(recipe, stage.eval_data)
     if stage.evaluate == "judge":
-        return asked.prompts  # greedy, once
+        return rows  # greedy, once
     if stage.evaluate != "modes":
         return 0
     both = 2 * asked.prompts * (asked.samples + 1)  # sampled and greedy, with and without thinking
     more = len(stage.temperatures) if isinstance(stage, Evaluate) else 0
-    return both + more * asked.prompts * (asked.samples + 1)
+    return both + more * asked.prompts * (asked.samples + 1) + min(rows, asked.prompts)
+
+
+def _rows(recipe: Recipe, name: str) -> int:
+    """Rows of a source or of a synthesize stage, at most; 0 for a file, which a plan does not open."""
+    if name in recipe.data:
+        return recipe.data[name].rows if recipe.data[name].builder is not None else 0
+    return next(
+        feasibility.most_rows(stage) for stage in recipe.stages if isinstance(stage, Synthesize) and stage.name == name
+    )
 
 
 def _notes(stages: Sequence[StagePlan]) -> Iterator[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from rlhf.architecture import GIB, activation_bytes, training_bytes
+from rlhf.architecture import GIB, activation_bytes, optimizer_bytes, weight_bytes
 from rlhf.plan.cluster import Cluster
 from rlhf.plan.types import ActorPlan, Memory, StagePlan
 from rlhf.recipe import Recipe, Rl, Sft
@@ -27,6 +27,7 @@ def memory_of(recipe: Recipe, stages: Sequence[StagePlan]) -> Memory:
     """What all of it needs at the peak; what a process holds outside GPU memory counts on the host only."""
     r = recipe.resources
     trainer = max((_trainer_bytes(recipe, stage) for stage in stages), default=0) / GIB
+    offloaded = max((_optimizer_bytes(recipe, stage) for stage in stages), default=0) / GIB if r.offload else 0.0
     width = 4 if r.precision == "float32" else 2
     weights = {
         use.architecture: width * (use.architecture.parameters or 0) / GIB / r.tensor_parallel
@@ -41,20 +42,33 @@ def memory_of(recipe: Recipe, stages: Sequence[StagePlan]) -> Memory:
     published = max(weights.values(), default=0.0) * r.tensor_parallel * 4 / width
     base = DRIVER_GIB + RAY_GIB + r.reward_workers * REWARD_GIB
     base += r.trainer_ranks * TRAINER_GIB + processes * ENGINE_GIB * r.tensor_parallel
-    on_host = r.trainer_ranks * trainer + engines if r.device == "cpu" else 0.0
+    on_host = r.trainer_ranks * trainer + engines if r.device == "cpu" else r.trainer_ranks * offloaded
     return Memory(base + published + on_host, trainer, engine)
 
 
 def _trainer_bytes(recipe: Recipe, plan: StagePlan) -> int:
-    stage = next(stage for stage in recipe.stages if stage.name == plan.name)
-    r, parameters = recipe.resources, plan.architecture.parameters
-    if not isinstance(stage, Sft | Rl) or parameters is None:
+    """Of one rank: weights, gradients, activations, and the optimizer's state unless that is offloaded from a GPU."""
+    r, (parameters, trainable) = recipe.resources, _parameters(recipe, plan)
+    if not parameters:
         return 0
-    adapters = plan.architecture.lora_parameters(stage.lora) if stage.lora is not None else None
-    trainable = parameters if adapters is None else adapters
-    held = training_bytes(parameters + (adapters or 0), trainable, r.precision, r.zero_stage, r.trainer_ranks)
-    tokens = min(r.token_budget, plan.tokens_per_update)
-    return held + activation_bytes(plan.architecture, tokens)
+    held = weight_bytes(parameters, trainable, r.precision, r.zero_stage, r.trainer_ranks)
+    optimizer = 0 if r.offload and r.device == "cuda" else _optimizer_bytes(recipe, plan)
+    return held + optimizer + activation_bytes(plan.architecture, min(r.token_budget, plan.tokens_per_update))
+
+
+def _optimizer_bytes(recipe: Recipe, plan: StagePlan) -> int:
+    r = recipe.resources
+    return optimizer_bytes(_parameters(recipe, plan)[1], r.precision, r.zero_stage, r.trainer_ranks)
+
+
+def _parameters(recipe: Recipe, plan: StagePlan) -> tuple[int, int]:
+    """(held, trained) by the trainer in a stage; none where it does nothing or the model's size is not known."""
+    stage = next(stage for stage in recipe.stages if stage.name == plan.name)
+    parameters = plan.architecture.parameters
+    if not isinstance(stage, Sft | Rl) or parameters is None:
+        return 0, 0
+    adapters = None if stage.lora is None else plan.architecture.lora_parameters(stage.lora)
+    return (parameters, parameters) if adapters is None else (parameters + adapters, adapters)
 
 
 def too_large(recipe: Recipe, cluster: Cluster, tenants: int, memory: Memory) -> Iterator[str]:

@@ -7,34 +7,49 @@ from collections.abc import Iterator, Mapping
 from rlhf import feasibility
 from rlhf.architecture import Architecture
 from rlhf.plan.cluster import Cluster
-from rlhf.recipe import Recipe, Rl
+from rlhf.recipe import Recipe, Rl, Stage
+
+# GSPO's ratio is a geometric mean over a row's tokens: it moves by 1e-4 to 1e-3 a step (2507.18071 clips at 3e-4, 4e-4)
+GSPO_CLIP_LIMIT = 0.01
 
 
 def unfit_stages(recipe: Recipe, architectures: Mapping[str, Architecture]) -> Iterator[str]:
-    """Problems that depend on what the model is by the time of the stage."""
-    resources = recipe.resources
+    """Problems that depend on what the model is by the time of the stage; a problem of several stages once."""
+    resources, found = recipe.resources, dict[str, list[str]]()
     for stage in recipe.stages:
-        architecture = architectures[stage.name]
-        if isinstance(stage, Rl):
-            widest = max(stage.clip_low or 0.0, stage.clip_high or 0.0)
-            if feasibility.algorithm_of(stage, architecture) == "gspo" and widest > feasibility.GSPO_CLIP_LIMIT:
-                yield (
-                    f"stage {stage.name!r}: a clip range of {widest:g} never binds for GSPO, whose ratio is a mean "
-                    "over the whole row; leave clip_low and clip_high out (3e-4 and 4e-4)"
-                )
-        pictures = architecture.image_tokens
-        for key, tokens in feasibility.longest_replies(recipe, stage).items():
-            if pictures is not None and tokens + pictures >= resources.max_model_len:
-                yield (
-                    f"stage {stage.name!r}: a picture of up to {pictures} tokens and {key} = {tokens} leave no room "
-                    f"for the question in resources.max_model_len = {resources.max_model_len}; raise it, or use fewer "
-                    "tiles"
-                )
+        for problem in _unfit(recipe, stage, architectures[stage.name]):
+            found.setdefault(problem, []).append(repr(stage.name))
+    for problem, stages in found.items():
+        yield f"stage {stages[0]}{f' and {len(stages) - 1} more' if len(stages) > 1 else ''}: {problem}"
     if resources.token_budget < resources.max_model_len:
         yield (
             f"resources.token_budget = {resources.token_budget} is less than resources.max_model_len = "
             f"{resources.max_model_len}: a longest row would fit no micro-batch; raise token_budget"
         )
+
+
+def _unfit(recipe: Recipe, stage: Stage, architecture: Architecture) -> Iterator[str]:
+    limit = recipe.resources.max_model_len
+    if isinstance(stage, Rl) and feasibility.algorithm_of(stage, architecture) == "gspo":
+        widest = max(stage.clip_low or 0.0, stage.clip_high or 0.0)
+        if widest > GSPO_CLIP_LIMIT:
+            yield (
+                f"a clip range of {widest:g} never binds for GSPO, whose ratio is a mean over the whole row; leave "
+                "clip_low and clip_high out (3e-4 and 4e-4)"
+            )
+    reach = architecture.decoder.get("max_position_embeddings")
+    if reach is not None and limit > reach:
+        yield (
+            f"resources.max_model_len = {limit} is beyond the decoder's max_position_embeddings = {reach}; "
+            "lower the one or raise the other"
+        )
+    pictures = architecture.image_tokens
+    for key, tokens in feasibility.longest_replies(recipe, stage).items():
+        if pictures is not None and tokens + pictures >= limit:
+            yield (
+                f"a picture of up to {pictures} tokens and {key} = {tokens} leave no room for the question in "
+                f"resources.max_model_len = {limit}; raise it, or use fewer tiles"
+            )
 
 
 def crowded_cores(recipe: Recipe, cluster: Cluster) -> Iterator[str]:
@@ -67,9 +82,9 @@ def misplaced(recipe: Recipe, cluster: Cluster) -> Iterator[str]:
             'resources.precision = "bfloat16": the proof after every publish knows a bound for float32 only, and would '
             'stop the run; use "float32"'
         )
+    if r.offload and r.zero_stage < 2:
+        yield f"resources.offload needs zero_stage = 2 or 3, not {r.zero_stage}; raise it, or leave offload out"
     if r.device == "cpu":
-        if r.trainer_ranks > cluster.cpus:
-            yield f"resources.trainer_ranks = {r.trainer_ranks} on {cluster.cpus} cores; use at most {cluster.cpus}"
         if r.tensor_parallel > 1:
             yield "resources.tensor_parallel needs GPUs; on CPU use 1 and raise rollout_threads"
     else:

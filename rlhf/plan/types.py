@@ -57,8 +57,8 @@ class StagePlan:
 
     start            stage whose model it continues, None for [model]
     algorithm        of an rl stage, with "auto" resolved; None elsewhere or when the architecture is unknown
-    rows_per_update  rows of one optimizer step; micro_batches: on each rank in one optimizer step, at most
-    rollouts_per_step  completions between two publishes, without refills
+    rows_per_update  rows of one optimizer step; micro_batches: on each rank in one optimizer step, of longest rows
+    rollouts_per_step  completions between two publishes; rollouts: of the whole stage; both without refills
     evaluation_rollouts  completions of the evaluation after the stage
     """
 

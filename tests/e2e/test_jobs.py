@@ -115,3 +115,5 @@ def test_without_a_head_the_error_says_what_to_do(tmp_path: Path) -> None:
         jobs.status("any", tmp_path)
     with pytest.raises(jobs.JobError, match="does not answer"):
         jobs.status("any", tmp_path, f"http://127.0.0.1:{free_port()}")
+    with pytest.raises(jobs.JobError, match="--address nonsense: give the head's dashboard"):
+        jobs.status("any", tmp_path, "nonsense")

@@ -1,5 +1,6 @@
 """The whole curriculum for real, a few steps a stage: Ray, vLLM, DeepSpeed, every kind of stage. The driver is killed
-in the middle of stage B; the same command continues, loses its rollout worker to another kill, and finishes."""
+in the middle of stage B; the same command continues, loses its rollout worker there and its trainer in the stage of
+the judge to more kills, and finishes."""
 
 from __future__ import annotations
 
@@ -21,18 +22,19 @@ COMMAND = [
     *(sys.executable, "-m", "rlhf.cli", "run"),
     *(str(ROOT / "recipes" / "think_fusion_digits.toml"), str(ROOT / "recipes" / "sizes" / "smoke.toml")),
 ]
+STAGE_B, JUDGE = "08-rl-verifiable", "11-judge"
 DEADLINE = 900.0  # of each of two runs, on a machine much slower than the usual
 pytestmark = pytest.mark.timeout(2400)
 
 
 @dataclass(frozen=True)
 class Run:
-    """What was seen of the two runs: `before` and `after` are the steps of stage B as logged at the kill and at the
-    end, `finished_before` the results that existed at the kill."""
+    """What was seen of the two runs: `before` are the steps of stage B as logged when the driver was killed, and
+    `judge_before` those of the judge's when the trainer was; `finished_before` the results that existed then."""
 
     folder: Path
     before: list[dict[str, Any]]
-    after: list[dict[str, Any]]
+    judge_before: list[dict[str, Any]]
     finished_before: dict[str, bytes]
     orphans: list[str]
     output: str
@@ -40,6 +42,9 @@ class Run:
     @property
     def summary(self) -> dict[str, Any]:
         return dict(json.loads((self.folder / "summary.json").read_text()))
+
+    def steps(self, folder: str) -> list[dict[str, Any]]:
+        return _lines(self.folder / "stages" / folder / "steps.jsonl")
 
     def stage(self, name: str) -> dict[str, Any]:
         return next(stage for stage in self.summary["stages"] if stage["name"] == name)
@@ -49,9 +54,9 @@ class Run:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     runs = tmp_path_factory.mktemp("runs")
     folder = runs / "smoke"
-    steps = folder / "stages" / "08-rl-verifiable" / "steps.jsonl"
+    steps, judge = (folder / "stages" / name / "steps.jsonl" for name in (STAGE_B, JUDGE))
     first = _start(runs, log := runs / "first.log")
-    _wait_for(lambda: steps.exists() and len(_lines(steps)) >= 3, first, log)
+    _wait_for(lambda: len(_lines(steps)) >= 3, first, log)
     family = [first_process := psutil.Process(first.pid), *first_process.children(recursive=True)]
     before = _lines(steps)
     results = {str(path): path.read_bytes() for path in folder.glob("stages/*/result.json")}
@@ -59,14 +64,17 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     first.wait(timeout=30)
     second = _start(runs, log := runs / "second.log")
     _wait_for(lambda: len(_lines(steps)) >= 4, second, log)
-    _kill_rollout_worker(second)
+    _kill(second, "RolloutActor")
+    _wait_for(lambda: len(_lines(judge)) >= 5, second, log)
+    judge_before = _lines(judge)
+    _kill(second, "TrainerActor")
     status = second.wait(timeout=DEADLINE)
     output = log.read_text()
     assert status == 0, output[-3000:]
     _, alive = psutil.wait_procs(family, timeout=150)
     orphans = [process.name() for process in alive]
     orphans += [p.name() for p in psutil.process_iter() if _mentions(p, str(runs))]
-    return Run(folder, before, _lines(steps), results, orphans, output)
+    return Run(folder, before, judge_before, results, orphans, output)
 
 
 def test_it_finishes_every_stage(run: Run) -> None:
@@ -82,8 +90,9 @@ def test_finished_stages_are_not_repeated_after_a_kill(run: Run) -> None:
 
 
 def test_the_killed_stage_is_restored_exactly(run: Run) -> None:
-    assert [line["step"] for line in run.after] == [1, 2, 3, 4, 5]
-    replayed = {line["step"]: line["metrics"] for line in run.after}
+    after = run.steps(STAGE_B)
+    assert [line["step"] for line in after] == [1, 2, 3, 4, 5]
+    replayed = {line["step"]: line["metrics"] for line in after}
     seen = {line["step"]: line["metrics"] for line in run.before}
     # the checkpoint is of step 2: step 3 was computed twice, from restored weights, optimizer, data and seeds
     assert 3 in seen
@@ -138,9 +147,16 @@ def test_a_killed_rollout_worker_is_replaced(run: Run) -> None:
     assert run.summary["engine_cold_starts"] == 5
 
 
-def _kill_rollout_worker(driver: subprocess.Popen[bytes]) -> None:
+def test_a_stage_that_loses_its_trainer_is_computed_again_to_the_same_numbers(run: Run) -> None:
+    after = run.steps(JUDGE)
+    assert [line["step"] for line in after] == list(range(1, 41))
+    assert 5 <= len(run.judge_before) < 40
+    assert [line["metrics"] for line in after[: len(run.judge_before)]] == [x["metrics"] for x in run.judge_before]
+
+
+def _kill(driver: subprocess.Popen[bytes], actor: str) -> None:
     family = psutil.Process(driver.pid).children(recursive=True)
-    worker = next(process for process in family if "RolloutActor" in " ".join(process.cmdline()))
+    worker = next(process for process in family if actor in " ".join(process.cmdline()))
     worker.send_signal(signal.SIGKILL)
 
 
@@ -165,6 +181,8 @@ def _wait_for(condition: Any, process: subprocess.Popen[bytes], log: Path) -> No
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
     return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
 
 

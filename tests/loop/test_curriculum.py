@@ -12,8 +12,9 @@ import pytest
 
 from rlhf.checkpoint import CheckpointError
 from rlhf.curriculum import Curriculum, GateError
-from rlhf.data.rows import read
+from rlhf.data.rows import DataError, read
 from rlhf.footprint import Footprint
+from rlhf.models import load_processor
 from rlhf.recipe import Recipe, Sft, load
 from rlhf.tracking import Tracker
 from tests.loop.cast import FakeCast, KilledError
@@ -41,7 +42,7 @@ def run(
         with Tracker(folder, recipe.name, recipe.tracking) as tracker:
             curriculum = Curriculum(recipe, folder, tracker, Footprint())
             curriculum.prepare()
-            cast = FakeCast(curriculum.tokenizer())
+            cast = FakeCast(load_processor(curriculum.model_before(curriculum.recipe.stages[0])).tokenizer)
             cast.trainer.die_at, cast.trainer.lost_at = die_at, lost_at
             await curriculum.run(cast)
             return cast
@@ -129,6 +130,33 @@ def test_a_changed_evaluation_measures_again_and_trains_nothing(
     trained = [i for i, stage in enumerate(after["stages"]) if stage["kind"] in ("sft", "rl")]
     for i in trained:
         assert after["stages"][i]["artifact"]["digest"] == before["stages"][i]["artifact"]["digest"]
+
+
+def test_what_is_not_measured_does_not_care_how_others_are(finished: tuple[Path, FakeCast], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    before = {path.parent.name: path.stat().st_mtime_ns for path in folder.glob("stages/*/result.json")}
+    run(recipe("evaluation.prompts = 8"), folder)
+    after = {path.parent.name: path.stat().st_mtime_ns for path in folder.glob("stages/*/result.json")}
+    again = {name for name in before if after[name] != before[name]}
+    assert not again & {"01-language", "02-vision", "07-difficulty", "09-own-chains", "13-rejection", "15-hard-cases"}
+    assert {"04-instruct", "08-rl-verifiable", "16-rl-mixed"} <= again
+
+
+def test_an_interrupted_stage_has_taken_time_too(tmp_path: Path) -> None:
+    with pytest.raises(KilledError):
+        run(recipe(), tmp_path, die_at=3)
+    first = json.loads((tmp_path / "summary.json").read_text())["wall_seconds"]
+    assert first > 0
+    with pytest.raises(KilledError):
+        run(recipe(), tmp_path, die_at=3)
+    assert json.loads((tmp_path / "summary.json").read_text())["wall_seconds"] > first
+
+
+def test_rows_that_no_judge_can_be_measured_on_are_refused_before_the_first_stage(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="rows of 'heldout' have no 'sound' and 'corruption'"):
+        run(recipe("stages.judge.eval_data = 'heldout'"), tmp_path)
+    assert not (tmp_path / "stages").exists()
 
 
 def test_another_way_of_judging_spares_what_no_judge_touched(finished: tuple[Path, FakeCast], tmp_path: Path) -> None:

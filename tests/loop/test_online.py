@@ -63,6 +63,17 @@ def test_the_next_part_is_sampled_while_the_trainer_learns(
     assert calls == {"generate": 6, "step": 6}
 
 
+def test_tokens_of_another_version_end_the_run(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish = FakeTrainer.publish
+
+    async def late(trainer: FakeTrainer, engine: Any, version: int) -> Any:
+        return await publish(trainer, engine, version if version < 2 else version - 1)
+
+    monkeypatch.setattr(FakeTrainer, "publish", late)
+    with pytest.raises(RuntimeError, match="sampled with version 1 where the step learns from version 2"):
+        improve(prepared, tmp_path / "run", "steps = 4")
+
+
 def test_groups_are_the_same_however_long_scoring_takes(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

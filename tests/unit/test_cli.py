@@ -60,6 +60,11 @@ def test_a_folder_in_use_is_refused(capsys: pytest.CaptureFixture[str], tmp_path
     assert "another `rlhf run` is using this run folder" in shown
 
 
+def test_a_folder_that_is_no_run_has_no_report(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["report", str(tmp_path)]) == 2
+    assert str(tmp_path) in capsys.readouterr().err
+
+
 def test_a_report_of_a_folder_that_is_not_there(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     status, shown = run(capsys, "report", str(tmp_path / "none"))
     assert status == 2

@@ -5,7 +5,7 @@ import re
 import pytest
 from transformers import AutoTokenizer
 
-from rlhf.data.formatting import as_prompt, as_sample
+from rlhf.data.formatting import as_prompt, as_prompts, as_sample
 from rlhf.data.rows import DataError
 from rlhf.data.tokenizer import train_tokenizer
 from rlhf.recipe import Chat
@@ -110,6 +110,13 @@ def test_images_without_marks_stand_before_the_question(tokenizer):
     assert (
         tokenizer.decode(as_prompt(bare, "s", 0, tokenizer, False, CHAT).token_ids) == "<user><image>what?<assistant>"
     )
+
+
+def test_a_row_drawn_twice_is_two_prompts(tokenizer):
+    row = {"messages": [{"role": "user", "content": "how many?"}]}
+    made = as_prompts([("a", 3, row), ("b", 3, row), ("a", 3, row)], tokenizer, True, CHAT)
+    assert [prompt.key for prompt in made] == ["a/3#think", "b/3#think", "a/3#think~1"]
+    assert made[0].token_ids == made[2].token_ids
 
 
 def test_bad_rows_are_named(tokenizer):

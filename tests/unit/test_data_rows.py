@@ -80,6 +80,14 @@ def test_images_may_be_pil_and_rows_may_have_none(tmp_path):
         ({"messages": ASK, "images": [{}]}, r"row 1: an image has neither bytes nor a path"),
         ({"messages": ASK, "images": [{"bytes": "?"}]}, r"row 1: image bytes are text but not base64"),
         ({"text": "x"}, r"row 1: no `messages`"),
+        ({"messages": []}, r"row 1: no `messages`"),
+        (
+            {"messages": [{"role": "human", "content": "hi"}]},
+            r"row 1: unknown role 'human'; the roles are system",
+        ),
+        ({"messages": ASK, "images": "cut.png"}, r"row 1: `images` is a str and must be a list"),
+        ({"messages": ASK, "image": "a.png", "images": ["b.png"]}, r"row 1: both `image` and `images`"),
+        ({"messages": ASK, "images": ["http://a/b.png"]}, r"row 1: image http://a/b.png is an address"),
         ({"messages": [{"role": "user", "content": [{"type": "sound"}]}]}, r"row 1: a content part is"),
     ],
 )
@@ -93,7 +101,20 @@ def test_a_bad_row_is_named(tmp_path, row, message):
         rows[1]
 
 
+def test_one_picture_may_stand_in_a_column_of_its_own(tmp_path):
+    (tmp_path / "a.png").write_bytes(png(1))
+    line = {"messages": ASK, "image": "a.png"}
+    (tmp_path / "one.jsonl").write_text(json.dumps(line) + "\n")
+    (tmp_path / "list.jsonl").write_text(json.dumps({"messages": ASK, "images": ["a.png"]}) + "\n")
+    one, many = read(tmp_path / "one.jsonl"), read(tmp_path / "list.jsonl")
+    assert one[0] == many[0] == {"messages": ASK, "images": [Media(png(1), (6, 4))]}
+    assert one.digest == many.digest
+
+
 def test_bad_files_are_named(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"messages": []}\n"caf\xe9"\n')
+    with pytest.raises(DataError, match=r"a.jsonl, line 2: not UTF-8"):
+        read(tmp_path / "a.jsonl")
     (tmp_path / "a.jsonl").write_text('{"messages": []}\n{oops\n')
     with pytest.raises(DataError, match=r"a.jsonl, line 2: not JSON"):
         read(tmp_path / "a.jsonl")

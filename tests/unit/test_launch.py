@@ -14,7 +14,8 @@ from actors import launch
 from actors.launch import EngineHandle, RewardsHandle
 from rewards.base import Item
 from rlhf.recipe import Deadlines
-from rlhf.types import Group, Prompt, Rollout, Sampling, Score
+from rlhf.roles import SyncError
+from rlhf.types import Group, Probe, ProbeScores, Prompt, Rollout, Sampling, Score
 
 
 class Remote:
@@ -30,6 +31,8 @@ class Engine:
     def __init__(self) -> None:
         self.dead = asyncio.Event()
         self.loads = 0
+        self.logprob = -0.5
+        self.score = Remote(self._score)
         self.generate, self.heartbeat, self.fetch = Remote(self._generate), Remote(self._beat), Remote(self._fetch)
 
     async def _generate(self, prompts: list[Prompt], sampling: Sampling) -> list[Group]:
@@ -38,6 +41,11 @@ class Engine:
         if self.dead.is_set():
             raise RayActorError
         return [Group(prompt, (1,), ()) for prompt in prompts]
+
+    async def _score(self, probes: list[Probe]) -> ProbeScores:
+        if self.dead.is_set():
+            raise RayActorError
+        return ProbeScores(((1, 2),), ((self.logprob,),))
 
     async def _beat(self) -> None:
         await asyncio.sleep(0)
@@ -76,15 +84,52 @@ def test_an_engine_that_dies_under_several_calls_is_started_once(tmp_path: Path)
     assert [len(found) for found in groups] == [2] * 4
 
 
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_worker_that_replaces_another_is_proven_before_it_is_asked(tmp_path: Path, wrong: bool) -> None:
+    async def go() -> list[Group]:
+        replacement = Engine()
+        replacement.logprob -= 0.1 * wrong
+        handle = EngineHandle("policy", tmp_path, "digest", lambda index, folder: replacement, Deadlines(), [Engine()])
+        await handle.load(None)  # type: ignore[arg-type]
+        probe = Probe((1, 2), ())
+        handle.expected = ([probe], (await handle.score([probe]))[0])
+        handle.workers[0].dead.set()
+        return await asyncio.wait_for(handle.generate(prompts(2), Sampling(seed=1)), 10)
+
+    if wrong:
+        with pytest.raises(SyncError, match="engine 'policy' does not compute what it was given"):
+            asyncio.run(go())
+    else:
+        assert len(asyncio.run(go())) == 2
+
+
+def test_an_engine_that_dies_again_and_again_ends_the_run_by_name(tmp_path: Path) -> None:
+    def start(index: int, folder: Path) -> Engine:
+        engine = Engine()
+        engine.dead.set()
+        return engine
+
+    handle = EngineHandle("policy", tmp_path, "digest", start, Deadlines(), [start(0, tmp_path)])
+    with pytest.raises(RuntimeError, match="engine 'policy': its worker 0 died three times"):
+        asyncio.run(handle.generate(prompts(1), Sampling(seed=1)))
+
+
 class Worker:
     """One call at a time, like the real one; function "hang" never answers, "die" ends the process."""
 
     def __init__(self) -> None:
         self.lock = asyncio.Lock()
         self.score = Remote(self._score)
+        self.__ray_ready__ = Remote(self._ready)
+        self.started = asyncio.Event()
+        self.started.set()
+
+    async def _ready(self) -> None:
+        self.started.set()
 
     async def _score(self, function: str, items: list[Item]) -> list[Score]:
         async with self.lock:
+            await self.started.wait()
             bad = any("bad" in item.completion for item in items)
             if function == "hang" and bad:
                 await asyncio.Event().wait()
@@ -103,7 +148,12 @@ def test_a_reward_that_hangs_or_dies_costs_its_own_sample_only(
     groups = [Group(prompts(1)[0], (1,), rollouts)]
 
     async def go() -> list[list[list[Score]]]:
-        handle = RewardsHandle(lambda index: Worker(), 0.05, [Worker()])
+        def start(index: int) -> Worker:
+            worker = Worker()
+            worker.started.clear()  # its start takes longer than a reward may: only `ready` waits for it
+            return worker
+
+        handle = RewardsHandle(start, Deadlines(reward=0.05), [Worker()])
         # beside a function that behaves, on the same worker
         calls = [handle.score(name, groups) for name in ("fine", function, "fine")]
         return list(await asyncio.wait_for(asyncio.gather(*calls), 10))

@@ -41,6 +41,7 @@ tie_word_embeddings = true
 [data]
 train = {builder = "digits", table = "chains"}
 verdicts = {builder = "digits", table = "judge"}
+verdicts-heldout = {builder = "digits", table = "judge", split = "heldout"}
 heldout = {builder = "digits", table = "chains", split = "heldout"}
 [evaluation]
 data = "heldout"
@@ -59,7 +60,7 @@ data = {verdicts = 1}
 steps = 10
 batch_size = 64
 evaluate = "judge"
-eval_data = "verdicts"
+eval_data = "verdicts-heldout"
 [[stages]]
 name = "cot"
 kind = "sft"
@@ -313,6 +314,39 @@ REFUSALS = {
     "other k": ("stages.align.gates = [{metric = 'eval.think.pass@8', min = 0.1}]", "evaluation.samples = 4"),
     "no soundness": ("stages.align.gates = [{metric = 'eval.think.soundness', min = 0.1}]", "names no function"),
     "no rewards": ("stages.improve.rewards.answer.function = 'boxed'", "is not written"),
+    "misspelt reward": (
+        "stages.improve.rewards.answer.function = 'rewards.answer:boxd'",
+        "answer.py has no 'boxd'; did you mean 'boxed'",
+    ),
+    "reward of no module": (
+        "stages.improve.rewards.answer.function = 'rewards.answr:boxed'",
+        "no module 'rewards.answr' here",
+    ),
+    "misspelt soundness": ("evaluation.soundness = 'no/such.py:f'", "evaluation.soundness = .* no such file"),
+    "misspelt builder of one's own": ("data.train.builder = 'no_such_module:f'", "no module 'no_such_module' here"),
+    "loss that nobody measures": ("stages.filtered.evaluate = 'loss'", 'evaluate = "loss" needs the trainer'),
+    "measured on what it learns": ("stages.judge.eval_data = 'verdicts'", "trains on 'verdicts', which it is measured"),
+    "more rows than there can be": ("stages.filtered.min_rows = 100", "64 prompts give at most 64 rows"),
+    "misspelt metric": (
+        "stages.align.gates = [{metric = 'eval.think.acuracy', min = 0.1}]",
+        "did you mean 'eval.think.accuracy'",
+    ),
+    "soundness without thinking": (
+        "evaluation.soundness = 'rewards.soundness:digits'\n"
+        "stages.align.gates = [{metric = 'eval.direct.soundness', min = 0.1}]",
+        "'eval.direct.soundness', which no stage measures",
+    ),
+    "a temperature of an sft stage": (
+        "stages.align.gates = [{metric = 'eval.think.accuracy.best', min = 0.1}]",
+        "only an evaluate stage measures",
+    ),
+    "beyond the positions": (
+        "model.bridge.decoder.max_position_embeddings = 128",
+        "'align' and 4 more: resources.max_model_len = 256 is beyond the decoder's max_position_embeddings = 128",
+    ),
+    "offload without zero": ("resources = {offload = true, zero_stage = 1}", "offload needs zero_stage = 2 or 3"),
+    "width of no heads": ("model.bridge.vision.num_attention_heads = 5", "64 does not divide into num_attention_heads"),
+    "width of words": ("model.bridge.decoder.hidden_size = 'x'", "hidden_size = 'x': give a whole number above 0"),
     "missing reward file": ("stages.improve.rewards.answer.function = 'no/such.py:f'", "no such file no/such.py"),
     "unknown builder": ("data.train.builder = 'digit'", "is unknown, did you mean 'digits'"),
     "implementation": ("model.implementation = 'vllm'", "vLLM has no bridge of its own"),
@@ -339,6 +373,52 @@ def test_gpu_refusals() -> None:
     }.items():
         with pytest.raises(PlanError, match=words):
             plan("resources.device = 'cuda'", override, cluster=cluster)
+
+
+def test_gpus_are_those_the_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = "0, GPU-aa, 81920\n1, GPU-bb, [N/A]\n2, GPU-cc, 40960\n"
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr("subprocess.run", lambda *_, **__: subprocess.CompletedProcess([], 0, listed, ""))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert (Cluster.here().gpus, Cluster.here().gpu_memory_gib) == (3, 40)
+    for visible, gpus, memory in (("0", 1, 80), ("GPU-b,2", 2, 40), ("1", 1, None), ("", 0, None)):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert (Cluster.here().gpus, Cluster.here().gpu_memory_gib) == (gpus, memory)
+
+
+def test_offloaded_states_lie_in_host_memory() -> None:
+    cluster = Cluster(16, 128, gpus=2, gpu_memory_gib=80)
+    cuda = ("resources.device = 'cuda'", "resources.zero_stage = 2")
+    held, offloaded = plan(*cuda, cluster=cluster), plan(*cuda, "resources.offload = true", cluster=cluster)
+    moved = held.memory.trainer - offloaded.memory.trainer
+    assert moved > 0
+    assert offloaded.memory.together - held.memory.together == pytest.approx(moved)
+
+
+def test_held_out_rows_under_a_second_name_are_still_held_out(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("{}\n")
+    source = f"{{ path = '{rows}' }}"
+    with pytest.raises(PlanError, match="'align' trains on 'again', the held-out questions"):
+        plan(f"data.heldout = {source}", f"data.again = {source}", "stages.align.data = {again = 1}")
+
+
+def test_files_that_hold_no_rows_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "rows.csv").write_text("a,b")
+    for name, words in {
+        "empty.jsonl": "the file is empty",
+        "rows.csv": "unknown kind of file; rows are .parquet, .jsonl",
+        ".": "not a folder made by datasets.Dataset.save_to_disk",
+    }.items():
+        with pytest.raises(PlanError, match=words):
+            plan(f"data.train = {{ path = '{tmp_path / name}' }}")
+
+
+def test_a_judge_is_asked_about_all_rows_it_is_measured_on() -> None:
+    assert plan("data.verdicts-heldout.rows = 700").stages[1].evaluation_rollouts == 700
+    extra = plan("stages.align.eval_data = 'verdicts-heldout'").stages[0].evaluation_rollouts
+    assert extra == 2 * 100 * 5 + 100
 
 
 def test_a_stage_without_data() -> None:

@@ -11,8 +11,16 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING
 
-from rlhf.architecture import DECODER_DEFAULTS, VISION_DEFAULTS, Architecture, architecture_of, from_bridge, from_folder
-from rlhf.architecture import training_bytes as held
+from rlhf.architecture import (
+    DECODER_DEFAULTS,
+    VISION_DEFAULTS,
+    Architecture,
+    architecture_of,
+    from_bridge,
+    from_folder,
+    optimizer_bytes,
+    weight_bytes,
+)
 from rlhf.bridge import BridgeConfig, BridgeForConditionalGeneration, BridgeMoeForConditionalGeneration
 from rlhf.recipe import Lora, Model
 
@@ -147,6 +155,11 @@ def test_hub_names_are_unknown_not_guessed() -> None:
 def test_lora_parameters() -> None:
     q, o = (48 + 64) * 4, (64 + 48) * 4  # rank × (in + out)
     assert described(BRIDGES["dense"]).lora_parameters(Lora(rank=4, target_modules=["q_proj", "o_proj"])) == 3 * (q + o)
+
+
+def held(parameters: int, trainable: int, precision: str, zero_stage: int, ranks: int) -> int:
+    sizes = (precision, zero_stage, ranks)
+    return weight_bytes(parameters, trainable, *sizes) + optimizer_bytes(trainable, *sizes)
 
 
 def test_training_state_by_zero_stage() -> None:

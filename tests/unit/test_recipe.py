@@ -16,6 +16,8 @@ path = "org/model"
 [resources]
 trainer_threads = 1
 rollout_threads = 1
+[data]
+train = {builder = "digits", table = "chains"}
 [[stages]]
 name = "first"
 kind = "sft"
@@ -74,9 +76,7 @@ def test_overrides_come_last(base: Path, tmp_path: Path) -> None:
 
 
 def test_an_unknown_key_names_the_nearest(base: Path) -> None:
-    with pytest.raises(
-        RecipeError, match=r"base\.toml: unknown key 'resources.trainer_thread'; did you mean 'trainer_threads'"
-    ):
+    with pytest.raises(RecipeError, match=r"unknown key 'resources.trainer_thread'; did you mean 'trainer_threads'"):
         load([base], ["resources.trainer_thread = 1"])
     with pytest.raises(RecipeError, match=r"unknown key 'stages.first.batch_sise'; did you mean 'batch_size'"):
         load([base], ["stages.first.batch_sise = 1"])
@@ -92,6 +92,56 @@ def test_every_problem_is_told_at_once(base: Path) -> None:
         load([base], ["stages.first.steps = 0", "resources.memory_gib = -1"])
     assert "stages.first.steps" in str(caught.value)
     assert "resources.memory_gib" in str(caught.value)
+
+
+def test_a_mix_is_replaced_and_one_key_of_it_changed(base: Path, tmp_path: Path) -> None:
+    recipe = load([base], ["stages.first.data = { more = 1.0 }"])
+    assert recipe.stages[0].data == {"more": 1.0}
+    recipe = load([base], ["stages.first.data.more = 1.0"])
+    assert set(recipe.stages[0].data) > {"more"}
+    over = write(tmp_path, "[stages.first]\ndata = { more = 1.0 }\ntrain = { 'x.*' = 1.0 }\n")
+    recipe = load([base, over], ["stages.first.train.'y.*=z' = 2.0"])
+    assert recipe.stages[0].data == {"more": 1.0}
+    assert recipe.stages[0].train == {"x.*": 1.0, "y.*=z": 2.0}
+
+
+def test_a_source_turns_from_builder_to_path_and_can_be_removed(base: Path) -> None:
+    assert load([base], ["data.train = { path = 'a.jsonl' }"]).data["train"].builder is None
+    assert "train" not in load([base], ["data.train.remove = true"]).data
+    with pytest.raises(RecipeError, match=r"there is no data\.nothing to remove"):
+        load([base], ["data.nothing.remove = true"])
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("stages = 'x'", "written [[stages]] with a `name` each"),
+        ("stages = ['x']", "written [[stages]] with a `name` each"),
+        ("stages.first = 3", "written [[stages]] with a `name` each"),
+        ("stages.first.steps = 0", "override 'stages.first.steps = 0': stages.first.steps: "),
+        ("stages.first.kind = 'sgt'", "stages.first: needs kind = 'evaluate', 'rl'"),
+        ("stages.first.lr = inf", "stages.first.lr: Input should be a finite number"),
+        ("stages.first.data = 1", "stages.first.data must be a table"),
+        ("stages.first.gates = [{ metric = 'm', min = 2, max = 1 }]", "min = 2 is above max = 1"),
+        ("model.tokenizer.vocab_size = 10", "greater than or equal to 264"),
+    ],
+)
+def test_an_override_that_cannot_be_is_named(base: Path, override: str, said: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load([base], [override])
+    assert said in str(caught.value)
+
+
+def test_a_part_of_a_recipe_alone_says_what_it_is_for(base: Path, tmp_path: Path) -> None:
+    part = write(tmp_path, "[evaluation]\nprompts = 4\n")
+    with pytest.raises(RecipeError, match=r"over\.toml: model is missing; a part of a recipe is laid over a whole one"):
+        load([part])
+    with pytest.raises(RecipeError, match="lay this over a recipe that has it"):
+        load([write(tmp_path, "[stages.first]\nsteps = 4\n"), base])
+    latin = tmp_path / "latin.toml"
+    latin.write_bytes("name = 'caf\xe9'".encode("latin-1"))
+    with pytest.raises(RecipeError, match=r"latin\.toml: not UTF-8"):
+        load([latin])
 
 
 def test_a_missing_file_and_broken_toml_are_named(base: Path, tmp_path: Path) -> None:
