@@ -184,11 +184,11 @@ def _client(runs: Path, address: str | None, job: str | None = None) -> Iterator
         if head is None:
             raise JobError(f"no Ray head runs for {runs}; `rlhf submit` starts one, or give --address")
         address, token = head.address, Path(head.token_path).read_text().strip()
-    else:
+    elif address.startswith(("http://", "https://")):
         token = _given_token()
-    where = f"the Ray head at {address}"
-    if address is not None and not address.startswith(("http://", "https://")):
+    else:
         raise JobError(f"--address {address}: give the head's dashboard as http://HOST:PORT")
+    where = f"the Ray head at {address}"
     try:
         yield JobSubmissionClient(address, headers=_bearer(token))
     except (ConnectionError, requests.RequestException) as error:
