@@ -19,6 +19,7 @@ _STATES = {
     "pending": ("○", "not started"),
 }
 _PHASES = ("data", "rollout", "reward", "train", "sync", "proof", "checkpoint")
+_REST = "exams, sampling and set-up"
 _MODES = (("think", "thinking first"), ("direct", "answering at once"))
 _TONES = ("part1", "part2", "part3", "part4", "part5")
 _THEME_SCRIPT = (
@@ -154,8 +155,9 @@ def _tiles(run: RunView) -> str:
     if gates:
         tiles.append((f"{sum(bool(gate.get('passed')) for gate in gates)}/{len(gates)}", "gates passed", "", ""))
     if run.wall_seconds:
-        memory = f"{run.peak_rss_gib:.1f} GiB at most" if run.peak_rss_gib else ""
-        tiles.append((duration(run.wall_seconds), "start to end", memory, ""))
+        memory = [f"{run.peak_rss_gib:.1f} GiB at most"] if run.peak_rss_gib else []
+        planned = [f"{run.budget_minutes:g} min planned"] if run.budget_minutes else []
+        tiles.append((duration(run.wall_seconds), "start to end", " · ".join(planned + memory), ""))
     return '<dl class="tiles">' + "".join(
         f'<div class="{tone}"><dd>{value}</dd><dt>{label}</dt><small>{more}</small></div>'
         for value, label, more, tone in tiles
@@ -220,8 +222,55 @@ def _accuracy(run: RunView) -> str:
         "Each question is asked several times; the shaded interval is the 95 % confidence, hollow circles "
         "are the single most "
         f"likely (greedy) answer.</p>{_legend(series)}"
-        f'<div class="wide">{wide}</div><div class="narrow">{narrow}</div>'
+        f'<div class="wide">{wide}</div><div class="narrow">{narrow}</div>{_quality(examined)}'
     )
+
+
+def _quality(examined: Sequence[StageView]) -> str:
+    """What else was measured on the held-out questions, a row a stage; columns that no stage measured are left out."""
+    best = sorted({name for stage in examined for name in stage.metrics if name.startswith("eval.think.pass@")})
+    columns = {
+        "eval.think.accuracy": "right, thinking",
+        "eval.think.gain": "change to the stage before",
+        "eval.think.greedy": "greedy",
+        **{name: f"one of {name.rpartition('@')[2]} right" for name in best},
+        "eval.think.format_rate": "thinks when asked",
+        "eval.think.soundness": "whole chain sound",
+        "eval.think.right_but_unsound": "right, but chain unsound",
+        "eval.direct.accuracy": "right, at once",
+        "eval.direct.think_rate": "thinks unasked",
+    }
+    shown = {name: label for name, label in columns.items() if any(s.metric(name) is not None for s in examined)}
+    heads = "".join(f'<th scope="col">{label}</th>' for label in shown.values())
+    rows = "".join(
+        f'<tr><th scope="row"><i class="kind-{stage.family}"></i>{escape(stage.name)}</th>'
+        + "".join(f"<td>{_share(stage, name)}</td>" for name in shown)
+        + "</tr>"
+        for stage in examined
+    )
+    sound = (
+        " A chain is sound when a program that knows the true picture finds every step of it true; no model has a say "
+        "in that."
+        if "eval.think.soundness" in shown
+        else ""
+    )
+    return (
+        f'<div class="scroll numbers"><table><thead><tr><th>after</th>{heads}</tr></thead><tbody>{rows}</tbody></table>'
+        f"</div><p>Shares of the held-out answers; small print: 95 % intervals.{sound}</p>"
+    )
+
+
+def _share(stage: StageView, name: str) -> str:
+    value = stage.metric(name)
+    if value is None:
+        return '<span class="none">–</span>'
+    low, high = (stage.metric(f"{name}.{end}") for end in ("low", "high"))
+    change = name.endswith(".gain")
+    shown = f"{100 * value:+.1f}" if change else percent(value)
+    if low is None or high is None:
+        return shown
+    sign = "+" if change else ""
+    return f"<b>{shown}</b> <small>{100 * low:{sign}.0f} to {100 * high:{sign}.0f}</small>"
 
 
 def _watch(run: RunView) -> str:
@@ -239,7 +288,7 @@ def _curves(run: RunView) -> str:
     figures = []
     for stage in run.stages:
         names = stage.step_names()
-        if not names:
+        if not names or stage.kind == "synthesize":  # its steps count prompts: nothing is learned
             continue
         series, axis = _main_curve(stage, names)
         if not series:
@@ -301,26 +350,32 @@ def _main_curve(stage: StageView, names: Sequence[str]) -> tuple[list[Series], A
 
 
 def _trust(run: RunView) -> str:
-    panels = []
+    panels = [*_judge_panel(run), *_engine_panels(run)]
+    return f'<div class="figures">{"".join(panels)}</div>' if panels else ""
+
+
+def _judge_panel(run: RunView) -> list[str]:
+    """How good the judge is, on each kind of chains it was measured on."""
+    exams = []
     for stage in run.stages:
         scores = [(name, stage.metric(f"judge.{name}")) for name in ("precision", "recall", "kappa")]
-        known = [(name, value) for name, value in scores if value is not None]
-        if known:
-            meters = "".join(
-                f'<li><span>{name}</span><span class="meter"><i style="width:{100 * min(max(value, 0), 1):.0f}%"></i>'
-                "</span>"
-                f"<b>{number(value)}</b></li>"
-                for name, value in known
-            )
-            panels.append(
-                f"<figure><figcaption><b>The judge</b><span>{escape(stage.name)}</span></figcaption>"
-                "<p>A second model reads each chain of thought and says whether it is sound. Precision: of the "
-                "chains it calls sound, "
-                "how many are. Recall: of the sound ones, how many it finds. Kappa: agreement beyond chance.</p>"
-                f'<ul class="meters">{meters}</ul></figure>'
-            )
-    panels += _engine_panels(run)
-    return f'<div class="figures">{"".join(panels)}</div>' if panels else ""
+        meters = "".join(
+            f'<li><span>{name}</span><span class="meter"><i style="width:{100 * min(max(value, 0), 1):.0f}%"></i>'
+            f"</span><b>{number(value)}</b></li>"
+            for name, value in scores
+            if value is not None
+        )
+        if meters:
+            on = f" on the rows of <em>{escape(stage.measured_on)}</em>" if stage.measured_on else ""
+            exams.append(f'<h4>{escape(stage.name)}{on}</h4><ul class="meters">{meters}</ul>')
+    if not exams:
+        return []
+    return [
+        "<figure><figcaption><b>The judge</b></figcaption>"
+        "<p>A second model reads each chain of thought and says whether it is sound. Precision: of the chains it calls "
+        "sound, how many are. Recall: of the sound ones, how many it finds. Kappa: agreement beyond chance.</p>"
+        f"{''.join(exams)}</figure>"
+    ]
 
 
 def _engine_panels(run: RunView) -> list[str]:
@@ -366,10 +421,10 @@ def _facts(run: RunView) -> str:
     """A small table of the engine's final measures, a column a stage that has any."""
     labels = {
         "logprob_gap.p999": "gap, 99.9th percentile",
-        "logprob_gap.share_above_1e-4": "tokens above 10⁻⁴",
-        "logprob_gap.flips": "their number at a router tie",
-        "sync_probe.max": "worst probe after a sync",
-        "rl.clip_fraction": "clipped tokens",
+        "logprob_gap.share_above_1e-4": "share of tokens above 10⁻⁴",
+        "logprob_gap.flips": "of these, at a router tie (number)",
+        "sync_probe.max": "worst gap on fixed texts after a hand-over",
+        "rl.clip_fraction": "share of tokens whose update was clipped",
     }
     stages = [stage for stage in run.stages if any(stage.metric(name) is not None for name in labels)]
     if not stages:
@@ -378,10 +433,20 @@ def _facts(run: RunView) -> str:
     for name, label in labels.items():
         values = [stage.metric(name) for stage in stages]
         if any(value is not None for value in values):
-            cells = "".join(f"<td>{'–' if value is None else number(value)}</td>" for value in values)
+            shown = _tiny_share if name in ("logprob_gap.share_above_1e-4", "rl.clip_fraction") else number
+            cells = "".join(f"<td>{'–' if value is None else shown(value)}</td>" for value in values)
             rows.append(f'<tr><th scope="row">{label}</th>{cells}</tr>')
     heads = "".join(f'<th scope="col">{escape(stage.name)}</th>' for stage in stages)
-    return f'<table class="facts"><thead><tr><td></td>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+    return (
+        f'<table class="facts"><thead><tr><td></td>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+        "<p><small>A nat is a factor of 2.7 in probability; 10⁻⁴ of it is a hundredth of a percent. Router tie: two "
+        "experts of the mixture score alike, and rounding decides. Clipping keeps one step from moving a word's "
+        "probability far.</small></p>"
+    )
+
+
+def _tiny_share(value: float) -> str:
+    return f"{100 * value:.2g} %"
 
 
 def _by_stage(run: RunView, name: str) -> list[Series]:
@@ -390,35 +455,42 @@ def _by_stage(run: RunView, name: str) -> list[Series]:
 
 
 def _time(run: RunView) -> str:
-    rows = []
-    seen: set[str] = set()
-    for stage in run.stages:
-        names = stage.step_names("seconds")
-        spent = {name: sum(value for _, value in stage.curve(name, "seconds")) for name in names}
-        total = sum(spent.values())
-        if not total:
-            continue
-        ordered = [name for name in (*_PHASES, *(n for n in names if n not in _PHASES)) if spent.get(name)]
-        seen.update(ordered)
-        bars = "".join(
-            f'<i class="phase-{escape(name) if name in _PHASES else "other"}" '
-            f'style="flex-grow:{spent[name] / total:.4f}" '
-            f'title="{escape(name)}: {spent[name]:.1f} s, {percent(spent[name] / total)}"></i>'
-            for name in ordered
-        )
-        text = ", ".join(f"{name} {percent(spent[name] / total)}" for name in ordered)
-        rows.append(
-            f'<li><span>{escape(stage.name)}</span><div class="stack" role="img" '
-            f'aria-label="{escape(text)}">{bars}</div>'
-            f"<b>{duration(total)}</b></li>"
-        )
-    if not rows:
+    rows, seen = [], dict[str, None]()
+    spent = {stage.number: _phases(stage) for stage in run.stages}
+    longest = max((sum(phases.values()) for phases in spent.values()), default=0.0)
+    if not longest:
         return ""
-    ordered = [*(name for name in _PHASES if name in seen), *sorted(seen.difference(_PHASES))]
-    legend = "".join(
-        f'<span><i class="phase-{name if name in _PHASES else "other"}"></i>{escape(name)}</span>' for name in ordered
-    )
+    for stage in run.stages:
+        phases = spent[stage.number]
+        if not (total := sum(phases.values())):
+            continue
+        seen |= dict.fromkeys(phases)
+        bars = "".join(
+            f'<i class="{_tone_of(name)}" style="flex-grow:{seconds / total:.4f}" '
+            f'title="{escape(name)}: {seconds:.1f} s, {percent(seconds / total)}"></i>'
+            for name, seconds in phases.items()
+        )
+        text = ", ".join(f"{name} {percent(seconds / total)}" for name, seconds in phases.items())
+        rows.append(
+            f'<li><span>{escape(stage.name)}</span><div class="stack" role="img" aria-label="{escape(text)}" '
+            f'style="width:{max(100 * total / longest, 1):.1f}%">{bars}</div><b>{duration(total)}</b></li>'
+        )
+    names = sorted(seen, key=lambda name: ((*_PHASES, name, _REST).index(name), name))
+    legend = "".join(f'<span><i class="{_tone_of(name)}"></i>{escape(name)}</span>' for name in names)
     return f'<div class="legend">{legend}</div><ul class="shares">{"".join(rows)}</ul>'
+
+
+def _phases(stage: StageView) -> dict[str, float]:
+    """Seconds of a stage by phase, as its steps tell, and what they do not tell."""
+    names = stage.step_names("seconds")
+    known = {name: sum(value for _, value in stage.curve(name, "seconds")) for name in names}
+    found = {name: known[name] for name in (*_PHASES, *(n for n in names if n not in _PHASES)) if known.get(name)}
+    rest = (stage.seconds or 0.0) - sum(found.values())
+    return found | ({_REST: rest} if rest > 0.5 else {})
+
+
+def _tone_of(phase: str) -> str:
+    return f"phase-{phase if phase in _PHASES else 'other'}"
 
 
 def _table(run: RunView) -> str:

@@ -42,6 +42,7 @@ class StageView:
     steps: tuple[Record, ...] = ()
     rollouts: tuple[Record, ...] = ()
     examples: tuple[Record, ...] = ()
+    measured_on: str = ""
 
     @property
     def family(self) -> str:
@@ -70,6 +71,7 @@ class RunView:
     description: str
     seed: int | None
     wall_seconds: float | None
+    budget_minutes: float | None
     peak_rss_gib: float | None
     stages: tuple[StageView, ...]
     machine: Record
@@ -113,6 +115,7 @@ def read(run_folder: Path) -> RunView:
         description=str(recipe.get("description", "")),
         seed=summary.get("seed", recipe.get("seed")),
         wall_seconds=summary.get("wall_seconds"),
+        budget_minutes=recipe.get("budget_minutes"),
         peak_rss_gib=summary.get("peak_rss_gib"),
         stages=tuple(
             _stage(number, name, declared.get(name, {}), finished.get(name), started.get(name))
@@ -143,6 +146,7 @@ def _stage(number: int, name: str, declared: Record, finished: Record | None, fo
         steps=steps,
         rollouts=tuple(_jsonl(folder / "rollouts.jsonl")) if folder else (),
         examples=tuple(evaluation.get("examples") or ()),
+        measured_on=str(declared.get("eval_data") or ""),
     )
 
 

@@ -32,17 +32,14 @@ def card(record: Record) -> str:
         else f'<p class="trouble">reward {escape(outcome.replace("_", " "))}, row left out</p>'
     )
     note = f'<p class="note">{escape(str(record["note"]))}</p>' if record.get("note") else ""
-    verdict = (
-        f'<p class="verdict"><b>Judge</b> {escape(_verdict(record["verdict"]))}</p>'
-        if record.get("verdict") is not None
-        else ""
-    )
+    asked = record.get("verdict") is not None and not _judges(record) and "not judged" not in str(record.get("note"))
+    verdict = f'<p class="verdict"><b>Judge</b> {escape(_verdict(record["verdict"]))}</p>' if asked else ""
     return (
         f'<article class="sample {mark}"><header>{_verdict_mark(right)}'
         f'<span class="chip mode-{_mode(record)}">{_TITLES[bool(record.get("think"))]}</span></header>'
         f"{picture(record)}"
         f'<p class="question">{escape(str(record.get("question", "")))}</p>'
-        f"{_said(chain, rest)}"
+        f"{_said(chain, rest, boxes=not _judges(record))}"
         f'<p class="truth">expected <b>{escape(str(record.get("answer", "?")))}</b>{step}</p>'
         f'<div class="parts">{parts}</div>{verdict}{trouble}{note}</article>'
     )
@@ -71,17 +68,25 @@ def boxed(text: str) -> str | None:
 
 
 def is_right(record: Record) -> bool | None:
-    """Whether the answer was right: its reward part if there is one, else the box against the expected answer.
-    None if scoring failed."""
+    """Whether the answer was right: its reward part if there is one, a judge's verdict against what it should be, else
+    the box against the expected answer. None if scoring failed."""
     if record.get("outcome", "scored") != "scored":
         return None
     parts = record.get("parts") or {}
+    if _judges(record):
+        return bool(parts["judge"] >= 0.5) == (record.get("answer") == "yes")
     for name in ("answer", "accuracy", "correct"):
         if isinstance(parts.get(name), (int, float)):
             return bool(parts[name] >= 0.5)
     if record.get("answer") is None:
         return None
     return boxed(split(str(record.get("completion", "")))[1]) == str(record["answer"])
+
+
+def _judges(record: Record) -> bool:
+    """Whether the record is a judge at work, whose reply is a verdict and no boxed answer."""
+    parts = record.get("parts") or {}
+    return set(parts) == {"judge"} and parts["judge"] is not None and record.get("answer") in ("yes", "no")
 
 
 def picture(record: Record, extra: str = "") -> str:
@@ -121,7 +126,9 @@ def gallery(stages: Sequence[StageView], shown: int = 12) -> str:
         if not records:
             continue
         right = sum(is_right(record) is True for record in records)
-        source = "sampled while training" if stage.rollouts else "held-out questions"
+        source = "held-out questions"
+        if stage.rollouts:
+            source = "sampled while training" if stage.kind == "rl" else "of its own answers"
         groups.append(
             f'<details class="group"{"" if groups else " open"}><summary><b>{stage.number}. {escape(stage.name)}</b>'
             f"<span>{len(records)} {source}, {right} right</span></summary>"
@@ -195,9 +202,13 @@ def _moment(stage: StageView, records: Sequence[Record]) -> str:
     )
 
 
-def _said(chain: str, rest: str) -> str:
+def _said(chain: str, rest: str, boxes: bool = True) -> str:
     thought = f'<p class="chain">{escape(chain)}</p>' if chain else ""
     answer = boxed(rest)
+    if answer is None and not boxes:
+        return f'{thought}<p class="said">{escape(rest)}</p>'
+    if answer is None and boxed(chain) is not None:
+        return f'{thought}<p class="said"><small>the box is among its thoughts</small></p>'
     if answer is None:
         return f'{thought}<p class="said">{escape(rest) or "<i>no answer</i>"} <small>no box</small></p>'
     around = escape(rest.replace(f"\\boxed{{{answer}}}", "", 1).strip())

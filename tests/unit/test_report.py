@@ -12,7 +12,7 @@ import pytest
 from rlhf.report import ReportError, write
 from rlhf.report.charts import Axis, Series, _ticks, lanes, line_chart, number, percent, smooth
 from rlhf.report.run import read
-from rlhf.report.samples import boxed, followed, is_right, split
+from rlhf.report.samples import boxed, card, followed, is_right, split
 from tests.unit.synthetic_run import STAGES, rollout, write_lines, write_run
 
 CHROMIUM = next(
@@ -198,6 +198,32 @@ def test_followed_questions_go_from_wrong_to_right(full):
     assert is_right(trail[0][1][0]) is False
     assert is_right(trail[-1][1][0]) is True
     assert all(records[0]["think"] and not records[1]["think"] for _, records in trail)
+
+
+def test_a_judges_verdict_is_right_when_it_is_what_it_should_be():
+    def record(verdict, answer):
+        return {"parts": {"judge": verdict}, "answer": answer, "completion": "3 ok. no", "verdict": verdict}
+
+    assert [is_right(record(v, a)) for v, a in ((1.0, "yes"), (0.0, "no"), (1.0, "no"), (0.0, "yes"))] == [
+        *(True, True, False, False)
+    ]
+    assert "no box" not in card(record(0.0, "no"))
+    rollout = {"parts": {"answer": 0.0, "think": 0.0}, "answer": "3", "completion": "\\boxed{4}", "verdict": 0.0}
+    assert "not sound" in card(rollout)
+    assert "not sound" not in card(rollout | {"note": "think: not judged: not the right answer"})
+
+
+def test_what_was_measured_beside_accuracy_stands_in_a_table(tmp_path):
+    run = write_run(tmp_path / "run")
+    summary = json.loads((run / "summary.json").read_text())
+    stage = next(stage for stage in summary["stages"] if stage["name"] == "rl-mixed")
+    stage["metrics"] |= {"eval.think.soundness": 0.557, "eval.think.pass@4": 0.812}
+    stage["metrics"] |= {"eval.think.gain": 0.036, "eval.think.gain.low": -0.017, "eval.think.gain.high": 0.056}
+    (run / "summary.json").write_text(json.dumps(summary))
+    page = write(run).read_text()
+    for shown in ("whole chain sound", percent(0.557), "one of 4 right", percent(0.812), "+3.6", "-2 to +6"):
+        assert shown in page
+    assert "thinks unasked" not in page  # nobody measured it
 
 
 def test_reading_a_completion():
