@@ -223,7 +223,7 @@ def test_what_was_measured_beside_accuracy_stands_in_a_table(tmp_path):
     page = write(run).read_text()
     for shown in ("whole chain sound", percent(0.557), "one of 4 right", percent(0.812), "+3.6", "-2 to +6"):
         assert shown in page
-    assert "thinks unasked" not in page  # nobody measured it
+    assert "right, but chain unsound" not in page  # nobody measured it
 
 
 def test_reading_a_completion():
