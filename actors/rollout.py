@@ -193,16 +193,6 @@ class RolloutWorker:
         """End all requests: their calls return what was sampled so far, with finish "abort"."""
         self._post(self._abort_all)
 
-    def sleep(self) -> None:
-        """Give the GPU's memory back until `wake`. Nothing to give back on the CPU."""
-        if self.settings.device == "cuda":
-            self._do(lambda: self._engine.sleep(level=1))
-
-    def wake(self) -> None:
-        """Take the GPU's memory again."""
-        if self.settings.device == "cuda":
-            self._do(lambda: self._engine.wake_up())
-
     def close(self) -> None:
         """Abort what runs, end the engine and its thread."""
         with self._wake:
@@ -337,7 +327,6 @@ class RolloutWorker:
                 enable_prefix_caching=True,
                 # a prompt is processed once for all its rollouts; a cache would only have to be emptied
                 mm_processor_cache_gb=0,
-                enable_sleep_mode=not on_cpu,
                 generation_config="vllm",
                 weight_transfer_config=WeightTransferConfig(backend=self._transport.backend),
                 disable_log_stats=True,

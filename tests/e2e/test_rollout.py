@@ -89,6 +89,8 @@ def serve(pipe: Connection, folder: str) -> None:
         try:
             if method == "generate_while":
                 result: Any = generate_while(worker, *args)
+            elif method == "generate_paused":
+                result = generate_paused(worker, *args)
             elif method == "load_without":
                 result = load_without(worker, *args)
             else:
@@ -115,6 +117,31 @@ def generate_while(worker: Any, asked: list[Prompt], sampling: Sampling, loads: 
             worker.load(publication, buckets)
             beats.append(worker.heartbeat())
         return running.result(timeout=DEADLINE), beats
+
+
+def generate_paused(worker: Any, asked: list[Prompt], sampling: Sampling) -> tuple[list[Group], list[Group], Any]:
+    """Pause a call in its middle, look twice, resume it to its end; then pause and abort another."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    def started() -> int:
+        start, limit = worker.heartbeat().steps, time.monotonic() + DEADLINE
+        while worker.heartbeat().steps < start + 4 and time.monotonic() < limit:
+            time.sleep(0.001)
+        worker.pause()
+        return int(worker._do(lambda: worker._steps))  # a command is answered, after the step under way
+
+    with ThreadPoolExecutor(1) as pool:
+        resumed = pool.submit(worker.generate, asked, sampling)
+        still = started()
+        beats = [worker.heartbeat(), worker.heartbeat()]
+        worker.resume()
+        whole = resumed.result(timeout=DEADLINE)
+        aborted = pool.submit(worker.generate, asked, sampling)
+        started()
+        worker.abort()
+        part = aborted.result(timeout=DEADLINE)
+        worker.resume()
+        return whole, part, (still, beats)
 
 
 def load_without(worker: Any, workaround: str, publication: Publication, buckets: list[Any]) -> None:
@@ -282,6 +309,17 @@ def test_two_loads_under_running_requests(pair: Any) -> None:
     engine.publish(parameters(model))
     assert len(found) == sum(len(r.token_ids) for group in groups for r in group.rollouts)
     assert np.quantile(found, 0.99) <= 2e-5
+
+
+def test_a_paused_call_stands_still_goes_on_or_is_aborted(pair: Any) -> None:
+    engine, _, _ = pair
+    asked, sampling = prompts(4), Sampling(num=2, max_tokens=60, seed=5)
+    calm = engine("generate", asked, sampling)
+    whole, part, (still, beats) = engine("generate_paused", asked, sampling)
+    assert {beat.steps for beat in beats} == {still}
+    assert all(beat.running > 0 and beat.alive_error is None for beat in beats)
+    assert [r.token_ids for g in whole for r in g.rollouts] == [r.token_ids for g in calm for r in g.rollouts]
+    assert "abort" in {rollout.finish for group in part for rollout in group.rollouts}
 
 
 @pytest.mark.parametrize("workaround", ["prepack_experts", "prepack_tied_head"])
