@@ -28,9 +28,9 @@ from actors.rollout import EngineSettings, RolloutWorker
 from actors.trainer import TrainerRank
 from rewards.base import Item, items_of
 from rlhf.agreement import Agreement, compare, localise
-from rlhf.architecture import base_of, from_folder
+from rlhf.architecture import GIB, base_of, from_folder
 from rlhf.models import architecture_as_saved, load_processor, masked_ids
-from rlhf.plan import Plan
+from rlhf.plan import Cluster, Plan
 from rlhf.recipe import Deadlines, Recipe
 from rlhf.roles import ActorLostError, SyncError, SyncReport
 from rlhf.types import Batch, Group, Probe, ProbeScores, Prompt, Publication, Sampling, Score, StepStats, TrainSpec
@@ -472,6 +472,17 @@ class Cast:
         else:  # adapters: vLLM starts on their base and takes the merged weights
             await engine.open(folder)
         return engine
+
+
+def cluster_of(address: str) -> Cluster:
+    """What the running Ray cluster at `address` has, over all its nodes; Ray does not know the memory of its GPUs."""
+    ray.init(address=address, log_to_driver=False, configure_logging=False)
+    try:
+        found = ray.cluster_resources()
+    finally:
+        ray.shutdown()
+    memory = found.get("memory", 0.0) + found.get("object_store_memory", 0.0)
+    return Cluster(int(found.get("CPU", 0)), memory / GIB, int(found.get("GPU", 0)))
 
 
 @contextlib.asynccontextmanager

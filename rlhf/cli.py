@@ -83,8 +83,18 @@ class _Plain(argparse.RawDescriptionHelpFormatter):
 
 def run_command(parsed: argparse.Namespace) -> int:
     recipe = load(parsed.recipe, parsed.override)
-    plan = make_plan(recipe, verdicts=_verdicts(parsed))
-    folder = _folder(parsed, recipe)
+    if parsed.address is None:
+        plan, folder = make_plan(recipe, verdicts=_verdicts(parsed)), _folder(parsed, recipe)
+    else:
+        folder = _folder(parsed, recipe)
+        _private_ray(folder)
+        from actors.launch import cluster_of
+
+        try:
+            cluster = cluster_of(parsed.address)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            return _fail(f"--address {parsed.address}: no Ray cluster can be joined there: {error}", UNUSABLE)
+        plan = make_plan(recipe, cluster, _verdicts(parsed))
     return _carried_out(lambda: _run(recipe, plan, folder, parsed.address), folder, CONTINUES)
 
 
