@@ -17,7 +17,7 @@ from ray.exceptions import RayError
 from actors.launch import ActorTimeoutError, launch
 from rlhf.curriculum import Curriculum
 from rlhf.plan import Verdict, implementations, installed_versions, make_plan, read_verdicts
-from rlhf.recipe import Implementation, Recipe, RecipeError, Sft
+from rlhf.recipe import Evaluate, Implementation, Recipe, RecipeError, Sft
 from rlhf.roles import SyncError
 
 VERDICTS = "verdicts.json"
@@ -56,14 +56,19 @@ def _narrowed(recipe: Recipe, implementation: Implementation) -> Recipe:
     return recipe.model_copy(update={"model": model, "stages": [stage], "evaluation": evaluation})
 
 
+def _serving(recipe: Recipe) -> Recipe:
+    """The narrowed recipe with a stage that asks something: a plan with an engine in it."""
+    (stage,) = recipe.stages
+    assert isinstance(stage, Sft)
+    asks = Evaluate(name="serve", kind="evaluate", evaluate="judge", eval_data=next(iter(stage.data)))
+    return recipe.model_copy(update={"stages": [stage, asks]})
+
+
 async def _measure(recipe: Recipe, folder: Path) -> tuple[float, bool]:
     """(largest log-prob gap, whether it is proven); infinite for an implementation that cannot serve the model."""
     stage = recipe.stages[0]
     assert isinstance(stage, Sft)
-    # a plan with an engine in it: as if the stage were asked questions afterwards
-    asked = stage.model_copy(update={"evaluate": "judge", "data": {"rows": 1.0}, "eval_data": next(iter(stage.data))})
-    rows = recipe.data | {"rows": recipe.data[next(iter(stage.data))]}
-    async with launch(recipe, make_plan(recipe.model_copy(update={"stages": [asked], "data": rows}))) as actors:
+    async with launch(recipe, make_plan(_serving(recipe))) as actors:
         curriculum = Curriculum(recipe, folder)
         curriculum.actors = actors
         curriculum.prepare()

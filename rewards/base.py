@@ -11,6 +11,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -71,10 +72,15 @@ def file_of(name: str) -> Path | None:
     place, _, _ = name.rpartition(":")
     if place.endswith(".py"):
         return Path(place)
+    top, *inner = place.split(".")
     try:
-        spec = importlib.util.find_spec(place)
-    except ImportError:
+        spec = importlib.util.find_spec(top)
+    except ValueError:  # an empty name, or a module without a specification
         return None
+    for part in inner:  # find_spec of a dotted name would run the packages on its way
+        if spec is None or spec.submodule_search_locations is None:
+            return None
+        spec = PathFinder.find_spec(f"{spec.name}.{part}", list(spec.submodule_search_locations))
     return Path(spec.origin) if spec is not None and spec.origin is not None else None
 
 

@@ -17,8 +17,7 @@ import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 
-from rlhf import feasibility
-from rlhf.plan import Plan, PlanError, Verdict, describe, make_plan, read_verdicts
+from rlhf.plan import Plan, PlanError, Verdict, check, describe, make_plan, read_verdicts
 from rlhf.recipe import Recipe, RecipeError, load
 
 FAILED, UNUSABLE, GATE_MISSED, INTERRUPTED = 1, 2, 3, 130
@@ -86,6 +85,7 @@ def run_command(parsed: argparse.Namespace) -> int:
     if parsed.address is None:
         plan, folder = make_plan(recipe, verdicts=_verdicts(parsed)), _folder(parsed, recipe)
     else:
+        check(recipe)
         folder = _folder(parsed, recipe)
         _private_ray(folder)
         from actors.launch import cluster_of
@@ -177,9 +177,9 @@ def check_command(parsed: argparse.Namespace) -> int:
     proven: list[bool] = []
 
     async def measured() -> None:
-        from actors.check import check
+        from actors.check import check as measure
 
-        for verdict in await check(recipe, folder):
+        for verdict in await measure(recipe, folder):
             print(f"{verdict.implementation}: {verdict}")
             proven.append(verdict.proven)
 
@@ -219,8 +219,8 @@ def submit_command(parsed: argparse.Namespace) -> int:
     recipe = load(parsed.recipe, parsed.override)
     if parsed.address is None:
         make_plan(recipe, verdicts=_verdicts(parsed))
-    elif problems := list(feasibility.problems(recipe)):
-        raise PlanError("\n".join(problems))  # the job itself looks at the machines it gets
+    else:
+        check(recipe)  # the job itself looks at the machines it gets
     return _job("submit", recipe, parsed.recipe, parsed.override, parsed.runs, parsed.address)
 
 

@@ -88,7 +88,8 @@ class Curriculum:
                     if not gate["passed"]:
                         raise GateError(explain(stage, gate))
         finally:
-            self._summarise()  # an interrupted stage has taken time as well
+            if not self.idle:
+                self._summarise()  # an interrupted stage has taken time as well
 
     async def _survive(self, stage: Stage, index: int, folder: Path, inputs: dict[str, Any]) -> dict[str, Any]:
         """The stage, continued from its last checkpoint when it loses the trainer; RENEWALS times at most."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rewards.base import file_of
 from rlhf.architecture import Architecture
-from rlhf.recipe import Recipe, Rl, Sft, Stage, Synthesize
+from rlhf.recipe import Evaluate, Recipe, Rl, Sft, Stage, Synthesize
 
 ROW_FILES = (".parquet", ".jsonl", ".json")
 BUILDERS = ("digits",)
@@ -100,7 +100,10 @@ def _sources(recipe: Recipe) -> Iterator[str]:
         if source.path is not None:
             yield from _file(f"data.{name}.path = {source.path!r}", Path(source.path))
         if source.builder is not None and ":" in source.builder:
-            yield from _function(f"data.{name}.builder", source.builder)
+            if source.builder.partition(":")[0].endswith(".py"):
+                yield f'data.{name}.builder = {source.builder!r}: a builder is "module:function"; make it a module'
+            else:
+                yield from _function(f"data.{name}.builder", source.builder)
         elif source.builder is not None and source.builder not in BUILDERS:
             yield (
                 f"data.{name}.builder = {source.builder!r} is unknown, {nearest(source.builder, BUILDERS)} "
@@ -274,9 +277,12 @@ def _function(key: str, spec: str) -> Iterator[str]:
         yield f"{key} = {spec!r}: no module {home!r} here; correct the name, or install what holds it"
     elif not file.is_file():
         yield f"{key} = {spec!r}: no such file {file}; correct the path"
-    # read and not run: running it may take long, or do what a plan must not
-    elif file.suffix == ".py" and name not in (words := re.findall(r"\w+", file.read_text(errors="replace"))):
-        yield f"{key} = {spec!r}: {file} has no {name!r}; {nearest(name, dict.fromkeys(words))}"
+    elif file.suffix == ".py":
+        # read and not run: running it may take long, or do what a plan must not
+        text = file.read_text(errors="replace")
+        if "import *" not in text and not re.search(rf"\b{name}\b", text):
+            there = re.findall(r"def (\w+)", text)
+            yield f"{key} = {spec!r}: {file} has no {name!r}; {nearest(name, there)}"
 
 
 def longest_replies(recipe: Recipe, stage: Stage) -> dict[str, int]:
@@ -301,7 +307,7 @@ def _lengths(recipe: Recipe, stage: Stage) -> Iterator[str]:
             )
 
 
-# what a stage measures under each prefix, where that is a closed list; "modes" adds accuracy.CATEGORY and pass@k
+# what a stage measures under each prefix, where that is a closed list; categories and corruptions are the data's
 MODES = ("accuracy", "accuracy.low", "accuracy.high", "greedy", "format_rate", "think_rate", "tokens", "truncated")
 GAINS = ("gain", "gain.low", "gain.high")
 METRICS = {
@@ -310,9 +316,11 @@ METRICS = {
     "eval.extra.": ("accuracy",),
     "judge.": ("precision", "recall", "kappa", "accuracy", "failed", "rows"),
     "synthesis.": ("prompts", "accuracy", "none_right", "all_right", "kept"),
+    "model.": ("parameters", "trainable"),
+    "eval.loss": ("",),
 }
-OPEN = re.compile(r"eval\.(think|direct)\.(accuracy\.\S+|pass@\d+)|judge\.specificity\.\S+")
-AT_TEMPERATURES = re.compile(r"eval\.think\.accuracy(\.best|@[\d.]+)")
+OPEN = re.compile(r"eval\.(think|direct)\.(accuracy\..+|pass@\d+)|judge\.specificity\..+")
+AT_TEMPERATURE = re.compile(r"eval\.think\.accuracy(?:\.best|@([\d.]+))")
 
 
 def _gate(recipe: Recipe, stage: Stage, metric: str) -> Iterator[str]:
@@ -344,9 +352,11 @@ def _gate(recipe: Recipe, stage: Stage, metric: str) -> Iterator[str]:
         yield f"gate on {metric!r}, but evaluation.soundness names no function; give one"
     elif (asked := re.search(r"\.pass@(\d+)$", metric)) and int(asked[1]) != recipe.evaluation.samples:
         yield f"gate on {metric!r}, but evaluation.samples = {recipe.evaluation.samples}; only that k is measured"
-    elif AT_TEMPERATURES.fullmatch(metric):
-        if stage.kind != "evaluate":
+    elif at := AT_TEMPERATURE.fullmatch(metric):
+        if not isinstance(stage, Evaluate):
             yield f"gate on {metric!r}, which only an evaluate stage measures; move it there, with `temperatures`"
+        elif at[1] is not None and at[1] not in {f"{value:g}" for value in stage.temperatures}:
+            yield f"gate on {metric!r}, but temperatures = {stage.temperatures}; name that one there too"
     elif prefix in METRICS and metric.removeprefix(prefix) not in METRICS[prefix] and not OPEN.fullmatch(metric):
         yield f"gate on {metric!r}, which no stage measures; {nearest(metric, [prefix + m for m in METRICS[prefix]])}"
 

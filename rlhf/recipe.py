@@ -387,26 +387,24 @@ def _merge(
         old, here = merged.get(key), (*path, key)
         if here == ("stages",):
             merged[key] = _merge_stages(old, value, origin, written)
-        elif isinstance(value, dict) and value.get("remove") is True:
+        elif value == {"remove": True} and here[-1] != "options":  # a builder's options are its own
             if key not in merged:
                 raise RecipeError(f"{origin}: there is no {'.'.join(here)} to remove")
             del merged[key]
-        elif (
-            isinstance(old, dict)
-            and isinstance(value, dict)
-            and (len(here) < written or not _one_thing(here, old, value))
-        ):
+        elif isinstance(old, dict) and isinstance(value, dict) and not _is_replaced(here, old, value, written):
             merged[key] = _merge(old, value, origin, written, here)
         else:
             merged[key] = value
     return merged
 
 
-def _one_thing(path: tuple[str, ...], old: dict[str, Any], new: dict[str, Any]) -> bool:
-    """Whether a table is replaced: a mix of data, a choice of what trains or is dropped, another kind of source."""
+def _is_replaced(path: tuple[str, ...], old: dict[str, Any], new: dict[str, Any], written: int) -> bool:
+    """Whether a table is one thing: a mix of data, a choice of what trains or is dropped, unless a key of it is spelled
+    out; a source that turns from a builder to a path or back."""
     if path[0] == "stages":
-        return len(path) == 3 and path[2] in ("data", "train", "drop")
-    return path[0] == "data" and len(path) == 2 and ("path" in new, "path" in old) == (True, False)
+        return len(path) == 3 and path[2] in ("data", "train", "drop") and written <= len(path)
+    kinds = {"path", "builder"}
+    return path[0] == "data" and len(path) == 2 and bool(kinds & new.keys()) and not kinds & new.keys() & old.keys()
 
 
 def _merge_stages(base: list[dict[str, Any]] | None, over: Any, origin: str, written: int) -> list[dict[str, Any]]:
@@ -414,7 +412,9 @@ def _merge_stages(base: list[dict[str, Any]] | None, over: Any, origin: str, wri
     changes = over
     if isinstance(over, dict):
         changes = [fields | {"name": name} if isinstance(fields, dict) else fields for name, fields in over.items()]
-    if not isinstance(changes, list) or not all(isinstance(change, dict) and "name" in change for change in changes):
+    if not isinstance(changes, list) or not all(
+        isinstance(change, dict) and isinstance(change.get("name"), str) for change in changes
+    ):
         raise RecipeError(f"{origin}: stages are written [[stages]] with a `name` each, or [stages.NAME]")
     if base is None and isinstance(over, list):
         return changes  # with two of one name, if it has them: the plan refuses that

@@ -194,13 +194,11 @@ def _images(row: Row, where: str) -> list[Any]:
     single, images = row.pop("image", None), row.get("images")
     if single is not None and images:
         raise DataError(f"{where}: both `image` and `images`; give one of the two")
-    if images is None:
-        return [] if single is None else [single]
-    if not isinstance(images, list):
+    if not isinstance(images, list | None):
         raise DataError(
             f"{where}: `images` is a {type(images).__name__} and must be a list; one picture goes to `image`"
         )
-    return images
+    return images or ([] if single is None else [single])
 
 
 def _message(message: Any, where: str) -> Row:

@@ -11,7 +11,7 @@ Pure arithmetic on configurations: it imports no torch, starts nothing, and take
 """
 
 from rlhf.plan.cluster import Cluster
-from rlhf.plan.derive import make_plan
+from rlhf.plan.derive import check, make_plan
 from rlhf.plan.text import describe
 from rlhf.plan.types import Memory, Plan, PlanError
 from rlhf.plan.verdicts import Verdict, implementations, installed_versions, read_verdicts
@@ -22,6 +22,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "Verdict",
+    "check",
     "describe",
     "implementations",
     "installed_versions",

@@ -55,5 +55,7 @@ def _gpu_memories() -> list[float | None]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         named = [name.strip() for name in visible.split(",")]
+        slices = [["", name, ""] for name in named if name.startswith("MIG-")]  # of a GPU, of a size it does not tell
         gpus = [gpu for gpu in gpus if any(name == gpu[0] or (name and gpu[1].startswith(name)) for name in named)]
+        gpus += slices
     return [float(gpu[2]) / 1024 if gpu[2].isdigit() else None for gpu in gpus]

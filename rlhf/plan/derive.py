@@ -19,12 +19,12 @@ from rlhf.recipe import Evaluate, Recipe, Rl, Sft, Stage, Synthesize
 def make_plan(recipe: Recipe, cluster: Cluster | None = None, verdicts: Sequence[Verdict] = ()) -> Plan:
     """Derive the plan of a recipe on a cluster (default: this machine).
 
-    Raises PlanError with every problem found, each in a sentence that says what to change.
+    Raises PlanError with every problem of the first kind that there is (`check`, then the machine, then its memory),
+    each in a sentence that says what to change.
     """
     cluster = cluster or Cluster.here()
-    _refuse(feasibility.problems(recipe))
-    architectures = _architectures(recipe)
-    _refuse(unfit_stages(recipe, architectures), misplaced(recipe, cluster), crowded_cores(recipe, cluster))
+    architectures = check(recipe)
+    _refuse(misplaced(recipe, cluster), crowded_cores(recipe, cluster))
     implementation = chosen(recipe.model.implementation, next(iter(architectures.values())), verdicts)
     uses = engine_uses(recipe, architectures, implementation, verdicts)
     stages = tuple(_stage(recipe, stage, architectures[stage.name], uses[stage.name]) for stage in recipe.stages)
@@ -46,6 +46,14 @@ def make_plan(recipe: Recipe, cluster: Cluster | None = None, verdicts: Sequence
         budget_minutes=recipe.budget_minutes,
         notes=tuple(_notes(stages)),
     )
+
+
+def check(recipe: Recipe) -> dict[str, Architecture]:
+    """Raise PlanError for what no machine can run; stage name → the architecture of the model it leaves."""
+    _refuse(feasibility.problems(recipe))
+    architectures = _architectures(recipe)
+    _refuse(unfit_stages(recipe, architectures))
+    return architectures
 
 
 def _refuse(*problems: Iterator[str]) -> None:

@@ -446,7 +446,7 @@ def _facts(run: RunView) -> str:
 
 
 def _tiny_share(value: float) -> str:
-    return f"{100 * value:.2g} %"
+    return percent(value) if value >= 0.01 else f"{100 * value:.2g} %"
 
 
 def _by_stage(run: RunView, name: str) -> list[Series]:
@@ -475,7 +475,8 @@ def _time(run: RunView) -> str:
             f'<li><span>{escape(stage.name)}</span><div class="stack" role="img" aria-label="{escape(text)}" '
             f'style="width:{max(100 * total / longest, 1):.1f}%">{bars}</div><b>{duration(total)}</b></li>'
         )
-    names = sorted(seen, key=lambda name: ((*_PHASES, name, _REST).index(name), name))
+    others = sorted(seen.keys() - {*_PHASES, _REST})
+    names = [name for name in (*_PHASES, *others, _REST) if name in seen]
     legend = "".join(f'<span><i class="{_tone_of(name)}"></i>{escape(name)}</span>' for name in names)
     return f'<div class="legend">{legend}</div><ul class="shares">{"".join(rows)}</ul>'
 

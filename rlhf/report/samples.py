@@ -208,7 +208,7 @@ def _said(chain: str, rest: str, boxes: bool = True) -> str:
     if answer is None and not boxes:
         return f'{thought}<p class="said">{escape(rest)}</p>'
     if answer is None and boxed(chain) is not None:
-        return f'{thought}<p class="said"><small>the box is among its thoughts</small></p>'
+        return f'{thought}<p class="said">{escape(rest)} <small>the box is among its thoughts</small></p>'
     if answer is None:
         return f'{thought}<p class="said">{escape(rest) or "<i>no answer</i>"} <small>no box</small></p>'
     around = escape(rest.replace(f"\\boxed{{{answer}}}", "", 1).strip())

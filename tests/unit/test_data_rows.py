@@ -106,7 +106,9 @@ def test_one_picture_may_stand_in_a_column_of_its_own(tmp_path):
     line = {"messages": ASK, "image": "a.png"}
     (tmp_path / "one.jsonl").write_text(json.dumps(line) + "\n")
     (tmp_path / "list.jsonl").write_text(json.dumps({"messages": ASK, "images": ["a.png"]}) + "\n")
+    (tmp_path / "both.jsonl").write_text(json.dumps(line | {"images": []}) + "\n")
     one, many = read(tmp_path / "one.jsonl"), read(tmp_path / "list.jsonl")
+    assert read(tmp_path / "both.jsonl")[0] == one[0]
     assert one[0] == many[0] == {"messages": ASK, "images": [Media(png(1), (6, 4))]}
     assert one.digest == many.digest
 

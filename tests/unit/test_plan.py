@@ -340,6 +340,11 @@ REFUSALS = {
         "stages.align.gates = [{metric = 'eval.think.accuracy.best', min = 0.1}]",
         "only an evaluate stage measures",
     ),
+    "builder that is no module": ("data.train.builder = 'build.py:rows'", "make it a module"),
+    "misspelt metric of the model": (
+        "stages.align.gates = [{metric = 'model.paramters', min = 1}]",
+        "did you mean 'model.parameters'",
+    ),
     "beyond the positions": (
         "model.bridge.decoder.max_position_embeddings = 128",
         "'align' and 4 more: resources.max_model_len = 256 is beyond the decoder's max_position_embeddings = 128",
@@ -381,7 +386,10 @@ def test_gpus_are_those_the_process_may_use(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("subprocess.run", lambda *_, **__: subprocess.CompletedProcess([], 0, listed, ""))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert (Cluster.here().gpus, Cluster.here().gpu_memory_gib) == (3, 40)
-    for visible, gpus, memory in (("0", 1, 80), ("GPU-b,2", 2, 40), ("1", 1, None), ("", 0, None)):
+    for visible, gpus, memory in (
+        *(("0", 1, 80), ("GPU-b,2", 2, 40), ("1", 1, None), ("", 0, None)),
+        ("MIG-aa,MIG-bb", 2, None),
+    ):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         assert (Cluster.here().gpus, Cluster.here().gpu_memory_gib) == (gpus, memory)
 
@@ -401,6 +409,36 @@ def test_held_out_rows_under_a_second_name_are_still_held_out(tmp_path: Path) ->
     source = f"{{ path = '{rows}' }}"
     with pytest.raises(PlanError, match="'align' trains on 'again', the held-out questions"):
         plan(f"data.heldout = {source}", f"data.again = {source}", "stages.align.data = {again = 1}")
+
+
+def test_names_are_found_without_running_what_holds_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "plans_only"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('was run')\nfrom .inner import *\n")
+    (package / "inner.py").write_text("def good(item): return 1.0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in ("plans_only.inner:good", "plans_only:good"):
+        plan(f"stages.improve.rewards.answer.function = '{name}'")
+    with pytest.raises(PlanError, match=r"inner.py has no 'god'; did you mean 'good'"):
+        plan("stages.improve.rewards.answer.function = 'plans_only.inner:god'")
+    with pytest.raises(PlanError, match=r"no module 'plans_only\.outer' here"):
+        plan("stages.improve.rewards.answer.function = 'plans_only.outer:good'")
+
+
+def test_gates_on_what_only_the_data_can_name() -> None:
+    for metric in ("eval.think.accuracy.number theory", "eval.direct.pass@4"):
+        plan(f"stages.align.gates = [{{metric = '{metric}', min = 0.1}}]")
+    plan("stages.judge.gates = [{metric = 'judge.specificity.wrong count', min = 0.1}]")
+
+
+def test_a_check_needs_no_name_that_a_source_may_have() -> None:
+    from actors.check import _narrowed, _serving
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "toy.toml"
+        path.write_text(TOY.replace("\nheldout = ", "\nrows = ").replace('data = "heldout"', 'data = "rows"'))
+        narrowed = _narrowed(load([path]), "auto")
+    assert make_plan(_serving(narrowed), LAPTOP).cold_starts == 1
 
 
 def test_files_that_hold_no_rows_are_refused(tmp_path: Path) -> None:

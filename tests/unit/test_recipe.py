@@ -107,6 +107,12 @@ def test_a_mix_is_replaced_and_one_key_of_it_changed(base: Path, tmp_path: Path)
 
 def test_a_source_turns_from_builder_to_path_and_can_be_removed(base: Path) -> None:
     assert load([base], ["data.train = { path = 'a.jsonl' }"]).data["train"].builder is None
+    assert load([base], ["data.train.path = 'a.jsonl'"]).data["train"].builder is None
+    back = load([base], ["data.train.path = 'a.jsonl'", "data.train = { builder = 'digits', table = 'text' }"])
+    assert (back.data["train"].path, back.data["train"].table) == (None, "text")
+    assert load([base], ["data.train.rows = 7"]).data["train"].table == "chains"
+    options = load([base], ["data.train.options = { remove = true }"]).data["train"].options
+    assert options == {"remove": True}  # a builder's own
     assert "train" not in load([base], ["data.train.remove = true"]).data
     with pytest.raises(RecipeError, match=r"there is no data\.nothing to remove"):
         load([base], ["data.nothing.remove = true"])
@@ -118,6 +124,7 @@ def test_a_source_turns_from_builder_to_path_and_can_be_removed(base: Path) -> N
         ("stages = 'x'", "written [[stages]] with a `name` each"),
         ("stages = ['x']", "written [[stages]] with a `name` each"),
         ("stages.first = 3", "written [[stages]] with a `name` each"),
+        ("stages = [{ name = ['a'] }]", "written [[stages]] with a `name` each"),
         ("stages.first.steps = 0", "override 'stages.first.steps = 0': stages.first.steps: "),
         ("stages.first.kind = 'sgt'", "stages.first: needs kind = 'evaluate', 'rl'"),
         ("stages.first.lr = inf", "stages.first.lr: Input should be a finite number"),
