@@ -16,7 +16,7 @@ from typing import Any
 
 from rlhf.bridge.geometry import Geometry
 from rlhf.bridge.naming import DENSE, MODEL_TYPE, MOE
-from rlhf.recipe import Lora, Model
+from rlhf.recipe import Lora, Model, Rl
 
 GIB = float(2**30)
 # what saving a model writes beside its architecture
@@ -174,6 +174,16 @@ class Architecture:
             "decoder_sparse_step": 1,
         }
         return replace(self, name=MOE, spec=_canonical({**self.tables, "decoder": decoder}), stored_parameters=None)
+
+
+def algorithm_of(stage: Rl, architecture: Architecture) -> str | None:
+    """The policy loss of an rl stage: "auto" is gspo for a mixture of experts and dapo for a dense decoder, or None
+    where that is not known."""
+    if stage.algorithm != "auto":
+        return stage.algorithm
+    if not architecture.known:
+        return None
+    return "gspo" if architecture.experts else "dapo"
 
 
 def architecture_of(model: Model) -> Architecture:

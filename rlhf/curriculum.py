@@ -28,13 +28,12 @@ from rewards.base import file_of
 from rlhf import evaluation, offline, online, synthesis
 from rlhf.agreement import make_probes
 from rlhf.algorithms import losses
-from rlhf.architecture import from_folder
+from rlhf.architecture import algorithm_of, from_folder
 from rlhf.batching import make_batch
 from rlhf.checkpoint import digest, latest, whole, write_json
 from rlhf.data.formatting import as_sample
 from rlhf.data.rows import Rows, read, write
 from rlhf.data.sources import open_source, open_sources
-from rlhf.feasibility import algorithm_of, judges_of, parent_of
 from rlhf.footprint import Footprint
 from rlhf.models import build_model, load_processor, local_folder, masked_ids
 from rlhf.recipe import Evaluate, Gate, Recipe, Rl, Sft, Stage, Synthesize
@@ -261,7 +260,7 @@ class Curriculum:
 
     def model_before(self, stage: Stage) -> Path:
         """The model a stage continues: the one it names, or the policy as the stages before it left it."""
-        name = parent_of(self.recipe, stage)
+        name = self.recipe.parent_of(stage)
         if name is not None:
             return self.artifact(name)
         return self.folder / "model" if self.recipe.model.path is None else local_folder(self.recipe.model.path)
@@ -305,9 +304,9 @@ class Curriculum:
     def _inputs(self, stage: Stage) -> dict[str, Any]:
         """Everything that determines a stage's artifact, and apart from that, what it is measured with, as digests:
         a change in the former makes the stage run again, in the latter makes it measured again."""
-        parent = parent_of(self.recipe, stage)
+        parent = self.recipe.parent_of(stage)
         judging = self.recipe.judging.model_dump(mode="json")
-        judges = {name: [self.results[name]["artifact"]["digest"], judging] for name in judges_of(stage)}
+        judges = {name: [self.results[name]["artifact"]["digest"], judging] for name in stage.judges}
         shared = self._shared() | {"precision": self.recipe.resources.precision}
         config = stage.model_dump(mode="json", exclude={"gates", "budget_minutes", "checkpoint_every"})
         measure = [config.pop(name, None) for name in ("evaluate", "eval_data", "temperatures")]
@@ -332,7 +331,7 @@ class Curriculum:
 
     def _earlier_answers(self, stage: Stage) -> dict[str, dict[str, float]] | None:
         """Which questions the parent stage answered right, where it was asked."""
-        name = parent_of(self.recipe, stage)
+        name = self.recipe.parent_of(stage)
         if name is None:
             return None
         index = next(i for i, other in enumerate(self.recipe.stages) if other.name == name)

@@ -9,49 +9,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from rewards.base import file_of
-from rlhf.architecture import Architecture
 from rlhf.recipe import Evaluate, Recipe, Rl, Sft, Stage, Synthesize
 
 ROW_FILES = (".parquet", ".jsonl", ".json")
 BUILDERS = ("digits",)
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-
-
-def parent_of(recipe: Recipe, stage: Stage) -> str | None:
-    """Name of the stage whose model `stage` continues; None for [model]. A judge is nobody's default parent."""
-    if stage.start is not None:
-        return stage.start
-    makers = [
-        other.name for other in before(recipe, stage) if isinstance(other, Sft | Rl) and other.evaluate != "judge"
-    ]
-    return makers[-1] if makers else None
-
-
-def judges_of(stage: Stage) -> tuple[str, ...]:
-    """The stages whose models judge this one's rollouts, in order, each once."""
-    if isinstance(stage, Rl):
-        return tuple(dict.fromkeys(part.judge for part in stage.rewards.values() if part.judge))
-    return (stage.judge,) if isinstance(stage, Synthesize) and stage.judge else ()
-
-
-def algorithm_of(stage: Rl, architecture: Architecture) -> str | None:
-    """The policy loss of an rl stage: "auto" is gspo for a mixture of experts and dapo for a dense decoder, or None
-    where that is not known."""
-    if stage.algorithm != "auto":
-        return stage.algorithm
-    if not architecture.known:
-        return None
-    return "gspo" if architecture.experts else "dapo"
-
-
-def most_rows(stage: Synthesize) -> int:
-    """How many rows a synthesize stage can make."""
-    return stage.prompts * (1 if stage.method == "difficulty" else min(stage.per_prompt, stage.samples))
-
-
-def before(recipe: Recipe, stage: Stage) -> list[Stage]:
-    """The stages that come before this one."""
-    return recipe.stages[: next(i for i, other in enumerate(recipe.stages) if other is stage)]
 
 
 def problems(recipe: Recipe) -> Iterator[str]:
@@ -155,7 +117,7 @@ def _evaluation(recipe: Recipe) -> Iterator[str]:
 
 
 def _stage(recipe: Recipe, stage: Stage) -> Iterator[str]:
-    earlier = before(recipe, stage)
+    earlier = recipe.before(stage)
     yield from _links(recipe, stage, earlier)
     yield from _data(recipe, stage, earlier)
     if stage.evaluate == "none" and stage.kind == "evaluate":
@@ -174,7 +136,7 @@ def _stage(recipe: Recipe, stage: Stage) -> Iterator[str]:
 def _links(recipe: Recipe, stage: Stage, earlier: list[Stage]) -> Iterator[str]:
     kinds = {other.name: other.kind for other in recipe.stages}
     made = [other.name for other in earlier if isinstance(other, Sft | Rl)]
-    for role, name in (("start", stage.start), *(("judge", judge) for judge in judges_of(stage))):
+    for role, name in (("start", stage.start), *(("judge", judge) for judge in stage.judges)):
         if name is None or name in made:
             continue
         if name not in kinds:
@@ -231,7 +193,7 @@ def _synthesize(stage: Synthesize) -> Iterator[str]:
     yield from _function("answer", stage.answer)
     if stage.critic is not None:
         yield from _function("critic", stage.critic)
-    most = most_rows(stage)
+    most = stage.most_rows
     if stage.min_rows > most:
         yield f"min_rows = {stage.min_rows}, but {stage.prompts} prompts give at most {most} rows; lower it or ask more"
 
@@ -285,21 +247,9 @@ def _function(key: str, spec: str) -> Iterator[str]:
             yield f"{key} = {spec!r}: {file} has no {name!r}; {nearest(name, there)}"
 
 
-def longest_replies(recipe: Recipe, stage: Stage) -> dict[str, int]:
-    """How many tokens replies may take in a sequence of the stage's engines, by the recipe's keys for them."""
-    replies = {"max_tokens": stage.max_tokens} if isinstance(stage, Rl | Synthesize) else {}
-    if stage.evaluate == "modes":
-        replies["evaluation.max_tokens"] = recipe.evaluation.max_tokens
-    if stage.evaluate == "judge":
-        replies["judging.max_tokens"] = recipe.judging.max_tokens
-    if judges_of(stage):  # a judge reads the policy's reply in its prompt
-        replies["max_tokens + judging.max_tokens"] = replies["max_tokens"] + recipe.judging.max_tokens
-    return replies
-
-
 def _lengths(recipe: Recipe, stage: Stage) -> Iterator[str]:
     limit = recipe.resources.max_model_len
-    for key, tokens in longest_replies(recipe, stage).items():
+    for key, tokens in recipe.longest_replies(stage).items():
         if tokens >= limit:
             yield (
                 f"{key} = {tokens} leaves no room for a prompt in resources.max_model_len = {limit}; "

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from rlhf import feasibility
-from rlhf.architecture import Architecture, architecture_of
+from rlhf.architecture import Architecture, algorithm_of, architecture_of
 from rlhf.plan.cluster import Cluster
 from rlhf.plan.engines import engine_uses
 from rlhf.plan.placement import actors_of, memory_of, tenants_of, too_large
@@ -69,7 +69,7 @@ def _architectures(recipe: Recipe) -> dict[str, Architecture]:
         raise PlanError(str(error)) from error
     found: dict[str, Architecture] = {}
     for stage in recipe.stages:
-        parent = feasibility.parent_of(recipe, stage)
+        parent = recipe.parent_of(stage)
         current = found[parent] if parent else first
         if isinstance(stage, Sft) and stage.upcycle is not None:
             try:
@@ -94,9 +94,9 @@ def _stage(recipe: Recipe, stage: Stage, architecture: Architecture, engines: tu
     return StagePlan(
         name=stage.name,
         kind=stage.kind,
-        start=feasibility.parent_of(recipe, stage),
+        start=recipe.parent_of(stage),
         architecture=architecture,
-        algorithm=feasibility.algorithm_of(stage, architecture) if isinstance(stage, Rl) else None,
+        algorithm=algorithm_of(stage, architecture) if isinstance(stage, Rl) else None,
         optimizer_steps=steps,
         rows_per_update=rows,
         tokens_per_update=rows * longest,
@@ -125,9 +125,7 @@ def _rows(recipe: Recipe, name: str) -> int:
     """Rows of a source or of a synthesize stage, at most; 0 for a file, which a plan does not open."""
     if name in recipe.data:
         return recipe.data[name].rows if recipe.data[name].builder is not None else 0
-    return next(
-        feasibility.most_rows(stage) for stage in recipe.stages if isinstance(stage, Synthesize) and stage.name == name
-    )
+    return next(stage.most_rows for stage in recipe.stages if isinstance(stage, Synthesize) and stage.name == name)
 
 
 def _notes(stages: Sequence[StagePlan]) -> Iterator[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from rlhf import feasibility
 from rlhf.architecture import Architecture
 from rlhf.plan.types import EngineUse
 from rlhf.plan.verdicts import Verdict, verdict_on
@@ -38,7 +37,7 @@ def _serving(stage: Stage, architectures: dict[str, Architecture]) -> Iterator[l
     """The sets of (role, architecture) that must serve at once: during the stage, then in its evaluation."""
     if isinstance(stage, Rl | Synthesize):
         policy = ("policy", architectures[stage.name])
-        yield [policy, *((f"judge {name}", architectures[name]) for name in feasibility.judges_of(stage))]
+        yield [policy, *((f"judge {name}", architectures[name]) for name in stage.judges)]
     if stage.evaluate in ("modes", "judge"):
         yield [("policy", architectures[stage.name])]
 

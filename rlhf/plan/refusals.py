@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from rlhf import feasibility
-from rlhf.architecture import Architecture
+from rlhf.architecture import Architecture, algorithm_of
 from rlhf.plan.cluster import Cluster
 from rlhf.recipe import Recipe, Rl, Stage
 
@@ -30,7 +29,7 @@ def unfit_stages(recipe: Recipe, architectures: Mapping[str, Architecture]) -> I
 
 def _unfit(recipe: Recipe, stage: Stage, architecture: Architecture) -> Iterator[str]:
     limit = recipe.resources.max_model_len
-    if isinstance(stage, Rl) and feasibility.algorithm_of(stage, architecture) == "gspo":
+    if isinstance(stage, Rl) and algorithm_of(stage, architecture) == "gspo":
         widest = max(stage.clip_low or 0.0, stage.clip_high or 0.0)
         if widest > GSPO_CLIP_LIMIT:
             yield (
@@ -44,7 +43,7 @@ def _unfit(recipe: Recipe, stage: Stage, architecture: Architecture) -> Iterator
             "lower the one or raise the other"
         )
     pictures = architecture.image_tokens
-    for key, tokens in feasibility.longest_replies(recipe, stage).items():
+    for key, tokens in recipe.longest_replies(stage).items():
         if pictures is not None and tokens + pictures >= limit:
             yield (
                 f"a picture of up to {pictures} tokens and {key} = {tokens} leave no room for the question in "
@@ -59,7 +58,7 @@ def crowded_cores(recipe: Recipe, cluster: Cluster) -> Iterator[str]:
         if r.device != "cpu" or not isinstance(stage, Rl) or not stage.pipelined:
             continue
         trainer = r.trainer_ranks * r.trainer_threads_beside
-        engines = (r.rollout_workers + len(feasibility.judges_of(stage))) * r.rollout_threads
+        engines = (r.rollout_workers + len(stage.judges)) * r.rollout_threads
         # processes of one thread share a core by turns; a team of threads waits for its slowest
         if trainer + engines > cluster.cpus and max(r.trainer_threads_beside, r.rollout_threads) > 1:
             yield (

@@ -1,24 +1,11 @@
-"""The recipe: a complete, typed, frozen description of one curriculum, read from TOML.
-
-    recipe = load(["think_fusion.toml", "toy_size.toml"], ["stages.long-cot.lr = 1e-4"])
-
-Files compose left to right, then overrides. Tables merge key by key; `stages` merge by stage name, so an override
-file may change one field of one stage. What is one thing is replaced whole: a stage's `data`, `train` and `drop`, and
-a source that turns from a builder to a path. An override may still change one key of it (`stages.NAME.data.text = 1`),
-and `{ remove = true }` removes a stage, a source or a reward. An unknown key is an error that names the nearest known
-one. Every default lives here and nowhere else.
-"""
+"""The tables of a recipe, with every default: they live here and nowhere else."""
 
 from __future__ import annotations
 
-import difflib
 import os
-import tomllib
-from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -27,13 +14,6 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 UserPath = Annotated[str, AfterValidator(os.path.expanduser)]  # "~" is the user's home
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Implementation = Literal["auto", "vllm", "transformers"]  # of vLLM: its own, or its Transformers backend
-
-
-Layer = tuple[str, dict[str, Any], int]  # a file or an override: its name, what it holds, the keys it spells out
-
-
-class RecipeError(ValueError):
-    """A recipe that cannot be used; the message names the file, the key, what is wrong and what to do."""
 
 
 class Table(BaseModel):
@@ -217,6 +197,11 @@ class StageBase(Table):
     evaluate: Literal["modes", "judge", "loss", "none"] = "none"
     eval_data: Name | None = None
 
+    @property
+    def judges(self) -> tuple[str, ...]:
+        """The stages whose models judge this one's rollouts, in order, each once."""
+        return ()
+
 
 class Optimised(StageBase):
     """A stage that trains. `train` maps globs over parameter names to learning rates, the rest is frozen; without
@@ -266,6 +251,10 @@ class Rl(Optimised):
     rewards: dict[Name, Reward]
 
     @property
+    def judges(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(part.judge for part in self.rewards.values() if part.judge))
+
+    @property
     def pipelined(self) -> bool:
         """Whether the trainer learns while engines sample."""
         return self.updates_per_step > 1
@@ -292,6 +281,15 @@ class Synthesize(StageBase):
     critic: str | None = None
     per_prompt: PositiveInt = 1
     min_rows: PositiveInt = 1
+
+    @property
+    def judges(self) -> tuple[str, ...]:
+        return (self.judge,) if self.judge else ()
+
+    @property
+    def most_rows(self) -> int:
+        """How many rows it can make."""
+        return self.prompts * (1 if self.method == "difficulty" else min(self.per_prompt, self.samples))
 
 
 class Evaluate(StageBase):
@@ -321,180 +319,24 @@ class Recipe(Table):
     tracking: Tracking = Tracking()
     stages: Annotated[list[Stage], Field(min_length=1)]
 
+    def before(self, stage: Stage) -> list[Stage]:
+        """The stages that come before this one."""
+        return self.stages[: next(i for i, other in enumerate(self.stages) if other is stage)]
 
-def load(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> Recipe:
-    """Read and compose recipe files, then apply overrides written as TOML (`stages.NAME.key = value`).
+    def parent_of(self, stage: Stage) -> str | None:
+        """Name of the stage whose model `stage` continues; None for [model]. A judge is nobody's default parent."""
+        if stage.start is not None:
+            return stage.start
+        made = [other for other in self.before(stage) if isinstance(other, Sft | Rl) and other.evaluate != "judge"]
+        return made[-1].name if made else None
 
-    Raises RecipeError naming file and key.
-    """
-    if not paths:
-        raise RecipeError("no recipe given; try recipes/think_fusion_digits.toml")
-    layers: list[Layer] = []
-    for path in map(Path, paths):
-        try:
-            text = path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise RecipeError(f"{path}: cannot be read ({error.strerror})") from error
-        except UnicodeDecodeError as error:
-            raise RecipeError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from error
-        layers.append((str(path), _parse(text, str(path)), 0))
-    for override in overrides:
-        origin = f"override {override!r}"
-        layers.append((origin, _parse(override, origin), _keys_written(override)))
-    merged: dict[str, Any] = {}
-    for origin, table, written in layers:
-        merged = _merge(merged, table, origin, written)
-    return validate(merged, " + ".join(map(str, paths)), layers)
-
-
-def validate(table: dict[str, Any], origin: str, layers: Sequence[Layer] = ()) -> Recipe:
-    """Check a composed table against the schema. Raises RecipeError with every problem, one a line, each under the
-    last of its `layers` that wrote the key, or under `origin`."""
-    try:
-        return Recipe.model_validate(table)
-    except ValidationError as error:
-        raise RecipeError("\n".join(_explain(table, origin, layers, error))) from error
-
-
-def _parse(text: str, origin: str) -> dict[str, Any]:
-    try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"{origin}: not valid TOML: {error}") from error
-
-
-def _keys_written(override: str) -> int:
-    """How many keys the left side of `a.b.c = value` has."""
-    for equals in (place for place, sign in enumerate(override) if sign == "="):
-        try:
-            inner: Any = tomllib.loads(override[:equals] + "= 0")
-        except tomllib.TOMLDecodeError:
-            continue  # an equals sign inside a quoted key
-        depth = 0
-        while isinstance(inner, dict) and len(inner) == 1:
-            inner, depth = next(iter(inner.values())), depth + 1
-        return depth
-    return 0
-
-
-def _merge(
-    base: dict[str, Any], over: dict[str, Any], origin: str, written: int = 0, path: tuple[str, ...] = ()
-) -> dict[str, Any]:
-    """`base` changed by `over`. `written`: so many keys of a path the writer spelled out, and what they lead through
-    is changed and not replaced."""
-    merged = dict(base)
-    for key, value in over.items():
-        old, here = merged.get(key), (*path, key)
-        if here == ("stages",):
-            merged[key] = _merge_stages(old, value, origin, written)
-        elif value == {"remove": True} and here[-1] != "options":  # a builder's options are its own
-            if key not in merged:
-                raise RecipeError(f"{origin}: there is no {'.'.join(here)} to remove")
-            del merged[key]
-        elif isinstance(old, dict) and isinstance(value, dict) and not _is_replaced(here, old, value, written):
-            merged[key] = _merge(old, value, origin, written, here)
-        else:
-            merged[key] = value
-    return merged
-
-
-def _is_replaced(path: tuple[str, ...], old: dict[str, Any], new: dict[str, Any], written: int) -> bool:
-    """Whether a table is one thing: a mix of data, a choice of what trains or is dropped, unless a key of it is spelled
-    out; a source that turns from a builder to a path or back."""
-    if path[0] == "stages":
-        return len(path) == 3 and path[2] in ("data", "train", "drop") and written <= len(path)
-    kinds = {"path", "builder"}
-    return path[0] == "data" and len(path) == 2 and bool(kinds & new.keys()) and not kinds & new.keys() & old.keys()
-
-
-def _merge_stages(base: list[dict[str, Any]] | None, over: Any, origin: str, written: int) -> list[dict[str, Any]]:
-    """`[[stages]]` appends or changes by name; `stages.NAME.key = …` changes one, or appends one that has a `kind`."""
-    changes = over
-    if isinstance(over, dict):
-        changes = [fields | {"name": name} if isinstance(fields, dict) else fields for name, fields in over.items()]
-    if not isinstance(changes, list) or not all(
-        isinstance(change, dict) and isinstance(change.get("name"), str) for change in changes
-    ):
-        raise RecipeError(f"{origin}: stages are written [[stages]] with a `name` each, or [stages.NAME]")
-    if base is None and isinstance(over, list):
-        return changes  # with two of one name, if it has them: the plan refuses that
-    merged = {stage["name"]: stage for stage in base or []}
-    for change in changes:
-        name = change["name"]
-        if name in merged and change.get("remove") is True:
-            del merged[name]
-        elif name in merged:
-            merged[name] = _merge(merged[name], change, origin, written, ("stages", name))
-        elif change.get("remove") is True or (isinstance(over, dict) and "kind" not in change):
-            known = f"the stages are {', '.join(map(str, merged))}" if merged else "lay this over a recipe that has it"
-            raise RecipeError(f"{origin}: no stage named {name!r}; {known}")
-        else:
-            merged[name] = change
-    return list(merged.values())
-
-
-def _explain(table: dict[str, Any], origin: str, layers: Sequence[Layer], error: ValidationError) -> Iterator[str]:
-    kinds = {"sft", "rl", "synthesize", "evaluate"}
-    for problem in error.errors():
-        # pydantic puts the discriminator's tag into the path; a reader of the recipe never wrote it
-        path = _named(table, [part for part in problem["loc"] if part not in kinds])
-        key = ".".join(map(str, path))
-        place = next((name for name, written, _ in reversed(layers) if _has(written, path)), origin)
-        if problem["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(str(path[-1]), _known_keys(problem["loc"]), 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            yield f"{place}: unknown key {key!r}{hint}"
-        elif problem["type"] in ("union_tag_not_found", "union_tag_invalid"):
-            yield f"{place}: {key}: needs kind = {', '.join(map(repr, sorted(kinds)))}"
-        elif problem["type"] == "missing":
-            advice = "; a part of a recipe is laid over a whole one: name that one first" if key == "model" else ""
-            yield f"{place}: {key} is missing{advice}"
-        elif problem["type"] in ("model_type", "dict_type"):
-            yield f"{place}: {key} must be a table of keys and values"
-        else:
-            message = problem["msg"].removeprefix("Value error, ")
-            yield f"{place}: {key}: {message}"
-
-
-def _named(table: dict[str, Any], path: Sequence[int | str]) -> list[int | str]:
-    """The path with a stage's name in place of its number."""
-    if len(path) > 1 and path[0] == "stages" and isinstance(path[1], int):
-        return ["stages", table["stages"][path[1]].get("name", path[1]), *path[2:]]
-    return list(path)
-
-
-def _has(table: Any, path: Sequence[int | str]) -> bool:
-    """Whether a file or override wrote something at this path."""
-    for place, part in enumerate(path):
-        if place == 1 and path[0] == "stages" and isinstance(table, list):
-            table = {stage.get("name"): stage for stage in table}
-        if isinstance(table, list) and isinstance(part, int):
-            table = table[part] if part < len(table) else None
-        elif isinstance(table, dict) and part in table:
-            table = table[part]
-        else:
-            return False
-    return True
-
-
-def _known_keys(loc: Sequence[int | str]) -> list[str]:
-    models: dict[str, type[Table]] = {"sft": Sft, "rl": Rl, "synthesize": Synthesize, "evaluate": Evaluate}
-    current: type[Table] | None = Recipe
-    for part in loc[:-1]:
-        if isinstance(part, str) and part in models:
-            current = models[part]
-            continue
-        if current is None or isinstance(part, int):
-            continue
-        found = current.model_fields.get(str(part))
-        current = _table_of(found.annotation) if found else current
-    return list(current.model_fields) if current else []
-
-
-def _table_of(annotation: Any) -> type[Table] | None:
-    if isinstance(annotation, type) and issubclass(annotation, Table):
-        return annotation
-    for argument in getattr(annotation, "__args__", ()):
-        if (found := _table_of(argument)) is not None:
-            return found
-    return None
+    def longest_replies(self, stage: Stage) -> dict[str, int]:
+        """How many tokens replies may take in a sequence of the stage's engines, by the recipe's keys for them."""
+        replies = {"max_tokens": stage.max_tokens} if isinstance(stage, Rl | Synthesize) else {}
+        if stage.evaluate == "modes":
+            replies["evaluation.max_tokens"] = self.evaluation.max_tokens
+        if stage.evaluate == "judge":
+            replies["judging.max_tokens"] = self.judging.max_tokens
+        if stage.judges:  # a judge reads the policy's reply in its prompt
+            replies["max_tokens + judging.max_tokens"] = replies["max_tokens"] + self.judging.max_tokens
+        return replies

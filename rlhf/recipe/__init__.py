@@ -1,0 +1,60 @@
+"""The recipe: a complete, typed, frozen description of one curriculum, read from TOML.
+
+    recipe = load(["think_fusion.toml", "toy_size.toml"], ["stages.long-cot.lr = 1e-4"])
+
+Files compose left to right, then overrides. Tables merge key by key; `stages` merge by stage name, so an override
+file may change one field of one stage. What is one thing is replaced whole: a stage's `data`, `train` and `drop`, and
+a source that turns from a builder to a path. An override may still change one key of it (`stages.NAME.data.text = 1`),
+and `{ remove = true }` removes a stage, a source or a reward. An unknown key is an error that names the nearest known
+one.
+"""
+
+from rlhf.recipe.composition import RecipeError, load, validate
+from rlhf.recipe.schema import (
+    Chat,
+    Deadlines,
+    Evaluate,
+    Evaluation,
+    Gate,
+    Implementation,
+    Judging,
+    Lora,
+    Model,
+    Recipe,
+    Resources,
+    Reward,
+    Rl,
+    Sft,
+    Source,
+    Stage,
+    Synthesize,
+    Tokenizer,
+    Tracking,
+    Upcycle,
+)
+
+__all__ = [
+    "Chat",
+    "Deadlines",
+    "Evaluate",
+    "Evaluation",
+    "Gate",
+    "Implementation",
+    "Judging",
+    "Lora",
+    "Model",
+    "Recipe",
+    "RecipeError",
+    "Resources",
+    "Reward",
+    "Rl",
+    "Sft",
+    "Source",
+    "Stage",
+    "Synthesize",
+    "Tokenizer",
+    "Tracking",
+    "Upcycle",
+    "load",
+    "validate",
+]
