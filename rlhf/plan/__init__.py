@@ -3,7 +3,8 @@
 Pure arithmetic on configurations: it imports no torch, starts nothing, and takes well under a second.
 
     derive.py      make_plan: the order of it
-    refusals.py    why not, on this machine or with this model (rlhf.feasibility: whatever the machine)
+    feasibility.py why not, whatever the machine: names, links, lengths
+    refusals.py    why not, on this machine or with this model
     engines.py     which engines start, and who uses them
     placement.py   cores and memory
     verdicts.py    what `rlhf check` measured

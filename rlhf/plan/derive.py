@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from rlhf import feasibility
 from rlhf.architecture import Architecture, algorithm_of, architecture_of
+from rlhf.plan import feasibility
 from rlhf.plan.cluster import Cluster
 from rlhf.plan.engines import engine_uses
 from rlhf.plan.placement import actors_of, memory_of, tenants_of, too_large

@@ -1,4 +1,4 @@
-"""Why a recipe cannot run on a machine, or with the model it has by then. What needs neither is in rlhf.feasibility."""
+"""Why a recipe cannot run on a machine, or with the model it has by then. What needs neither is in feasibility.py."""
 
 from __future__ import annotations
 
