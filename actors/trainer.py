@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.agreement import NEAR_TIE, Routed, lowest_margins, routers
-from rlhf.algorithms import LOSSES, processed_logprobs
+from rlhf.algorithms import LOSSES, Tokens, processed_logprobs
 from rlhf.batching import Cached, Tensors, Visual, collate
 from rlhf.bridge import short_name
 from rlhf.types import Batch, Loss, Probe, ProbeScores, StepStats, TrainSpec
@@ -207,15 +207,15 @@ class _Stage:
             unheard: AbstractContextManager[Routed] = nullcontext({})
             with routers(self.model) if fresh else unheard as routed:
                 logprobs, entropy, out = self._forward(tensors, loss_spec)
-            loss, metrics = LOSSES[loss_spec.kind](
+            counted = Tokens(
                 logprobs,
                 tensors.old_logprobs,
                 tensors.advantages,
                 tensors.mask,
-                loss_spec,
                 max(1, batch.num_tokens),
                 max(1, batch.num_rows),
             )
+            loss, metrics = LOSSES[loss_spec.kind](counted, loss_spec)
             if loss_spec.router_aux and self.moe and samples:
                 # a mean over the micro-batch's tokens; by its share of them the step's micro-batches add up to a mean
                 share = int(tensors.attention_mask.sum()) / length
@@ -309,9 +309,8 @@ class _Stage:
             for samples in batch.micro_batches[self.rank]:
                 tensors = collate(samples, self.visual).to(self.device)
                 logprobs, _, _ = self._forward(tensors, Loss())
-                _, metrics = LOSSES["nll"](
-                    logprobs, tensors.old_logprobs, tensors.advantages, tensors.mask, Loss(), 1, 1
-                )
+                counted = Tokens(logprobs, tensors.old_logprobs, tensors.advantages, tensors.mask)
+                _, metrics = LOSSES["nll"](counted, Loss())
                 totals.collect(metrics)
         reduced = totals.reduce(self.world_size)
         return {"loss": reduced["nll"], "tokens": reduced["tokens"]}

@@ -2,6 +2,6 @@
 
 from rlhf.algorithms.advantages import group_normalised
 from rlhf.algorithms.logprobs import processed_logprobs
-from rlhf.algorithms.losses import LOSSES, PolicyLoss, defaults
+from rlhf.algorithms.losses import LOSSES, PolicyLoss, Tokens, defaults
 
-__all__ = ["LOSSES", "PolicyLoss", "defaults", "group_normalised", "processed_logprobs"]
+__all__ = ["LOSSES", "PolicyLoss", "Tokens", "defaults", "group_normalised", "processed_logprobs"]

@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from rlhf.algorithms import LOSSES, defaults, group_normalised, processed_logprobs
+from rlhf.algorithms import LOSSES, Tokens, defaults, group_normalised, processed_logprobs
 from rlhf.types import Loss
 
 KINDS = [("nll", "token"), ("nll", "row"), ("grpo", "token"), ("dapo", "token"), ("gspo", "token")]
@@ -60,7 +60,7 @@ def slow(kind: str, logprobs, old, advantages, mask, loss: Loss, num_tokens: int
 def test_loss_equals_the_loop(kind, normalise, seed):
     logprobs, old, advantages, mask = batch(seed=seed)
     loss = Loss(kind, normalise, 0.1, 0.15)
-    found, _ = LOSSES[kind](logprobs, old, advantages, mask, loss, *counts(mask))
+    found, _ = LOSSES[kind](Tokens(logprobs, old, advantages, mask, *counts(mask)), loss)
     expected = slow(kind, logprobs.detach(), old, advantages, mask, loss, *counts(mask))
     assert float(found.detach()) == pytest.approx(expected, abs=1e-9)
 
@@ -69,7 +69,7 @@ def test_loss_equals_the_loop(kind, normalise, seed):
 def test_gradient_equals_finite_differences_of_the_loop(kind, normalise):
     logprobs, old, advantages, mask = batch(num_rows=4, length=7)
     loss = Loss(kind, normalise, 0.1, 0.15)
-    value, _ = LOSSES[kind](logprobs, old, advantages, mask, loss, *counts(mask))
+    value, _ = LOSSES[kind](Tokens(logprobs, old, advantages, mask, *counts(mask)), loss)
     value.backward()
     step = 1e-6
     for row in range(4):
@@ -85,13 +85,13 @@ def test_gradient_equals_finite_differences_of_the_loop(kind, normalise):
 def test_loss_and_gradient_do_not_depend_on_the_cut(kind, normalise):
     logprobs, old, advantages, mask = batch()
     loss = Loss(kind, normalise, 0.1, 0.15)
-    whole, metrics = LOSSES[kind](logprobs, old, advantages, mask, loss, *counts(mask))
+    whole, metrics = LOSSES[kind](Tokens(logprobs, old, advantages, mask, *counts(mask)), loss)
     whole.backward()
     for cut in ([3, 4], [1, 1, 5], [2, 2, 2, 1]):
         again = logprobs.detach().clone().requires_grad_()
         losses, sums = [], {}
         for part in zip(*(t.split(cut) for t in (again, old, advantages, mask)), strict=True):
-            one, found = LOSSES[kind](*part, loss, *counts(mask))
+            one, found = LOSSES[kind](Tokens(*part, *counts(mask)), loss)
             losses.append(one)
             for name, value in found.items():
                 sums[name] = (
@@ -111,7 +111,7 @@ def test_dapo_clips_by_hand():
     old = torch.log(torch.tensor([[0.2, 0.4]], dtype=torch.float64))
     logprobs = torch.log(torch.tensor([[0.3, 0.2]], dtype=torch.float64)).requires_grad_()
     mask = torch.ones(1, 2, dtype=torch.float64)
-    loss, metrics = LOSSES["dapo"](logprobs, old, torch.tensor([2.0]), mask, Loss("dapo"), 2, 1)
+    loss, metrics = LOSSES["dapo"](Tokens(logprobs, old, torch.tensor([2.0]), mask, 2, 1), Loss("dapo"))
     loss.backward()
     assert float(loss.detach()) == pytest.approx(-(1.28 * 2 + 0.5 * 2) / 2)
     assert logprobs.grad.tolist() == [[0.0, pytest.approx(-0.5)]]
@@ -126,7 +126,8 @@ def test_gspo_ratio_by_hand():
     logprobs = torch.log(torch.tensor([[1.21, 1.0], [1.21, 1.0]], dtype=torch.float64)).requires_grad_()
     low, high = defaults("gspo")
     loss, metrics = LOSSES["gspo"](
-        logprobs, old, torch.tensor([1.0, -1.0]), torch.ones(2, 2), Loss("gspo", clip_low=low, clip_high=high), 4, 2
+        Tokens(logprobs, old, torch.tensor([1.0, -1.0]), torch.ones(2, 2), 4, 2),
+        Loss("gspo", clip_low=low, clip_high=high),
     )
     loss.backward()
     assert float(loss.detach()) == pytest.approx(-(1.0004 - 1.1) / 2)
@@ -139,7 +140,7 @@ def test_on_policy_every_policy_gradient_is_plain_policy_gradient():
     logprobs, _, advantages, mask = batch()
     for kind in ("grpo", "dapo", "gspo"):
         again = logprobs.detach().clone().requires_grad_()
-        loss, metrics = LOSSES[kind](again, again.detach(), advantages, mask, Loss(kind), *counts(mask))
+        loss, metrics = LOSSES[kind](Tokens(again, again.detach(), advantages, mask, *counts(mask)), Loss(kind))
         loss.backward()
         lengths = (mask > 0).sum(1, keepdim=True).clamp(min=1)
         scale = 1 / counts(mask)[0] if kind == "dapo" else 1 / (lengths * counts(mask)[1])
@@ -152,8 +153,8 @@ def test_a_row_of_weight_zero_changes_nothing():
     keep = [0, 1, 3, 4, 5, 6]
     for kind, normalise in KINDS:
         loss = Loss(kind, normalise)
-        full, metrics = LOSSES[kind](logprobs, old, advantages, mask, loss, *counts(mask))
-        part, fewer = LOSSES[kind](logprobs[keep], old[keep], advantages[keep], mask[keep], loss, *counts(mask))
+        full, metrics = LOSSES[kind](Tokens(logprobs, old, advantages, mask, *counts(mask)), loss)
+        part, fewer = LOSSES[kind](Tokens(logprobs[keep], old[keep], advantages[keep], mask[keep], *counts(mask)), loss)
         assert float(full.detach()) == pytest.approx(float(part.detach()), abs=1e-12)
         assert {k: float(v) for k, v in metrics.items()} == pytest.approx({k: float(v) for k, v in fewer.items()})
 
@@ -162,7 +163,7 @@ def test_an_empty_micro_batch_is_zero_with_a_gradient():
     logprobs = torch.zeros(1, 1, requires_grad=True)
     for kind in LOSSES:
         zero = torch.zeros(1, 1)
-        loss, metrics = LOSSES[kind](logprobs, zero, torch.ones(1), zero, Loss(kind), 5, 2)
+        loss, metrics = LOSSES[kind](Tokens(logprobs, zero, torch.ones(1), zero, 5, 2), Loss(kind))
         loss.backward()
         assert float(loss.detach()) == 0
         assert float(metrics["tokens"]) == 0
