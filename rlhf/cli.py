@@ -32,6 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return status
     except (RecipeError, PlanError) as error:
         return _fail(error, UNUSABLE)
+    except BrokenPipeError:  # the reader of a long output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         return _fail(f"interrupted; {CONTINUES}", INTERRUPTED)
 
