@@ -16,11 +16,9 @@ from ray.exceptions import RayError
 
 from actors.launch import ActorTimeoutError, launch
 from rlhf.curriculum import Curriculum
-from rlhf.plan import Verdict, implementations, installed_versions, make_plan, read_verdicts
+from rlhf.plan import VERDICTS, Verdict, implementations, installed_versions, make_plan, read_verdicts
 from rlhf.recipe import Evaluate, Implementation, Recipe, RecipeError, Sft
 from rlhf.roles import SyncError
-
-VERDICTS = "verdicts.json"
 
 
 async def check(recipe: Recipe, folder: Path) -> list[Verdict]:

@@ -146,24 +146,23 @@ class EngineHandle:
         if self.expected is None:
             return
         for scores in await self.score(self.expected[0]):
-            self._require_agreement(scores)
+            self._require_agreement(scores, f"{self.folder} holds")
 
-    def _require_agreement(self, scores: ProbeScores) -> None:
+    def _require_agreement(self, scores: ProbeScores, what: str) -> None:
         assert self.expected is not None
         agreement = compare(self.expected[1], scores)
         if not agreement.ok:
-            raise SyncError(f"engine {self.name!r} does not compute what it was given: {agreement.message}")
+            raise SyncError(f"engine {self.name!r} does not compute what {what}: {agreement.message}")
 
     async def score(self, probes: Sequence[Probe]) -> list[ProbeScores]:
         """Every worker's live log-probs on the probes."""
-        what = f"engine {self.name!r} scoring probes"
+        indices = range(len(self.workers))
+        return list(await asyncio.gather(*(self._call(i, lambda w: self._score_on(w, probes)) for i in indices)))
 
-        async def ask(index: int) -> ProbeScores:
-            return await self._call(
-                index, lambda worker: within(self.deadlines.sync, "sync", what, worker.score.remote(probes))
-            )
-
-        return list(await asyncio.gather(*map(ask, range(len(self.workers)))))
+    async def _score_on(self, worker: Any, probes: Sequence[Probe]) -> ProbeScores:
+        call = worker.score.remote(probes)
+        found: ProbeScores = await within(self.deadlines.sync, "sync", f"engine {self.name!r} scoring probes", call)
+        return found
 
     async def fingerprints(self, probes: Sequence[Probe]) -> Any:
         """What the first worker's modules compute on the probes, for naming a parameter group that is wrong."""
@@ -218,10 +217,7 @@ class EngineHandle:
             if self.refit is not None:
                 await self.refit(worker)
             if self.expected is not None:
-                call = worker.score.remote(self.expected[0])
-                self._require_agreement(
-                    await within(self.deadlines.sync, "sync", f"engine {self.name!r} scoring probes", call)
-                )
+                self._require_agreement(await self._score_on(worker, self.expected[0]), "it was given")
             self.workers[index] = worker
 
 

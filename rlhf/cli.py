@@ -17,7 +17,7 @@ import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 
-from rlhf.plan import Plan, PlanError, Verdict, check, describe, make_plan, read_verdicts
+from rlhf.plan import VERDICTS, Plan, PlanError, Verdict, check, describe, make_plan, read_verdicts
 from rlhf.recipe import Recipe, RecipeError, load
 
 FAILED, UNUSABLE, GATE_MISSED, INTERRUPTED = 1, 2, 3, 130
@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _verdicts(parsed: argparse.Namespace) -> tuple[Verdict, ...]:
     """What `rlhf check` kept beside the run folders."""
-    return read_verdicts(parsed.runs / "verdicts.json")
+    return read_verdicts(parsed.runs / VERDICTS)
 
 
 class _Plain(argparse.RawDescriptionHelpFormatter):

@@ -117,9 +117,9 @@ class Rollouts:
                 sampled = await self.engine.generate(
                     prompts, Sampling(stage.group_size, stage.temperature, stage.max_tokens, seed)
                 )
+            _require_version(sampled, version)
             async with self.scoring:
                 scored = await score(sampled, stage.rewards, self.context.actors.rewards, self.judges)
-            _require_version(sampled, version)
             seen += scored
             kept += [group for group in scored if informative(group)]
             if len(kept) >= share:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -35,17 +36,17 @@ class Tokens:
     num_tokens: int = 1
     num_rows: int = 1
 
-    @property
+    @cached_property
     def present(self) -> Tensor:
         """[B, T] True at completion tokens of rows that count."""
         return self.mask > 0
 
-    @property
+    @cached_property
     def lengths(self) -> Tensor:
         """[B] completion tokens of each row, at least 1."""
         return self.present.sum(1).clamp(min=1)
 
-    @property
+    @cached_property
     def log_ratio(self) -> Tensor:
         """[B, T] log of the new probability over the old, 0 outside the completions."""
         return torch.where(self.present, self.logprobs - self.old_logprobs, 0.0)

