@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.data.rows import DataError, Row, Rows, note_of, read, write
-from rlhf.recipe import Source
+from rlhf.recipe import BUILDERS, Source
 
 Builder = Callable[..., list[Row]]
 
-BUILDERS = {"digits": "rlhf.data.digits:build"}
 WORTH_A_PROCESS = 5_000  # rows: starting one takes as long as building a few thousand
 HELPER_DEADLINE = 600.0  # seconds
 

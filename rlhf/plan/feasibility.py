@@ -9,10 +9,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from rewards.base import file_of
-from rlhf.recipe import Evaluate, Recipe, Rl, Sft, Stage, Synthesize
+from rlhf.recipe import BUILDERS, Evaluate, Recipe, Rl, Sft, Stage, Synthesize
 
 ROW_FILES = (".parquet", ".jsonl", ".json")
-BUILDERS = ("digits",)
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 

@@ -11,6 +11,7 @@ one.
 
 from rlhf.recipe.composition import RecipeError, load, validate
 from rlhf.recipe.schema import (
+    BUILDERS,
     Chat,
     Deadlines,
     Evaluate,
@@ -34,6 +35,7 @@ from rlhf.recipe.schema import (
 )
 
 __all__ = [
+    "BUILDERS",
     "Chat",
     "Deadlines",
     "Evaluate",
