@@ -15,18 +15,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from actors.optimizer import base_name, make_optimizer, rate
 from rlhf.agreement import NEAR_TIE, Routed, lowest_margins, routers
 from rlhf.algorithms import LOSSES, Tokens, processed_logprobs
 from rlhf.batching import Cached, Tensors, Visual, collate
-from rlhf.bridge import short_name
 from rlhf.types import Batch, Loss, Probe, ProbeScores, StepStats, TrainSpec
 
 Bucket = list[tuple[str, np.ndarray]]
@@ -40,34 +39,6 @@ class TrainInfo:
 
     num_parameters: int
     num_trainable: int
-
-
-def rate(step: int, steps: int, warmup: float, schedule: Literal["cosine", "linear", "constant"]) -> float:
-    """The share of the learning rate for optimizer step `step` (from 0) of `steps`: up linearly over the first
-    warmup · steps, then down to 0 after the last step (cosine, linear), or level."""
-    rising = math.ceil(warmup * steps)
-    if step < rising:
-        return (step + 1) / rising
-    if schedule == "constant":
-        return 1.0
-    done = min(1.0, (step - rising) / max(1, steps - rising))
-    return 1.0 - done if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
-
-
-def assign_rates(names: Sequence[str], train: Mapping[str, float]) -> dict[str, float]:
-    """The learning rate of every parameter that trains; short names (`short_name`). Of several globs that match,
-    the longest, being the most specific, decides. Raises ValueError for a glob that matches nothing."""
-    for glob in train:
-        if not any(fnmatchcase(name, glob) for name in names):
-            parts = sorted({".".join(name.split(".")[:1]) for name in names})
-            raise ValueError(
-                f"train: no parameter matches {glob!r}. The model's parts are {', '.join(f'{p}.*' for p in parts)} "
-                "(a tied lm_head trains with its embedding)"
-            )
-    rates: dict[str, float] = {}
-    for glob in sorted(train, key=len):
-        rates |= {name: train[glob] for name in names if fnmatchcase(name, glob)}
-    return rates
 
 
 class TrainerRank:
@@ -174,8 +145,7 @@ class _Stage:
         if self.moe and device.type == "cpu":
             _loop_over_experts(model)
         self.model: Any = model if spec.lora is None else _adapt(model, spec)
-        groups, self._rates = _parameter_groups(self.model, spec)
-        self._optimizer = torch.optim.AdamW(groups, lr=0.0, betas=spec.betas, fused=True)
+        self._optimizer, self._rates = make_optimizer(self.model, spec)
         self.engine = deepspeed.initialize(model=self.model, optimizer=self._optimizer, config=_config(spec))[0]
         parameters = list(self.model.parameters())
         self.info = TrainInfo(
@@ -189,7 +159,9 @@ class _Stage:
         self._require_finite(totals, batch)
         gap, tied = self._gather(differences) if fresh else ([], [])
         norm, learning_rate = self._apply(batch.index)
-        metrics = totals.reduce(self.world_size) | {"grad_norm": norm, "lr": learning_rate}
+        metrics = totals.reduce(self.world_size) | {"lr": learning_rate}
+        if self.spec.muon is None or self.spec.zero_stage == 0:  # else the norm is that of Muon's steps
+            metrics["grad_norm"] = norm
         return StepStats(metrics, gap, tied)
 
     def accumulate(self, batch: Batch, totals: _Totals, fresh: bool) -> list[Tensor]:
@@ -294,7 +266,7 @@ class _Stage:
         else:
             self._require_finite_gradient(float(norm), index)
             self.engine.step()
-        return float(norm), max(self._rates) * share
+        return float(norm), max(self.spec.train.values()) * share
 
     def _gather(self, differences: list[Tensor]) -> tuple[list[float], list[bool]]:
         """[N] each, ranks in order: |trainer − engine| in nats, and whether a router was at a tie."""
@@ -346,7 +318,7 @@ class _Stage:
             if ".base_layer." in name:
                 layer = self.model.get_submodule(name.partition(".base_layer.")[0])
                 needed += [p for key, p in layer.named_parameters() if key.startswith("lora_")]
-            yield _base_name(name), needed
+            yield base_name(name), needed
 
     def _whole(self, name: str) -> Tensor:
         if self.spec.lora is None:
@@ -464,6 +436,9 @@ def _start(rank: int, world_size: int, address: str, threads: int, device: str, 
     if host in ("127.0.0.1", "localhost"):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(threads)
+    if device == "cpu":
+        # DeepSpeed's Muon is compiled where it can be: 26 s, and a C++ compiler, for matrices this small
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed
 
@@ -523,35 +498,17 @@ def _adapt(model: nn.Module, spec: TrainSpec) -> Any:
     return adapted
 
 
-def _base_name(name: str) -> str:
-    """The name in the model without adapters."""
-    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-
-
-def _parameter_groups(model: nn.Module, spec: TrainSpec) -> tuple[list[dict[str, Any]], list[float]]:
-    """AdamW's groups, one for each learning rate and decay, and their learning rates. Sets requires_grad. Norms and
-    biases are not decayed. With LoRA only adapters train, and globs match by the names of what they adapt."""
-    named = {name: p for name, p in model.named_parameters() if spec.lora is None or ".lora_" in name}
-    rates = assign_rates([short_name(_base_name(name)) for name in named], spec.train)
-    model.requires_grad_(False)
-    groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
-    for name, parameter in named.items():
-        learning_rate = rates.get(short_name(_base_name(name)))
-        if learning_rate is not None:
-            parameter.requires_grad_(True)
-            groups[learning_rate, spec.weight_decay if parameter.ndim > 1 else 0.0].append(parameter)
-    listed = [{"params": params, "weight_decay": decay} for (_, decay), params in groups.items()]
-    return listed, [learning_rate for learning_rate, _ in groups]
-
-
 def _config(spec: TrainSpec) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": spec.zero_stage, "overlap_comm": False}
+    if spec.muon is not None:  # ZeRO-3 needs whole gradients for it
+        zero["reduce_scatter"] = False
     if spec.offload and spec.zero_stage > 1:
         zero["offload_optimizer"] = {"device": "cpu"}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": spec.clip_grad,
+        # Muon's steps have one size whatever the gradient's, and ZeRO would clip the steps
+        "gradient_clipping": spec.clip_grad if spec.muon is None else 0.0,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

@@ -225,6 +225,7 @@ class TrainSpec:
     train    globs over parameter names (without the leading "model.") to learning rates; the rest is frozen
     steps    optimizer steps of the whole stage, for the schedule; warmup is a fraction of them
     reset    globs of parameters to initialise anew; upcycle (num_experts, top_k); lora (rank, alpha, target modules)
+    muon     hidden matrices learn by Muon: (ratio to their learning rates, momentum); None: all by AdamW
     threads  OpenMP threads of each rank in this stage; None: as many as it was started with
     """
 
@@ -244,4 +245,5 @@ class TrainSpec:
     reset: tuple[str, ...] = ()
     upcycle: tuple[int, int] | None = None
     lora: tuple[int, float, tuple[str, ...]] | None = None
+    muon: tuple[float, float] | None = None
     threads: int | None = None

@@ -206,9 +206,17 @@ class StageBase(Table):
         return ()
 
 
+class Muon(Table):
+    """Hidden matrices learn by Muon: by `ratio` times their learning rate in spectral norm a step; 20 to 40 times the
+    rate of AdamW, which the other parameters keep."""
+
+    ratio: Positive
+    momentum: Decay = 0.95
+
+
 class Optimised(StageBase):
-    """A stage that trains. `train` maps globs over parameter names to learning rates, the rest is frozen; without
-    it every parameter trains at `lr`."""
+    """A stage that trains, by AdamW or Muon. `train` maps globs over parameter names to learning rates, the rest is
+    frozen; without it every parameter trains at `lr`."""
 
     data: dict[Name, Positive]
     steps: PositiveInt
@@ -218,10 +226,20 @@ class Optimised(StageBase):
     warmup: Fraction = 0.03
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     betas: tuple[Decay, Decay] = (0.9, 0.95)
+    muon: Muon | None = None
     clip_grad: Positive = 1.0
     router_aux: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     lora: Lora | None = None
     checkpoint_every: PositiveInt = 20
+
+    @model_validator(mode="after")
+    def _clipped_or_not(self) -> Optimised:
+        if self.muon is not None and "clip_grad" in self.model_fields_set:
+            raise ValueError(
+                "`clip_grad` does nothing in a stage with `muon`, whose steps have one size whatever the gradient's: "
+                "remove one of them"
+            )
+        return self
 
 
 class Sft(Optimised):

@@ -168,3 +168,13 @@ def test_a_model_has_one_source(base: Path) -> None:
 def test_a_recipe_is_frozen(base: Path) -> None:
     with pytest.raises(ValueError, match="frozen"):
         load([base]).seed = 3
+
+
+def test_a_stage_with_muon_is_not_clipped(base: Path, tmp_path: Path) -> None:
+    over = '[[stages]]\nname = "first"\nmuon = { ratio = 20 }\n'
+    stage = load([base, write(tmp_path, over)]).stages[0]
+    assert isinstance(stage, Sft)
+    assert stage.muon is not None
+    assert (stage.muon.ratio, stage.muon.momentum) == (20, 0.95)
+    with pytest.raises(RecipeError, match=r"clip_grad.*muon"):
+        load([base, write(tmp_path, over + "clip_grad = 0.5\n")])
