@@ -14,7 +14,8 @@ from pathlib import Path
 
 from ray.exceptions import RayError
 
-from actors.launch import ActorTimeoutError, launch
+from actors.handles import ActorTimeoutError
+from actors.launch import launch
 from rlhf.curriculum import Curriculum
 from rlhf.plan import VERDICTS, Verdict, implementations, installed_versions, make_plan, read_verdicts
 from rlhf.recipe import Evaluate, Implementation, Recipe, RecipeError, Sft

@@ -1,62 +1,35 @@
 """From a plan to live actors and back: the one place that starts and ends processes.
 
-A handle is what a loop holds: it plays a role of `rlhf.roles`, gives every remote call a deadline, and owns the
-liveness of its actors. Engines outlive stages: a model of an architecture that is already served is loaded as weights.
+Engines outlive stages: a model of an architecture that is already served is loaded as weights.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import socket
-import time
-from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import ray
 from ray.exceptions import RayActorError
 from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors.artifacts import read_probes, read_weights, write_probes
+from actors.artifacts import read_weights
+from actors.handles import EngineHandle, RewardsHandle, TrainerHandle, within
 from actors.reward import RewardWorker
 from actors.rollout import EngineSettings, RolloutWorker
 from actors.trainer import TrainerRank
-from rewards.base import Item, items_of
-from rlhf.agreement import Agreement, compare, localise
 from rlhf.architecture import GIB, base_of, from_folder
 from rlhf.models import architecture_as_saved, load_processor, masked_ids
 from rlhf.plan import Cluster, Plan
-from rlhf.recipe import Deadlines, Recipe
-from rlhf.roles import ActorLostError, SyncError, SyncReport
-from rlhf.types import Batch, Group, Probe, ProbeScores, Prompt, Publication, Sampling, Score, StepStats, TrainSpec
-
-T = TypeVar("T")
+from rlhf.recipe import Recipe
+from rlhf.types import Publication
 
 BUCKET_BYTES = 64 * 2**20
-REWARD_CHUNK = 64  # items a call: small enough that a hang costs little, large enough to be cheap
-
-
-class ActorTimeoutError(TimeoutError):
-    """A remote call missed its deadline; names the actor, the call and the recipe key of the deadline."""
-
-
-async def within(seconds: float, deadline: str, what: str, reference: Any) -> Any:
-    """Await a remote call for at most `seconds`; `deadline` is its key in the recipe's [deadlines]."""
-    try:
-        return await asyncio.wait_for(_future(reference), seconds)
-    except TimeoutError as error:
-        raise ActorTimeoutError(
-            f"{what} did not answer within {seconds:g} s; raise deadlines.{deadline} if it is only slow"
-        ) from error
-
-
-async def _future(reference: Any) -> Any:
-    return await reference
 
 
 class RolloutActor(RolloutWorker):
@@ -92,259 +65,6 @@ def rendezvous() -> str:
     with socket.socket() as probe:
         probe.bind(("", 0))
         return f"{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
-
-
-@dataclass
-class EngineHandle:
-    """One model on its rollout workers. A dead worker is started again, refitted, and its prompts are asked again."""
-
-    name: str
-    folder: Path
-    architecture: str
-    start: Callable[[int, Path], Any]
-    deadlines: Deadlines
-    workers: list[Any] = field(default_factory=list)
-    refit: Callable[[Any], Awaitable[None]] | None = None
-    expected: tuple[Sequence[Probe], ProbeScores] | None = None  # what the weights it was given last compute
-    restarts: int = 0
-    restarting: asyncio.Lock = field(default_factory=asyncio.Lock)
-
-    async def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
-        """Sample on every worker at once; worker w takes prompts w, w + W, …"""
-        if not prompts:
-            return []
-        count = len(self.workers)
-        shares = await asyncio.gather(*(self._ask(worker, prompts[worker::count], sampling) for worker in range(count)))
-        groups: list[Group | None] = [None] * len(prompts)
-        for worker, share in enumerate(shares):
-            groups[worker::count] = share
-        return [group for group in groups if group is not None]
-
-    async def load(self, publication: Publication) -> None:
-        """Give every worker a publication, and remember it for workers that have to be started again."""
-
-        async def refit(worker: Any) -> None:
-            call = worker.fetch.remote(publication)
-            await within(self.deadlines.sync, "sync", f"engine {self.name!r} loading weights", call)
-
-        await self._refit_all(refit)
-
-    async def open(self, folder: Path) -> None:
-        """Give every worker an artifact's weights, proven by the probe scores that lie beside them."""
-
-        async def refit(worker: Any) -> None:
-            call = worker.open.remote(str(folder), 0)
-            await within(self.deadlines.sync, "sync", f"engine {self.name!r} loading {folder}", call)
-
-        await self._refit_all(refit)
-        self.folder = folder
-        await self.prove_artifact()
-
-    async def prove_artifact(self) -> None:
-        """Check the engine's live log-probs against the artifact's probe scores, where it has any."""
-        self.expected = read_probes(self.folder)
-        if self.expected is None:
-            return
-        for scores in await self.score(self.expected[0]):
-            self._require_agreement(scores, f"{self.folder} holds")
-
-    def _require_agreement(self, scores: ProbeScores, what: str) -> None:
-        assert self.expected is not None
-        agreement = compare(self.expected[1], scores)
-        if not agreement.ok:
-            raise SyncError(f"engine {self.name!r} does not compute what {what}: {agreement.message}")
-
-    async def score(self, probes: Sequence[Probe]) -> list[ProbeScores]:
-        """Every worker's live log-probs on the probes."""
-        indices = range(len(self.workers))
-        return list(await asyncio.gather(*(self._call(i, lambda w: self._score_on(w, probes)) for i in indices)))
-
-    async def _score_on(self, worker: Any, probes: Sequence[Probe]) -> ProbeScores:
-        call = worker.score.remote(probes)
-        found: ProbeScores = await within(self.deadlines.sync, "sync", f"engine {self.name!r} scoring probes", call)
-        return found
-
-    async def fingerprints(self, probes: Sequence[Probe]) -> Any:
-        """What the first worker's modules compute on the probes, for naming a parameter group that is wrong."""
-        call = self.workers[0].fingerprints.remote(probes)
-        return await within(self.deadlines.sync, "sync", f"engine {self.name!r} fingerprints", call)
-
-    async def _refit_all(self, refit: Callable[[Any], Awaitable[None]]) -> None:
-        self.refit, self.expected = refit, None
-        for index, worker in enumerate(self.workers):
-            try:
-                await refit(worker)
-            except RayActorError:
-                await self._restart(index, worker)
-
-    async def _ask(self, index: int, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
-        what = f"engine {self.name!r} generating for {len(prompts)} prompts"
-        try:
-            return await self._call(
-                index,
-                lambda worker: within(
-                    self.deadlines.generate, "generate", what, worker.generate.remote(prompts, sampling)
-                ),
-            )
-        except asyncio.CancelledError:
-            self.workers[index].abort.remote()  # nobody waits for these replies any more
-            raise
-
-    async def _call(self, index: int, call: Callable[[Any], Awaitable[T]]) -> T:
-        """What a worker answers; one that died is replaced and its replacement asked, twice at most."""
-        for attempt in itertools.count():
-            worker = self.workers[index]
-            try:
-                return await call(worker)
-            except RayActorError as error:
-                if attempt == 2:
-                    raise RuntimeError(
-                        f"engine {self.name!r}: its worker {index} died three times over one call, last: "
-                        f"{str(error).splitlines()[0]}"
-                    ) from error
-                await self._restart(index, worker)
-        raise AssertionError("unreachable")
-
-    async def _restart(self, index: int, dead: Any) -> None:
-        """Replace a dead worker, once, however many calls it took with it."""
-        async with self.restarting:
-            if self.workers[index] is not dead:
-                return
-            self.restarts += 1
-            worker = self.start(index, base_of(self.folder))
-            what = f"engine {self.name!r} starting again"
-            await within(self.deadlines.start, "start", what, worker.heartbeat.remote())
-            if self.refit is not None:
-                await self.refit(worker)
-            if self.expected is not None:
-                self._require_agreement(await self._score_on(worker, self.expected[0]), "it was given")
-            self.workers[index] = worker
-
-
-@dataclass
-class TrainerHandle:
-    """All ranks of the trainer, called together."""
-
-    ranks: list[Any]
-    deadlines: Deadlines
-    probes: Sequence[Probe] = ()
-
-    async def begin(self, spec: TrainSpec, probes: Sequence[Probe]) -> Mapping[str, float]:
-        self.probes = probes
-        info = (await self._all("begin", "start", spec))[0]
-        return {"parameters": info.num_parameters, "trainable": info.num_trainable}
-
-    async def step(self, batch: Batch, fresh: bool = False) -> StepStats:
-        stats: StepStats = (await self._all("step", "step", ray.put(batch), fresh))[0]
-        return stats
-
-    async def losses(self, batch: Batch) -> Mapping[str, float]:
-        losses: Mapping[str, float] = (await self._all("losses", "step", ray.put(batch)))[0]
-        return losses
-
-    async def publish(self, engine: EngineHandle, version: int) -> SyncReport:  # type: ignore[override]
-        started = time.perf_counter()
-        publication = (await self._all("publication", "sync", version))[0]
-        await engine.load(publication)
-        sent = time.perf_counter()
-        metrics = await self._prove(engine, version)
-        return SyncReport(version, sent - started, time.perf_counter() - sent, metrics)
-
-    async def save(self, folder: Path) -> None:
-        await self._all("save", "save", str(folder))
-
-    async def restore(self, folder: Path) -> None:
-        await self._all("restore", "save", str(folder))
-
-    async def export(self, folder: Path) -> None:
-        await self._all("export", "save", str(folder))
-        write_probes(folder, self.probes, (await self._all("probe", "sync", self.probes))[0])
-
-    async def agree(self, engine: EngineHandle) -> Agreement:
-        """How far the engine's live log-probs are from the trainer's on the probes; of several workers, the worst."""
-        # one after the other: on shared cores both at once would wait for each other's threads
-        expected = (await self._all("probe", "sync", self.probes))[0]
-        # from now on: a worker that dies while it is asked is replaced by one that must compute this
-        engine.expected = (self.probes, expected)
-        agreements = [compare(expected, scores) for scores in await engine.score(self.probes)]
-        return max(agreements, key=lambda agreement: (not agreement.ok, agreement.max_gap))
-
-    async def _prove(self, engine: EngineHandle, version: int) -> dict[str, float]:
-        agreement = await self.agree(engine)
-        if not agreement.ok:
-            ours, theirs = await asyncio.gather(
-                self._all("fingerprints", "sync", self.probes), engine.fingerprints(self.probes)
-            )
-            raise SyncError(
-                f"version {version}: engine {engine.name!r} does not compute what the trainer computes: "
-                f"{agreement.message}. First difference: {localise(ours[0], theirs)}"
-            )
-        return {
-            "sync_probe.max": agreement.max_gap,
-            "sync_probe.checked": float(agreement.checked),
-            "sync_probe.skipped": float(agreement.skipped),
-            "sync_probe.unreached_experts": float(len(agreement.unreached)),
-        }
-
-    async def _all(self, method: str, deadline: str, *arguments: Any) -> list[Any]:
-        """Call every rank; the first failure ends the wait, since the others may be stuck in a collective."""
-        calls = [getattr(rank, method).remote(*arguments) for rank in self.ranks]
-        seconds = getattr(self.deadlines, deadline)
-        try:
-            return list(
-                await asyncio.gather(
-                    *(within(seconds, deadline, f"trainer rank {i}: {method}", call) for i, call in enumerate(calls))
-                )
-            )
-        except RayActorError as error:
-            raise ActorLostError(f"a trainer rank died during {method!r}: {str(error).splitlines()[0]}") from error
-
-
-@dataclass
-class RewardsHandle:
-    """Reward workers; one that hangs or dies is replaced, and only the sample that did it is lost."""
-
-    start: Callable[[int], Any]
-    deadlines: Deadlines
-    workers: list[Any] = field(default_factory=list)
-    locks: defaultdict[int, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
-
-    async def score(self, function: str, groups: Sequence[Group]) -> list[list[Score]]:
-        items = [item for group in groups for item in items_of(group)]
-        chunks = [items[start : start + REWARD_CHUNK] for start in range(0, len(items), REWARD_CHUNK)]
-        queues = [chunks[worker :: len(self.workers)] for worker in range(len(self.workers))]
-        done = await asyncio.gather(*(self._work(worker, function, queue) for worker, queue in enumerate(queues)))
-        scores: list[list[Score]] = [[] for _ in chunks]
-        for worker, results in enumerate(done):
-            scores[worker :: len(self.workers)] = results
-        flat = itertools.chain.from_iterable(scores)
-        return [[next(flat) for _ in group.rollouts] for group in groups]
-
-    async def _work(self, worker: int, function: str, queue: list[list[Item]]) -> list[list[Score]]:
-        return [await self._chunk(worker, function, chunk) for chunk in queue]
-
-    async def _chunk(self, worker: int, function: str, items: list[Item]) -> list[Score]:
-        """Score a chunk; when it hangs or kills its process, find the item that does it by asking one at a time."""
-        # one chunk at a time: a deadline must not count the time another function takes, nor kill its process
-        async with self.locks[worker]:
-            try:
-                call = self.workers[worker].score.remote(function, items)
-                scores: list[Score] = await asyncio.wait_for(_future(call), self.deadlines.reward)
-                return scores
-            except TimeoutError:
-                failure = Score(
-                    "timed_out", note=f"{function} took more than deadlines.reward = {self.deadlines.reward:g} s"
-                )
-            except RayActorError:
-                failure = Score("failed", note=f"{function} ended its process")
-            ray.kill(self.workers[worker])
-            self.workers[worker] = self.start(worker)
-            # else the first item would pay for the start of its process
-            ready = self.workers[worker].__ray_ready__.remote()
-            await within(self.deadlines.start, "start", f"reward worker {worker} starting again", ready)
-        if len(items) == 1:
-            return [failure]
-        return [score for item in items for score in await self._chunk(worker, function, [item])]
 
 
 @dataclass

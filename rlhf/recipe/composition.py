@@ -13,6 +13,23 @@ from pydantic import ValidationError
 from rlhf.recipe.schema import Evaluate, Recipe, Rl, Sft, Synthesize, Table
 
 KINDS: dict[str, type[Table]] = {"sft": Sft, "rl": Rl, "synthesize": Synthesize, "evaluate": Evaluate}
+# what other systems call our keys
+ELSEWHERE = {
+    "learning_rate": "lr",
+    "lr_scheduler": "schedule",
+    "lr_scheduler_type": "schedule",
+    "warmup_ratio": "warmup",
+    "max_grad_norm": "clip_grad",
+    "max_steps": "steps",
+    "num_steps": "steps",
+    "train_batch_size": "batch_size",
+    "num_generations": "group_size",
+    "rollout_n": "group_size",
+    "max_new_tokens": "max_tokens",
+    "max_completion_length": "max_tokens",
+    "tensor_parallel_size": "tensor_parallel",
+    "world_size": "trainer_ranks",
+}
 Layer = tuple[str, dict[str, Any], int]  # a file or an override: its name, what it holds, the keys it spells out
 
 
@@ -138,7 +155,8 @@ def _explain(table: dict[str, Any], origin: str, layers: Sequence[Layer], error:
         key = ".".join(map(str, path))
         place = next((name for name, written, _ in reversed(layers) if _has(written, path)), origin)
         if problem["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(str(path[-1]), _known_keys(problem["loc"]), 1)
+            word, known = str(path[-1]), _known_keys(problem["loc"])
+            near = [ELSEWHERE[word]] if ELSEWHERE.get(word) in known else difflib.get_close_matches(word, known, 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             yield f"{place}: unknown key {key!r}{hint}"
         elif problem["type"] in ("union_tag_not_found", "union_tag_invalid"):

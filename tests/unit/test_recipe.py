@@ -178,3 +178,10 @@ def test_a_stage_with_muon_is_not_clipped(base: Path, tmp_path: Path) -> None:
     assert (stage.muon.ratio, stage.muon.momentum) == (20, 0.95)
     with pytest.raises(RecipeError, match=r"clip_grad.*muon"):
         load([base, write(tmp_path, over + "clip_grad = 0.5\n")])
+
+
+def test_a_key_of_another_system_is_known_by_its_name_here(base: Path, tmp_path: Path) -> None:
+    over = '[[stages]]\nname = "first"\nlearning_rate = 1e-4\nmax_new_tokens = 8\n'
+    with pytest.raises(RecipeError, match=r"unknown key 'stages.first.learning_rate'; did you mean 'lr'") as caught:
+        load([base, write(tmp_path, over)])
+    assert "unknown key 'stages.first.max_new_tokens'\n" in f"{caught.value}\n"  # an SFT stage samples nothing

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from ray.exceptions import RayActorError
 
-from actors import launch
-from actors.launch import EngineHandle, RewardsHandle
+from actors import handles
+from actors.handles import EngineHandle, RewardsHandle
 from rewards.base import Item
 from rlhf.recipe import Deadlines
 from rlhf.roles import SyncError
@@ -142,7 +142,7 @@ class Worker:
 def test_a_reward_that_hangs_or_dies_costs_its_own_sample_only(
     function: str, outcome: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch.ray, "kill", lambda worker: None)
+    monkeypatch.setattr(handles.ray, "kill", lambda worker: None)
     texts = ["good", "bad", "good", "good"]
     rollouts = tuple(Rollout((1,), (0.0,), (0,), text, "stop") for text in texts)
     groups = [Group(prompts(1)[0], (1,), rollouts)]
