@@ -1,4 +1,5 @@
-"""One DeepSpeed rank: the optimizer steps, the weights to publish, the checkpoints. The only home of deepspeed.
+"""One DeepSpeed rank: the optimizer steps, the weights to publish, the checkpoints. With `actors.optimizer` the home of
+deepspeed.
 
 Every method of TrainerRank is collective: the driver calls it on all ranks at once with equal arguments. A loss that is
 not finite is raised on all of them; any other error on its own rank, while the others may wait for it in a collective.
