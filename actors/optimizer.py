@@ -64,8 +64,10 @@ def make_optimizer(model: nn.Module, spec: TrainSpec) -> tuple[torch.optim.Optim
             groups[learning_rate, decay, parameter in matrices].append(parameter)
     if spec.muon is None:
         listed = [{"params": params, "weight_decay": decay} for (_, decay, _), params in groups.items()]
-        return torch.optim.AdamW(listed, lr=0.0, betas=spec.betas, fused=True), [rate for rate, _, _ in groups]
-    return _with_muon(groups, spec, *spec.muon)
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(listed, lr=0.0, betas=spec.betas, fused=True)
+        return optimizer, [full for full, _, _ in groups]
+    ratio, momentum = spec.muon
+    return _with_muon(groups, spec, momentum), [full * (ratio if by_muon else 1.0) for full, _, by_muon in groups]
 
 
 def base_name(name: str) -> str:
@@ -86,8 +88,8 @@ def _hidden_matrices(model: nn.Module) -> set[nn.Parameter]:
 
 
 def _with_muon(
-    groups: Mapping[tuple[float, float, bool], list[nn.Parameter]], spec: TrainSpec, ratio: float, momentum: float
-) -> tuple[torch.optim.Optimizer, list[float]]:
+    groups: Mapping[tuple[float, float, bool], list[nn.Parameter]], spec: TrainSpec, momentum: float
+) -> torch.optim.Optimizer:
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
     listed: list[dict[str, Any]] = []
@@ -96,5 +98,7 @@ def _with_muon(
             parameter.use_muon = by_muon  # type: ignore[attr-defined]  # ZeRO asks the parameter
         rule = {"momentum": momentum} if by_muon else {"betas": spec.betas, "eps": 1e-8}
         listed.append({"params": params, "use_muon": by_muon, "lr": 0.0, "weight_decay": decay, **rule})
-    optimizer = MuonWithAuxAdam(listed, adam_optimizer=torch.optim.AdamW, adam_optimizer_kwargs={"fused": True})
-    return optimizer, [rate * (ratio if by_muon else 1.0) for rate, _, by_muon in groups]
+    optimizer: torch.optim.Optimizer = MuonWithAuxAdam(
+        listed, adam_optimizer=torch.optim.AdamW, adam_optimizer_kwargs={"fused": True}
+    )
+    return optimizer
