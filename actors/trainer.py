@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from actors.optimizer import base_name, make_optimizer, rate
 from rlhf.agreement import NEAR_TIE, Routed, lowest_margins, routers
-from rlhf.algorithms import LOSSES, Tokens, processed_logprobs
+from rlhf.algorithms.logprobs import processed_logprobs
+from rlhf.algorithms.losses import OBJECTIVES, Tokens, policy_loss
 from rlhf.batching import Cached, Tensors, Visual, collate
 from rlhf.types import Batch, Loss, Probe, ProbeScores, StepStats, TrainSpec
 
@@ -135,8 +136,8 @@ class _Stage:
     def __init__(self, deepspeed: Any, spec: TrainSpec, rank: int, world_size: int, device: torch.device) -> None:
         from rlhf.foreign import mixes_experts
 
-        if spec.loss.kind not in LOSSES:
-            raise ValueError(f"unknown loss {spec.loss.kind!r}: choose one of {', '.join(LOSSES)}")
+        if spec.loss.kind not in OBJECTIVES:
+            raise ValueError(f"unknown loss {spec.loss.kind!r}: choose one of {', '.join(OBJECTIVES)}")
         self.spec, self.rank, self.world_size, self.device = spec, rank, world_size, device
         self._deepspeed = deepspeed
         torch.manual_seed(spec.seed)
@@ -180,15 +181,19 @@ class _Stage:
             unheard: AbstractContextManager[Routed] = nullcontext({})
             with routers(self.model) if fresh else unheard as routed:
                 logprobs, entropy, out = self._forward(tensors, loss_spec)
+            own = loss_spec.compare == "trainer"
             counted = Tokens(
                 logprobs,
-                tensors.old_logprobs,
-                tensors.advantages,
+                # one update a batch: the policy before it is the policy now
+                logprobs.detach() if own else tensors.old_logprobs,
+                tensors.advantages[:, None],
                 tensors.mask,
                 max(1, batch.num_tokens),
                 max(1, batch.num_rows),
+                entropy=entropy,
+                sampled=tensors.old_logprobs if own else None,
             )
-            loss, metrics = LOSSES[loss_spec.kind](counted, loss_spec)
+            loss, metrics = policy_loss(counted, loss_spec)
             if loss_spec.router_aux and self.moe and samples:
                 # a mean over the micro-batch's tokens; by its share of them the step's micro-batches add up to a mean
                 share = int(tensors.attention_mask.sum()) / length
@@ -200,7 +205,7 @@ class _Stage:
             if not math.isfinite(value):
                 totals.bad.extend(sample.key for sample in samples)
             totals.sums["loss"] += value
-            totals.sums["entropy"] += float((entropy.double() * (tensors.mask > 0)).sum())
+            totals.sums["entropy"] += float((entropy.detach().double() * (tensors.mask > 0)).sum())
             totals.collect(metrics)
             if fresh:
                 sampled = tensors.completion & tensors.sampled[:, None]
@@ -223,7 +228,9 @@ class _Stage:
         out = self.engine(**inputs, use_cache=False, logits_to_keep=columns)
         chosen = tensors.completion[:, columns]
         targets = tensors.input_ids[:, 1:][:, columns][chosen]
-        found, spread = processed_logprobs(out.logits[chosen], targets, loss.temperature, loss.masked_ids)
+        found, spread = processed_logprobs(
+            out.logits[chosen], targets, loss.temperature, loss.masked_ids, entropy_gradient=loss.entropy > 0
+        )
         shape = tensors.completion.shape
         logprobs = found.new_zeros(shape).masked_scatter(tensors.completion, found)
         entropy = spread.new_zeros(shape).masked_scatter(tensors.completion, spread)
@@ -282,8 +289,8 @@ class _Stage:
             for samples in batch.micro_batches[self.rank]:
                 tensors = collate(samples, self.visual).to(self.device)
                 logprobs, _, _ = self._forward(tensors, Loss())
-                counted = Tokens(logprobs, tensors.old_logprobs, tensors.advantages, tensors.mask)
-                _, metrics = LOSSES["nll"](counted, Loss())
+                counted = Tokens(logprobs, tensors.old_logprobs, tensors.advantages[:, None], tensors.mask)
+                _, metrics = policy_loss(counted, Loss())
                 totals.collect(metrics)
         reduced = totals.reduce(self.world_size)
         return {"loss": reduced["nll"], "tokens": reduced["tokens"]}

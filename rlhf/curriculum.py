@@ -27,7 +27,7 @@ from typing import Any
 from rewards.base import file_of
 from rlhf import evaluation, offline, online, synthesis
 from rlhf.agreement import make_probes
-from rlhf.algorithms import losses
+from rlhf.algorithms.table import method_of
 from rlhf.architecture import algorithm_of, from_folder
 from rlhf.batching import make_batch
 from rlhf.checkpoint import digest, latest, whole, write_json
@@ -41,7 +41,7 @@ from rlhf.roles import ActorLostError, Actors, Engine
 from rlhf.scoring import Judge
 from rlhf.stage import Context, derive
 from rlhf.tracking import Tracker, stage_folder
-from rlhf.types import Loss, Media, TrainSpec
+from rlhf.types import Correction, Loss, Media, TrainSpec
 
 NUM_PROBES, PROBE_LENGTH = 12, 48
 RENEWALS = 2  # times one stage may lose the trainer
@@ -358,14 +358,19 @@ class Curriculum:
 def train_spec(recipe: Recipe, stage: Sft | Rl, model: Path, masked: tuple[int, ...]) -> TrainSpec:
     """What the trainer needs to know of a stage. The clip belongs to the algorithm unless the recipe gives one."""
     if isinstance(stage, Rl):
-        kind = algorithm_of(stage, from_folder(model))
-        assert kind is not None  # a model that can be trained has a configuration
-        low, high = losses.defaults(kind)
+        name = algorithm_of(stage, from_folder(model))
+        assert name is not None  # a model that can be trained has a configuration
+        method = method_of(stage, name)
         loss = Loss(
-            kind=kind,
-            normalise="token",
-            clip_low=stage.clip_low or low,
-            clip_high=stage.clip_high or high,
+            kind=method.objective,
+            normalise=method.normalise,
+            longest=stage.max_tokens,
+            compare=stage.compare,
+            clip_low=method.clip_low,
+            clip_high=method.clip_high,
+            dual_clip=stage.dual_clip,
+            correction=Correction(stage.correction.truncate, stage.correction.mask, stage.correction.rows),
+            entropy=stage.entropy,
             temperature=stage.temperature,
             masked_ids=masked,
             router_aux=stage.router_aux,

@@ -14,7 +14,8 @@ from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from rlhf.algorithms.advantages import group_normalised
+from rlhf.algorithms.shaping import punish_length
+from rlhf.algorithms.table import estimator_of
 from rlhf.batching import make_batch
 from rlhf.checkpoint import latest, resume, save
 from rlhf.data.formatting import as_prompts
@@ -43,7 +44,7 @@ async def run(stage: Rl, context: Context, engine: Engine, judges: Mapping[str, 
         clock, learned = Clock(), list[StepStats]()
         async with aclosing(rollouts.take(version)) as parts:
             async for part in clock.waiting("rollout", parts):
-                batch = pack(context, part.kept, version, version * stage.updates_per_step + part.index)
+                batch = pack(stage, context, part.kept, version, version * stage.updates_per_step + part.index)
                 with clock("train"):
                     learned.append(await trainer.step(batch, fresh=not learned))
         stats = merged(learned)
@@ -81,9 +82,13 @@ class Rollouts:
     stream: Stream
     metrics: dict[str, float] = field(default_factory=dict)
     examples: list[Group] = field(default_factory=list)
+    alone: bool = field(init=False)  # groups are compared within themselves alone
     # parts take turns in the engine, so that the first is soon there, and with the rewards, so that it always is
     sampling: asyncio.Lock = field(default_factory=asyncio.Lock)
     scoring: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    def __post_init__(self) -> None:
+        self.alone = estimator_of(self.stage).within_groups
 
     async def take(self, version: int) -> AsyncGenerator[Part]:
         """The parts of the step after `version`, an equal share of its prompts each, fewer groups when refills did not
@@ -120,8 +125,10 @@ class Rollouts:
             _require_version(sampled, version)
             async with self.scoring:
                 scored = await score(sampled, stage.rewards, self.context.actors.rewards, self.judges)
+            if stage.overlong is not None:
+                scored = punish_length(scored, stage.max_tokens, stage.overlong)
             seen += scored
-            kept += [group for group in scored if informative(group)]
+            kept += [group for group in scored if not self.alone or informative(group)]
             if len(kept) >= share:
                 break
         return Part(index, kept, seen)
@@ -168,12 +175,12 @@ def informative(group: Group) -> bool:
     return len(values) > 1
 
 
-def pack(context: Context, groups: list[Group], version: int, index: int) -> Batch:
+def pack(stage: Rl, context: Context, groups: list[Group], version: int, index: int) -> Batch:
     """Optimizer step `index`: groups with their advantages, cut into ranks and micro-batches. Failed scores weigh 0."""
     samples = []
-    for group in groups:
-        advantages = group_normalised([score.value for score in group.scores])
-        for i, (rollout, advantage) in enumerate(zip(group.rollouts, advantages, strict=True)):
+    advantages = estimator_of(stage).estimate([[score.value for score in group.scores] for group in groups])
+    for group, row in zip(groups, advantages, strict=True):
+        for i, (rollout, advantage) in enumerate(zip(group.rollouts, row, strict=True)):
             samples.append(
                 Sample(
                     key=f"{group.prompt.key}@{version}.{i}",

@@ -22,6 +22,7 @@ from PIL import Image
 MediaKind = Literal["image", "video"]
 Outcome = Literal["scored", "failed", "timed_out"]
 Finish = Literal["stop", "length", "abort"]
+Normalise = Literal["token", "row", "row_mean", "constant"]
 
 
 @dataclass(frozen=True)
@@ -199,19 +200,38 @@ class Publication:
 
 
 @dataclass(frozen=True)
+class Correction:
+    """What is done where the probabilities of trainer and engine differ: weights capped at `truncate`, tokens dropped
+    whose ratio is outside `mask` (low, high), rows whose mean ratio is outside `rows`; None: nothing."""
+
+    truncate: float | None = None
+    mask: tuple[float, float] | None = None
+    rows: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
 class Loss:
     """What a trainer minimises.
 
-    kind "nll": negative log-likelihood of the completion; any other kind names a policy loss of `rlhf.algorithms`.
-    normalise "token": divide by the batch's num_tokens; "row": sum over tokens, divide by num_rows.
-    clip_low and clip_high bound the importance ratio to [1 − low, 1 + high]; unused by "nll".
+    kind "nll": negative log-likelihood of the completion; any other kind names an objective of `rlhf.algorithms`.
+    normalise says what a token weighs (`rlhf.algorithms.losses.policy_loss`); longest: the tokens a completion may
+    have, for "constant".
+    compare "sampler": the importance ratio is the policy's probability over the engine's; "trainer": over the trainer's
+    own before this optimizer step, and the correction weighs what is between that and the engine's.
+    clip_low and clip_high bound the importance ratio to [1 − low, 1 + high], dual_clip where the advantage is
+    negative; unused by "nll". entropy: the weight of a bonus for the policy's entropy.
     temperature divides the logits, and masked_ids get −inf, on the trainer as on the engine.
     """
 
     kind: str = "nll"
-    normalise: Literal["token", "row"] = "token"
+    normalise: Normalise = "token"
+    longest: int = 1
+    compare: Literal["sampler", "trainer"] = "sampler"
     clip_low: float = 0.2
     clip_high: float = 0.28
+    dual_clip: float | None = None
+    correction: Correction = Correction()
+    entropy: float = 0.0
     temperature: float = 1.0
     masked_ids: tuple[int, ...] = ()
     router_aux: float = 0.0

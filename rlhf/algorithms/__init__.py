@@ -1,7 +1,4 @@
-"""Advantages and losses: pure functions in a table, each checked against a slow oracle."""
+"""Advantages, objectives, corrections and divergences: pure functions in tables, each checked against a slow oracle.
 
-from rlhf.algorithms.advantages import group_normalised
-from rlhf.algorithms.logprobs import processed_logprobs
-from rlhf.algorithms.losses import LOSSES, PolicyLoss, Tokens, defaults
-
-__all__ = ["LOSSES", "PolicyLoss", "Tokens", "defaults", "group_normalised", "processed_logprobs"]
+`table` names the algorithms and, with `advantages` and `shaping`, imports no torch: a plan reads it.
+"""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from rlhf.algorithms.table import method_of
 from rlhf.architecture import Architecture, algorithm_of
 from rlhf.plan.cluster import Cluster
 from rlhf.recipe import Recipe, Rl, Stage
@@ -29,7 +30,8 @@ def unfit_stages(recipe: Recipe, architectures: Mapping[str, Architecture]) -> I
 
 def _unfit(recipe: Recipe, stage: Stage, architecture: Architecture) -> Iterator[str]:
     limit = recipe.resources.max_model_len
-    if isinstance(stage, Rl) and algorithm_of(stage, architecture) == "gspo":
+    algorithm = algorithm_of(stage, architecture) if isinstance(stage, Rl) else None
+    if isinstance(stage, Rl) and algorithm is not None and method_of(stage, algorithm).objective == "gspo":
         widest = max(stage.clip_low or 0.0, stage.clip_high or 0.0)
         if widest > GSPO_CLIP_LIMIT:
             yield (

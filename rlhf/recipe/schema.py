@@ -254,14 +254,52 @@ class Sft(Optimised):
     upcycle: Upcycle | None = None
 
 
+class Correction(Table):
+    """What is done where trainer and engine disagree about a token: weights capped at `truncate` (only with
+    compare = "trainer"), tokens dropped whose ratio is outside `mask` = [low, high], rows whose mean ratio is outside
+    `rows` = [low, high]."""
+
+    truncate: Positive | None = None
+    mask: tuple[Positive, Positive] | None = None
+    rows: tuple[Positive, Positive] | None = None
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Correction:
+        for name in ("mask", "rows"):
+            bounds = getattr(self, name)
+            if bounds is not None and not bounds[0] < 1 < bounds[1]:
+                raise ValueError(f"`{name}` = {list(bounds)} must be [low, high] around 1, where both agree")
+        return self
+
+
 class Rl(Optimised):
-    """Reinforcement learning on groups of rollouts. Clip ranges belong to the algorithm unless given. Each of a step's
-    updates learns from prompts of its own, while the next one's are sampled."""
+    """Reinforcement learning on groups of rollouts. `algorithm` names an advantage, an objective, a normalisation and
+    a clip range, each of which may be given apart. Each of a step's updates learns from prompts of its own, while the
+    next one's are sampled.
+
+    compare      what the importance ratio divides by: the probabilities of the "sampler", or the "trainer"'s own before
+                 the update, the rest being left to `correction`
+    dual_clip    a bound on the ratio of tokens with negative advantage (3 is usual)
+    entropy      weight of a bonus for the policy's entropy
+    overlong     tokens before max_tokens in which a soft punishment for length grows to −1 (DAPO)"""
 
     kind: Literal["rl"]
-    algorithm: Literal["auto", "grpo", "dapo", "gspo"] = "auto"
+    algorithm: Literal[
+        "auto", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce++", "reinforce++_baseline"
+    ] = "auto"
+    advantage: (
+        Literal["group_normalised", "group_centred", "leave_one_out", "batch_normalised", "baseline_batch_normalised"]
+        | None
+    ) = None
+    objective: Literal["reinforce", "ppo", "gspo", "cispo"] | None = None
+    normalise: Literal["token", "row", "row_mean", "constant"] | None = None
     clip_low: Positive | None = None
     clip_high: Positive | None = None
+    dual_clip: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
+    compare: Literal["sampler", "trainer"] = "sampler"
+    correction: Correction = Correction()
+    entropy: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    overlong: PositiveInt | None = None
     prompts_per_step: PositiveInt
     group_size: Annotated[int, Field(ge=2)] = 8
     updates_per_step: PositiveInt = 1
