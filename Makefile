@@ -50,7 +50,7 @@ demo: $(STAMP)  ## run the think-fusion curriculum on real scanned digits, then 
 test: $(STAMP) $(ASIDE)  ## unit, loop and end-to-end tests
 	$(PY) -m pytest $(ARGS)
 
-check: $(STAMP) $(ASIDE)  ## what CI runs: format, lint, types, docker files, tests
+check: $(STAMP) $(ASIDE)  ## format, lint, types, docker files, tests
 	$(PY) -m ruff format --check $(CODE)
 	$(PY) -m ruff check $(CODE)
 	$(PY) -m mypy

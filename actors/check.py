@@ -1,7 +1,8 @@
 """`rlhf check`: which vLLM implementation serves [model], and how far its log-probs are from the trainer's.
 
-Every implementation is started once, takes the trainer's weights, and is compared on the probes. The verdict is kept
-by architecture and versions; `rlhf plan` quotes it.
+Every implementation is started once on the model's folder, which the trainer opens too, and both are compared on the
+probes; that weights arrive is proven by every publish of a run. The verdict is kept by architecture and versions;
+`rlhf plan` quotes it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from ray.exceptions import RayError
 
-from actors.handles import ActorTimeoutError
+from actors.handles import reason
 from actors.launch import launch
 from rlhf.curriculum import Curriculum
 from rlhf.plan import VERDICTS, Verdict, implementations, installed_versions, make_plan, read_verdicts
@@ -78,7 +79,7 @@ async def _measure(recipe: Recipe, folder: Path) -> tuple[float, bool]:
         except SyncError as error:
             print(f"{recipe.model.implementation}: {error}")
             return math.inf, False
-        except (RayError, ActorTimeoutError) as error:
-            print(f"{recipe.model.implementation}: cannot serve this model: {str(error).splitlines()[-1]}")
+        except (RayError, RuntimeError, TimeoutError) as error:
+            print(f"{recipe.model.implementation}: cannot serve this model: {reason(error)}")
             return math.inf, False
     return agreement.max_gap, agreement.ok

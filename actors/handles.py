@@ -30,8 +30,20 @@ T = TypeVar("T")
 REWARD_CHUNK = 64  # items a call: small enough that a hang costs little, large enough to be cheap
 
 
+GRACE_SECONDS = 10.0  # for Ray's word that a rank died, after other ranks lost their connection to it
+
+
 class ActorTimeoutError(TimeoutError):
     """A remote call missed its deadline; names the actor, the call and the recipe key of the deadline."""
+
+
+# a worker of which one of these was heard is of no use any more: its process, its engine or its answer is gone
+LOST = (RayActorError, ActorLostError, ActorTimeoutError)
+
+
+def reason(error: BaseException) -> str:
+    """Why an actor died, in a line: Ray tells in its first that it died, and in its last why."""
+    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
 
 
 async def within(seconds: float, deadline: str, what: str, reference: Any) -> Any:
@@ -50,7 +62,8 @@ async def _future(reference: Any) -> Any:
 
 @dataclass
 class EngineHandle:
-    """One model on its rollout workers. A dead worker is started again, refitted, and its prompts are asked again."""
+    """One model on its rollout workers. One that died, hangs or lost its engine is started again, refitted, and its
+    prompts are asked again."""
 
     name: str
     folder: Path
@@ -128,7 +141,7 @@ class EngineHandle:
         for index, worker in enumerate(self.workers):
             try:
                 await refit(worker)
-            except RayActorError:
+            except LOST:
                 await self._restart(index, worker)
 
     async def _ask(self, index: int, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
@@ -145,26 +158,27 @@ class EngineHandle:
             raise
 
     async def _call(self, index: int, call: Callable[[Any], Awaitable[T]]) -> T:
-        """What a worker answers; one that died is replaced and its replacement asked, twice at most."""
+        """What a worker answers; one that is lost is replaced and its replacement asked, twice at most."""
         for attempt in itertools.count():
             worker = self.workers[index]
             try:
                 return await call(worker)
-            except RayActorError as error:
+            except LOST as error:
                 if attempt == 2:
                     raise RuntimeError(
-                        f"engine {self.name!r}: its worker {index} died three times over one call, last: "
-                        f"{str(error).splitlines()[0]}"
+                        f"engine {self.name!r}: its worker {index} was lost three times over one call, last: "
+                        f"{reason(error)}"
                     ) from error
                 await self._restart(index, worker)
         raise AssertionError("unreachable")
 
     async def _restart(self, index: int, dead: Any) -> None:
-        """Replace a dead worker, once, however many calls it took with it."""
+        """Replace a lost worker, once, however many calls it took with it."""
         async with self.restarting:
             if self.workers[index] is not dead:
                 return
             self.restarts += 1
+            ray.kill(dead)  # it may hang, and hold its memory
             worker = self.start(index, base_of(self.folder))
             what = f"engine {self.name!r} starting again"
             await within(self.deadlines.start, "start", what, worker.heartbeat.remote())
@@ -241,17 +255,35 @@ class TrainerHandle:
         }
 
     async def _all(self, method: str, deadline: str, *arguments: Any) -> list[Any]:
-        """Call every rank; the first failure ends the wait, since the others may be stuck in a collective."""
-        calls = [getattr(rank, method).remote(*arguments) for rank in self.ranks]
+        """Call every rank; the first failure ends the wait, since the others may be stuck in a collective.
+
+        The first to fail need not be the one that died: the others lose their connection to it before Ray knows."""
         seconds = getattr(self.deadlines, deadline)
-        try:
-            return list(
-                await asyncio.gather(
-                    *(within(seconds, deadline, f"trainer rank {i}: {method}", call) for i, call in enumerate(calls))
-                )
+        calls = [
+            asyncio.ensure_future(
+                within(seconds, deadline, f"trainer rank {i}: {method}", getattr(rank, method).remote(*arguments))
             )
-        except RayActorError as error:
-            raise ActorLostError(f"a trainer rank died during {method!r}: {str(error).splitlines()[0]}") from error
+            for i, rank in enumerate(self.ranks)
+        ]
+        try:
+            _, waiting = await asyncio.wait(calls, return_when=asyncio.FIRST_EXCEPTION)
+            failures = _failures(calls)
+            if not failures:
+                return [call.result() for call in calls]
+            if waiting:
+                await asyncio.wait(waiting, timeout=GRACE_SECONDS)
+            dead = next((error for error in _failures(calls) if isinstance(error, RayActorError)), None)
+            if dead is None:
+                raise failures[0]
+            raise ActorLostError(f"a trainer rank died during {method!r}: {reason(dead)}") from dead
+        finally:
+            for call in calls:
+                call.cancel()
+            await asyncio.gather(*calls, return_exceptions=True)
+
+
+def _failures(calls: Sequence[asyncio.Future[Any]]) -> list[BaseException]:
+    return [error for call in calls if call.done() and (error := call.exception()) is not None]
 
 
 @dataclass

@@ -198,8 +198,10 @@ def _client(runs: Path, address: str | None, job: str | None = None) -> Iterator
             f"{where} refuses this token; set RAY_AUTH_TOKEN_PATH to the cluster's token file (for a head of ours, "
             f"{runs / HEAD_FOLDER / 'token'})"
         ) from error
+    except JobError:
+        raise
     except RuntimeError as error:
-        if job is not None and "404" in str(error):
+        if job is not None and "status code 404" in str(error):
             raise JobError(f"{where} knows no job {job!r}; `rlhf submit` printed its name") from error
         raise
 

@@ -19,7 +19,7 @@ from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.artifacts import read_weights
-from actors.handles import EngineHandle, RewardsHandle, TrainerHandle, within
+from actors.handles import EngineHandle, RewardsHandle, TrainerHandle, reason, within
 from actors.reward import RewardWorker
 from actors.rollout import EngineSettings, RolloutWorker
 from actors.trainer import TrainerRank
@@ -216,6 +216,6 @@ async def launch(recipe: Recipe, plan: Plan, address: str | None = None) -> Asyn
         rewards = RewardsHandle(placement.reward, recipe.deadlines, workers)
         yield Cast(placement, TrainerHandle(ranks, recipe.deadlines), rewards)
     except RayActorError as error:  # a process that nobody replaces; Ray's error is no RuntimeError
-        raise RuntimeError(f"a process of the run died: {str(error).splitlines()[0]}") from error
+        raise RuntimeError(f"a process of the run died: {reason(error)}") from error
     finally:
         ray.shutdown()

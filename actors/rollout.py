@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from PIL import Image
 
 from rlhf.recipe import Implementation
+from rlhf.roles import ActorLostError
 from rlhf.types import Finish, Group, Media, Probe, ProbeScores, Prompt, Publication, Rollout, Sampling
 
 if TYPE_CHECKING:
@@ -249,7 +250,9 @@ class RolloutWorker:
                 if self._requests and not self._paused:
                     self._step()
         except BaseException as error:  # noqa: BLE001 - handed to every caller
-            self._fail(error)
+            lost = ActorLostError(f"the engine of this rollout worker ended with {type(error).__name__}: {error}")
+            lost.__cause__ = error
+            self._fail(lost)
         else:
             self._fail(RuntimeError("the rollout worker was closed"))
         finally:

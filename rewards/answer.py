@@ -60,9 +60,25 @@ def same(said: str, answer: str) -> bool:
             return True
         if all(NUMBER.fullmatch(part) for part in [*one, *other]):
             return len(one) == len(other) and all(Fraction(a) == Fraction(b) for a, b in zip(one, other, strict=True))
+        one, other = _listed(said), _listed(answer)
+        if (len(one) > 1 or len(other) > 1) and all(map(_mathematical, [*one, *other])):
+            # math-verify takes a list for a set
+            return len(one) == len(other) and all(map(same, one, other))
     elif NUMBER.fullmatch(said) and NUMBER.fullmatch(answer):
         return Fraction(said) == Fraction(answer)
     return _mathematical(said) and _mathematical(answer) and _equal_value(said, answer)
+
+
+def _listed(text: str) -> list[str]:
+    """What commas part, outside brackets; a set in braces is one thing."""
+    text, depth, parts = text.strip("[]()") if _brackets(text) else text, 0, [""]
+    for letter in text:
+        depth += {"{": 1, "(": 1, "[": 1, "}": -1, ")": -1, "]": -1}.get(letter, 0)
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return [part.strip() for part in parts]
 
 
 def _plain(text: str) -> str:

@@ -115,15 +115,18 @@ async def _run(recipe: Recipe, plan: Plan, folder: Path, address: str | None) ->
             curriculum = Curriculum(recipe, folder, tracker, footprint)
             # rows are made while the actors start
             preparing = asyncio.create_task(asyncio.to_thread(curriculum.prepare))
-            async with launch(recipe, plan, address) as actors:
-                await preparing
-                await curriculum.run(actors)
+            try:
+                async with launch(recipe, plan, address) as actors:
+                    await preparing
+                    await curriculum.run(actors)
+            finally:  # what is wrong with the rows is to be known, too, where the actors did not start
+                await asyncio.gather(preparing)
     finally:
         _report(folder)
 
 
 def _folder(parsed: argparse.Namespace, recipe: Recipe) -> Path:
-    folder: Path = parsed.runs / recipe.name
+    folder: Path = parsed.runs.absolute() / recipe.name  # actors may stand elsewhere
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

@@ -44,6 +44,7 @@ from rlhf.tracking import Tracker, stage_folder
 from rlhf.types import Correction, Loss, Media, TrainSpec
 
 NUM_PROBES, PROBE_LENGTH = 12, 48
+PROBE_ROWS = 1000  # of a source, in which to look for pictures
 RENEWALS = 2  # times one stage may lose the trainer
 ANSWERS = "answers.json"  # mode → question → share of right samples, for paired differences between stages
 
@@ -207,8 +208,9 @@ class Curriculum:
             if name is None:
                 continue
             rows = self.rows(name)
-            found = [rows[i]["images"][0] for i in range(min(NUM_PROBES, len(rows))) if rows[i].get("images")]
-            if found:
+            # a source may begin with rows of text alone
+            shown = (images[0] for i in range(min(PROBE_ROWS, len(rows))) if (images := rows[i].get("images")))
+            if found := list(itertools.islice(shown, NUM_PROBES)):
                 return found
         return []
 
@@ -225,7 +227,7 @@ class Curriculum:
             report = await evaluation.both_modes(context, engine, self._earlier_answers(stage))
             if stage.eval_data is not None:
                 report.metrics.update(await evaluation.extra_questions(context, engine, stage.eval_data))
-            if isinstance(stage, Evaluate):
+            if isinstance(stage, Evaluate) and stage.temperatures:
                 report.metrics.update(await evaluation.temperatures(context, engine, stage.temperatures))
         write_json(context.folder / ANSWERS, report.correct)
         return report

@@ -122,16 +122,18 @@ def require_verdicts(rows: Rows, source: str) -> None:
 
 
 def agreement(said: Sequence[Score], truth: Sequence[bool], prefix: str) -> dict[str, float]:
-    """Precision, recall, Cohen's κ of verdicts against the truth, and the share of replies that did not parse."""
+    """Precision, recall, Cohen's κ of verdicts against the truth, and the share of replies that did not parse: these
+    are in neither precision nor κ, but a sound row without a verdict is one not found."""
     pairs = [(score.value == 1.0, true) for score, true in zip(said, truth, strict=True) if score.outcome == "scored"]
     count = max(len(pairs), 1)
     both = sum(verdict_ and true for verdict_, true in pairs)
     positive, sound = sum(verdict_ for verdict_, _ in pairs), sum(true for _, true in pairs)
+    existing = sum(truth[: len(said)])
     agreed = sum(verdict_ == true for verdict_, true in pairs) / count
     chance = (positive * sound + (count - positive) * (count - sound)) / count**2
     return {
         f"{prefix}.precision": both / max(positive, 1),
-        f"{prefix}.recall": both / max(sound, 1),
+        f"{prefix}.recall": both / max(existing, 1),
         # where chance alone agrees always κ is not defined: 1, but for a judge that never answered
         f"{prefix}.kappa": (agreed - chance) / (1 - chance) if chance < 1 else float(bool(pairs)),
         f"{prefix}.accuracy": agreed,

@@ -23,18 +23,23 @@ async def run(stage: Sft, context: Context) -> dict[str, float]:
     step = await resume(trainer, {"stream": stream}, latest(checkpoints))
     batch = asyncio.create_task(asyncio.to_thread(_next_batch, stage, context, stream, step))
     last: Mapping[str, float] = {}
-    while step < stage.steps:
-        waited = time.perf_counter()
-        ready, cursor = await batch
-        if step + 1 < stage.steps:  # the next batch is made while the trainer works on this one
-            batch = asyncio.create_task(asyncio.to_thread(_next_batch, stage, context, stream, step + 1))
-        started = time.perf_counter()
-        stats = await trainer.step(ready)
-        step, last = step + 1, stats.metrics
-        seconds = {"data": started - waited, "train": time.perf_counter() - started}
-        if step % stage.checkpoint_every == 0 and step < stage.steps:
-            seconds["checkpoint"] = await save(trainer, checkpoints, step, {"stream": cursor})
-        context.log.log(step, stats.metrics, seconds)
+    saving: dict[str, float] = {}  # of the step before: a line comes before its checkpoint, or a kill could lose it
+    try:
+        while step < stage.steps:
+            waited = time.perf_counter()
+            ready, cursor = await batch
+            if step + 1 < stage.steps:  # the next batch is made while the trainer works on this one
+                batch = asyncio.create_task(asyncio.to_thread(_next_batch, stage, context, stream, step + 1))
+            started = time.perf_counter()
+            stats = await trainer.step(ready)
+            step, last = step + 1, stats.metrics
+            context.log.log(step, last, {"data": started - waited, "train": time.perf_counter() - started} | saving)
+            saving = {}
+            if step % stage.checkpoint_every == 0 and step < stage.steps:
+                saving = {"checkpoint": await save(trainer, checkpoints, step, {"stream": cursor})}
+    finally:
+        batch.cancel()
+        await asyncio.gather(batch, return_exceptions=True)
     return {f"train.{name}": value for name, value in last.items()}
 
 

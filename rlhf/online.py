@@ -38,6 +38,7 @@ async def run(stage: Rl, context: Context, engine: Engine, judges: Mapping[str, 
     rollouts = Rollouts(stage, context, engine, judges, stream)
     judge = next((name for name, part in stage.rewards.items() if part.judge is not None), None)
     checkpoints, totals = context.folder / "checkpoints", Totals()
+    saving: dict[str, float] = {}  # of the step before: a line comes before its checkpoint, or a kill could lose it
     version = await resume(trainer, {"stream": stream, "totals": totals}, latest(checkpoints))
     await trainer.publish(engine, version)
     while version < stage.steps:
@@ -53,10 +54,11 @@ async def run(stage: Rl, context: Context, engine: Engine, judges: Mapping[str, 
         metrics = rollouts.metrics | dict(stats.metrics)
         totals.add(metrics, stats, sync)
         clock.seconds |= {"sync": sync.seconds, "proof": sync.proof_seconds}
+        context.log.log(version, metrics | gap_metrics(stats.gap) | dict(sync.metrics), clock.seconds | saving)
+        saving = {}
         if version % stage.checkpoint_every == 0 and version < stage.steps:
             state = {"stream": stream.state(), "totals": totals.state()}
-            clock.seconds["checkpoint"] = await save(trainer, checkpoints, version, state)
-        context.log.log(version, metrics | gap_metrics(stats.gap) | dict(sync.metrics), clock.seconds)
+            saving = {"checkpoint": await save(trainer, checkpoints, version, state)}
         if version % max(stage.steps // 4, 1) == 0:
             context.log.rollouts(version, [record(group, 0, {}, version, judge) for group in rollouts.examples])
     return totals.metrics()

@@ -29,7 +29,7 @@ class SyncError(RuntimeError):
 
 
 class ActorLostError(RuntimeError):
-    """A process of the trainer died; a new one can continue from the last checkpoint."""
+    """A process, or the engine in it, is gone; a new one can continue where it stood."""
 
 
 class Engine(Protocol):

@@ -100,7 +100,9 @@ def _accepted(
         if answers[i].value == 1.0 and rollout.finish == "stop" and (verdicts is None or verdicts[i].value == 1.0)
     ]
     unique = list({rollout.text: rollout for rollout in good}.values())[: stage.per_prompt]
-    question = [message for message in row["messages"] if message["role"] != "assistant"]
+    # as it was asked: earlier turns stay, a last one of the assistant's was not shown
+    messages = row["messages"]
+    question = messages[:-1] if messages[-1]["role"] == "assistant" else messages
     return [
         row | {"messages": [*question, {"role": "assistant", "content": rollout.text}], "think": True}
         for rollout in unique

@@ -304,6 +304,8 @@ def _gate(recipe: Recipe, stage: Stage, metric: str) -> Iterator[str]:
     elif at := AT_TEMPERATURE.fullmatch(metric):
         if not isinstance(stage, Evaluate):
             yield f"gate on {metric!r}, which only an evaluate stage measures; move it there, with `temperatures`"
+        elif not stage.temperatures:
+            yield f"gate on {metric!r}, but no `temperatures` are given; name them"
         elif at[1] is not None and at[1] not in {f"{value:g}" for value in stage.temperatures}:
             yield f"gate on {metric!r}, but temperatures = {stage.temperatures}; name that one there too"
     elif prefix in METRICS and metric.removeprefix(prefix) not in METRICS[prefix] and not OPEN.fullmatch(metric):

@@ -85,12 +85,12 @@ def too_large(recipe: Recipe, cluster: Cluster, tenants: int, memory: Memory) ->
             f"the processes need about {memory.together:.1f} GiB, and this machine has {cluster.memory_gib:.1f}; "
             f"{advice}"
         )
+    if r.device == "cuda" and tenants > 1 and r.tensor_parallel > 1:
+        yield (
+            f"{tenants} processes would share a GPU of the {cluster.gpus} here, which engines with "
+            f"tensor_parallel = {r.tensor_parallel} cannot; use tensor_parallel = 1, or more GPUs"
+        )
     if r.device == "cuda" and cluster.gpu_memory_gib is not None:
-        if tenants > 1 and r.tensor_parallel > 1:
-            yield (
-                f"{tenants} processes would share a GPU of the {cluster.gpus} here, which engines with "
-                f"tensor_parallel = {r.tensor_parallel} cannot; use tensor_parallel = 1, or more GPUs"
-            )
         together = f"{tenants} processes on one GPU (engines do not sleep while the trainer works)"
         for who, needed in (
             ("a trainer rank", memory.trainer),

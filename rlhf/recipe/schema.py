@@ -233,6 +233,14 @@ class Optimised(StageBase):
     checkpoint_every: PositiveInt = 20
 
     @model_validator(mode="after")
+    def _one_rate(self) -> Optimised:
+        if self.train is not None and "lr" in self.model_fields_set:
+            raise ValueError("`lr` does nothing beside `train`, whose globs have their own rates: remove one of them")
+        if self.train is not None and not self.train:
+            raise ValueError("`train` names no parameters; leave it out to train all of them at `lr`")
+        return self
+
+    @model_validator(mode="after")
     def _clipped_or_not(self) -> Optimised:
         if self.muon is not None and "clip_grad" in self.model_fields_set:
             raise ValueError(
@@ -352,10 +360,10 @@ class Synthesize(StageBase):
 
 
 class Evaluate(StageBase):
-    """Measure a model without changing it."""
+    """Measure a model without changing it; with "modes" also with thinking at other `temperatures`, and the best."""
 
     kind: Literal["evaluate"]
-    temperatures: list[Positive] = [1.0]
+    temperatures: list[Positive] = []
 
 
 Stage = Annotated[Sft | Rl | Synthesize | Evaluate, Field(discriminator="kind")]

@@ -11,6 +11,7 @@ from html import escape
 
 from PIL import Image, UnidentifiedImageError
 
+from rewards.answer import last_boxed
 from rlhf.report.run import Record, StageView
 
 _URI = re.compile(r"data:image/(png|jpeg|gif|webp);base64,([A-Za-z0-9+/]+={0,2})")
@@ -54,19 +55,6 @@ def split(completion: str) -> tuple[str, str]:
     return chain.strip(), (before + rest).strip()
 
 
-def boxed(text: str) -> str | None:
-    """What the last \\boxed{…} holds, braces balanced; None without one."""
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    depth = 0
-    for index in range(start + 6, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[index], 0)
-        if depth == 0:
-            return text[start + 7 : index]
-    return None
-
-
 def is_right(record: Record) -> bool | None:
     """Whether the answer was right: its reward part if there is one, a judge's verdict against what it should be, else
     the box against the expected answer. None if scoring failed."""
@@ -80,7 +68,8 @@ def is_right(record: Record) -> bool | None:
             return bool(parts[name] >= 0.5)
     if record.get("answer") is None:
         return None
-    return boxed(split(str(record.get("completion", "")))[1]) == str(record["answer"])
+    found = last_boxed(split(str(record.get("completion", "")))[1])
+    return found is not None and found[0] == str(record["answer"])
 
 
 def _judges(record: Record) -> bool:
@@ -204,14 +193,15 @@ def _moment(stage: StageView, records: Sequence[Record]) -> str:
 
 def _said(chain: str, rest: str, boxes: bool = True) -> str:
     thought = f'<p class="chain">{escape(chain)}</p>' if chain else ""
-    answer = boxed(rest)
-    if answer is None and not boxes:
+    found = last_boxed(rest)
+    if found is None and not boxes:
         return f'{thought}<p class="said">{escape(rest)}</p>'
-    if answer is None and boxed(chain) is not None:
+    if found is None and last_boxed(chain) is not None:
         return f'{thought}<p class="said">{escape(rest)} <small>the box is among its thoughts</small></p>'
-    if answer is None:
+    if found is None:
         return f'{thought}<p class="said">{escape(rest) or "<i>no answer</i>"} <small>no box</small></p>'
-    around = escape(rest.replace(f"\\boxed{{{answer}}}", "", 1).strip())
+    answer, end = found
+    around = escape((rest[: rest.rindex("\\boxed", 0, end)] + rest[end:]).strip())
     return f'{thought}<p class="said">{around + " " if around else ""}<span class="box">{escape(answer)}</span></p>'
 
 

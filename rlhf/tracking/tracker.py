@@ -76,7 +76,7 @@ class Tracker(AbstractContextManager["Tracker"]):
 
 
 class StageLog(AbstractContextManager["StageLog"]):
-    """What a loop writes to. Steps count from 1 and grow."""
+    """What a loop writes to. Steps grow: those of a loop that trains count from 1."""
 
     def __init__(self, tracker: Tracker, stage: Stage) -> None:
         self._tracker = tracker

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from rlhf.types import Batch, StepStats
-from tests.loop.cast import FakeCast, FakeEngine, FakeRewards, FakeTrainer
+from tests.loop.cast import FakeCast, FakeEngine, FakeRewards, FakeTrainer, KilledError
 from tests.loop.test_curriculum import recipe, run
 
 NAME = "rl-verifiable"
@@ -139,3 +140,59 @@ def test_a_part_without_a_signal_keeps_its_place_in_the_schedule(
 
 def keys(batch: Batch) -> list[str]:
     return [sample.key for rank in batch.micro_batches for part in rank for sample in part]
+
+
+def test_a_step_after_whose_checkpoint_nothing_is_heard_has_its_line(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, saved = FakeTrainer.save, list[Path]()
+
+    async def once(trainer: FakeTrainer, folder: Path) -> None:
+        await save(trainer, folder)
+        saved.append(folder)
+
+    def dies(checkpoints: Path) -> None:
+        if saved:
+            raise KilledError
+
+    monkeypatch.setattr(FakeTrainer, "save", once)
+    monkeypatch.setattr("rlhf.checkpoint.prune", dies)  # the first thing after a checkpoint is whole
+    with pytest.raises(KilledError):
+        improve(prepared, tmp_path / "killed", "steps = 4, checkpoint_every = 2")
+    monkeypatch.undo()
+    run(recipe(f"{STAGE} = {{updates_per_step = 2, evaluate = 'none', steps = 4}}"), tmp_path / "killed", until=NAME)
+    lines = (tmp_path / "killed" / "stages" / "08-rl-verifiable" / "steps.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("algorithm", "kept"), [("reinforce++", 1.0), ("rloo", 0.5)])
+def test_only_an_algorithm_that_compares_within_groups_drops_equal_ones(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str, kept: float
+) -> None:
+    score = FakeRewards.score
+
+    async def half(rewards: FakeRewards, function: str, groups: Any) -> Any:
+        """Every second group of a call has equal scores; the others do not."""
+        scores = await score(rewards, function, groups)
+        return [
+            [dataclasses.replace(found, value=float(g % 2 == 1 and r % 2)) for r, found in enumerate(row)]
+            for g, row in enumerate(scores)
+        ]
+
+    monkeypatch.setattr(FakeRewards, "score", half)
+    cast = improve(prepared, tmp_path / "run", f"steps = 1, refill_rounds = 0, algorithm = '{algorithm}'")
+    stage = next(s for s in recipe().stages if s.name == NAME)
+    samples = [s for batch in cast.trainer.batches for part in batch.micro_batches[0] for s in part]
+    assert len(samples) == stage.prompts_per_step * stage.group_size * kept
+    assert all(sample.advantage != 0 for sample in samples)
+    assert {spec.loss.kind for spec in cast.trainer.begun} == {{"rloo": "reinforce", "reinforce++": "ppo"}[algorithm]}
+
+
+def test_length_is_punished_before_rollouts_are_compared(prepared: Path, tmp_path: Path) -> None:
+    settings = "steps = 1, refill_rounds = 0, max_tokens = 16, overlong = 15"
+    improve(prepared, tmp_path / "run", settings)
+    line = (tmp_path / "run" / "stages" / "08-rl-verifiable" / "steps.jsonl").read_text().splitlines()[0]
+    metrics = json.loads(line)["metrics"]
+    assert -1 <= metrics["reward.overlong"] < 0
+    parts = sum(metrics[f"reward.{name}"] * weight for name, weight in (("answer", 0.9), ("format", 0.1)))
+    assert metrics["reward"] == pytest.approx(parts + metrics["reward.overlong"])

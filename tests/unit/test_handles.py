@@ -11,11 +11,17 @@ import pytest
 from ray.exceptions import RayActorError
 
 from actors import handles
-from actors.handles import EngineHandle, RewardsHandle
+from actors.handles import EngineHandle, RewardsHandle, TrainerHandle, reason
 from rewards.base import Item
 from rlhf.recipe import Deadlines
-from rlhf.roles import SyncError
-from rlhf.types import Group, Probe, ProbeScores, Prompt, Rollout, Sampling, Score
+from rlhf.roles import ActorLostError, SyncError
+from rlhf.types import Batch, Group, Probe, ProbeScores, Prompt, Rollout, Sampling, Score, StepStats
+
+
+@pytest.fixture(autouse=True)
+def _no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handles.ray, "kill", lambda worker: None)
+    monkeypatch.setattr(handles.ray, "put", lambda value: value)
 
 
 class Remote:
@@ -110,8 +116,71 @@ def test_an_engine_that_dies_again_and_again_ends_the_run_by_name(tmp_path: Path
         return engine
 
     handle = EngineHandle("policy", tmp_path, "digest", start, Deadlines(), [start(0, tmp_path)])
-    with pytest.raises(RuntimeError, match="engine 'policy': its worker 0 died three times"):
+    with pytest.raises(RuntimeError, match="engine 'policy': its worker 0 was lost three times over one call"):
         asyncio.run(handle.generate(prompts(1), Sampling(seed=1)))
+
+
+@pytest.mark.parametrize("trouble", ["hangs", "lost its engine"])
+def test_a_worker_that_hangs_or_lost_its_engine_is_replaced(tmp_path: Path, trouble: str) -> None:
+    async def fail(asked: list[Prompt], _: Sampling) -> list[Group]:
+        if trouble == "hangs":
+            await asyncio.Event().wait()
+        raise ActorLostError("the engine of this rollout worker ended with ValueError: out of blocks")
+
+    async def go() -> tuple[EngineHandle, list[Group]]:
+        broken = Engine()
+        broken.generate = Remote(fail)
+        deadlines = Deadlines(generate=0.05)
+        handle = EngineHandle("policy", tmp_path, "digest", lambda index, folder: Engine(), deadlines, [broken])
+        return handle, await asyncio.wait_for(handle.generate(prompts(2), Sampling(seed=1)), 10)
+
+    handle, groups = asyncio.run(go())
+    assert handle.restarts == 1
+    assert len(groups) == 2
+
+
+def test_the_reason_of_a_death_is_in_the_last_line() -> None:
+    said = "The actor died because of an error raised in its creation task, ray::X (pid=1)\n  File\nValueError: why\n"
+    assert reason(RuntimeError(said)) == "ValueError: why"
+    assert reason(RayActorError()) != ""
+
+
+class Rank:
+    """A trainer rank whose step raises what it is given, after what it waits for."""
+
+    def __init__(self, error: Exception | None, after: asyncio.Event, before: asyncio.Event) -> None:
+        self.error, self.after, self.before = error, after, before
+        self.step = Remote(self._step)
+
+    async def _step(self, batch: Batch, fresh: bool) -> StepStats:
+        await self.after.wait()
+        self.before.set()
+        if self.error is not None:
+            raise self.error
+        return StepStats({"loss": 1.0})
+
+
+def step_of_two(first: Exception | None, second: Exception | None) -> StepStats:
+    """Both ranks step; the first is done before the second."""
+
+    async def go() -> StepStats:
+        start, between = asyncio.Event(), asyncio.Event()
+        start.set()
+        ranks = [Rank(first, start, between), Rank(second, between, asyncio.Event())]
+        batch = Batch(((), ()), 0, 0)
+        return await asyncio.wait_for(TrainerHandle(ranks, Deadlines()).step(batch), 20)
+
+    return asyncio.run(go())
+
+
+def test_a_rank_that_died_is_found_behind_one_that_lost_its_connection() -> None:
+    assert step_of_two(None, None).metrics == {"loss": 1.0}
+    with pytest.raises(ActorLostError, match="a trainer rank died during 'step'"):
+        step_of_two(RuntimeError("connection closed by peer"), RayActorError())
+    with pytest.raises(FloatingPointError, match="step 3"):
+        step_of_two(FloatingPointError("step 3"), FloatingPointError("step 3"))
+    with pytest.raises(ActorLostError):
+        step_of_two(RayActorError(), None)
 
 
 class Worker:
@@ -139,10 +208,7 @@ class Worker:
 
 
 @pytest.mark.parametrize(("function", "outcome"), [("hang", "timed_out"), ("die", "failed")])
-def test_a_reward_that_hangs_or_dies_costs_its_own_sample_only(
-    function: str, outcome: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(handles.ray, "kill", lambda worker: None)
+def test_a_reward_that_hangs_or_dies_costs_its_own_sample_only(function: str, outcome: str) -> None:
     texts = ["good", "bad", "good", "good"]
     rollouts = tuple(Rollout((1,), (0.0,), (0,), text, "stop") for text in texts)
     groups = [Group(prompts(1)[0], (1,), rollouts)]

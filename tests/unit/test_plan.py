@@ -161,6 +161,8 @@ def test_transport_and_placement_on_gpus() -> None:
         plan("resources.device = 'cuda'", "resources.kv_cache_gib = 1", cluster=Cluster(16, 128, 1, 1.5))
     with pytest.raises(PlanError, match=r"3 processes would share a GPU .* use tensor_parallel = 1"):
         plan("resources = {device = 'cuda', tensor_parallel = 2}", cluster=two)
+    with pytest.raises(PlanError, match=r"3 processes would share a GPU"):  # how much memory it has is no matter
+        plan("resources = {device = 'cuda', tensor_parallel = 2}", cluster=Cluster(16, 128, 2, None))
 
 
 def test_verdicts_are_quoted_for_the_installed_versions_only() -> None:

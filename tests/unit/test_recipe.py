@@ -180,6 +180,15 @@ def test_a_stage_with_muon_is_not_clipped(base: Path, tmp_path: Path) -> None:
         load([base, write(tmp_path, over + "clip_grad = 0.5\n")])
 
 
+def test_a_rate_that_would_do_nothing_is_refused(base: Path, tmp_path: Path) -> None:
+    over = '[[stages]]\nname = "first"\ntrain = { "vision.*" = 1e-3 }\n'
+    assert load([base, write(tmp_path, over)]).stages[0].train == {"vision.*": 1e-3}
+    with pytest.raises(RecipeError, match=r"`lr` does nothing beside `train`"):
+        load([base, write(tmp_path, over + "lr = 1e-4\n")])
+    with pytest.raises(RecipeError, match=r"`train` names no parameters"):
+        load([base, write(tmp_path, '[[stages]]\nname = "first"\ntrain = {}\n')])
+
+
 def test_a_key_of_another_system_is_known_by_its_name_here(base: Path, tmp_path: Path) -> None:
     over = '[[stages]]\nname = "first"\nlearning_rate = 1e-4\nmax_new_tokens = 8\n'
     with pytest.raises(RecipeError, match=r"unknown key 'stages.first.learning_rate'; did you mean 'lr'") as caught:

@@ -12,7 +12,7 @@ import pytest
 from rlhf.report import ReportError, write
 from rlhf.report.charts import Axis, Series, _ticks, lanes, line_chart, number, percent, smooth
 from rlhf.report.run import read
-from rlhf.report.samples import boxed, card, followed, is_right, split
+from rlhf.report.samples import card, followed, is_right, split
 from tests.unit.synthetic_run import STAGES, rollout, write_lines, write_run
 
 CHROMIUM = next(
@@ -230,9 +230,6 @@ def test_reading_a_completion():
     assert split("<think> a b </think> \\boxed{3}") == ("a b", "\\boxed{3}")
     assert split("<think> never closed") == ("never closed", "")
     assert split("plain") == ("", "plain")
-    assert boxed("\\boxed{1} then \\boxed{\\frac{1}{2}}") == "\\frac{1}{2}"
-    assert boxed("\\boxed{1") is None
-    assert boxed("nothing") is None
     assert is_right({"completion": "<think>\\boxed{4}</think>\\boxed{3}", "answer": 3}) is True
     assert is_right({"completion": "\\boxed{4}", "answer": "3"}) is False
     assert is_right({"completion": "\\boxed{3}", "answer": "3", "outcome": "timed_out"}) is None

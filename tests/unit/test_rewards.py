@@ -138,6 +138,15 @@ def test_a_reward_that_cannot_be_found_says_why(name, message):
         ("a red  car.", "A red car", True),
         ("no", "yes", False),
         ("", "8", False),
+        ("3/4, 1/2", "1/2, 3/4", False),
+        ("0.75, 1/2", "3/4, 0.5", True),
+        ("x=1, y=2", "y=2, x=1", False),
+        ("0.5, 1/2", "1/2", False),
+        ("\\{1, 2\\}", "\\{2, 1\\}", True),
+        ("1 + 2", "2 + 1", True),
+        ("f(1, 2) + 3", "3 + f(1, 2)", True),
+        ("(\\frac{1}{2}, 3)", "(0.5, 3)", True),
+        ("(\\frac{1}{2}, 3)", "(3, 0.5)", False),
     ],
 )
 def test_answers_are_compared_by_kind(said, right, equal):

@@ -1,0 +1,34 @@
+"""What is counted of verdicts, by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from rlhf.evaluation import agreement
+from rlhf.types import Score
+
+YES, NO, UNPARSED = Score("scored", 1.0), Score("scored", 0.0), Score("failed", note="neither yes nor no")
+
+
+def test_agreement_by_hand() -> None:
+    """Ten rows, six sound: yes on five of these and on one of the four others."""
+    said = [YES] * 5 + [NO] + [YES] + [NO] * 3
+    found = agreement(said, [True] * 6 + [False] * 4, "judge")
+    assert found["judge.precision"] == pytest.approx(5 / 6)
+    assert found["judge.recall"] == pytest.approx(5 / 6)
+    assert found["judge.accuracy"] == pytest.approx(0.8)
+    # chance agrees on 0.6 · 0.6 + 0.4 · 0.4 = 0.52
+    assert found["judge.kappa"] == pytest.approx((0.8 - 0.52) / 0.48)
+    assert found["judge.failed"] == 0
+
+
+def test_a_sound_row_without_a_verdict_is_not_found() -> None:
+    found = agreement([YES, YES, UNPARSED, UNPARSED, NO], [True, True, True, True, False], "judge")
+    assert found["judge.recall"] == 0.5
+    assert found["judge.precision"] == 1.0
+    assert found["judge.failed"] == pytest.approx(0.4)
+
+
+def test_a_judge_that_never_answers_has_nothing() -> None:
+    found = agreement([UNPARSED] * 2, [True, False], "judge")
+    assert [found[f"judge.{name}"] for name in ("precision", "recall", "kappa", "failed")] == [0, 0, 0, 1]
