@@ -210,6 +210,10 @@ class TrainerHandle:
         losses: Mapping[str, float] = (await self._all("losses", "step", ray.put(batch)))[0]
         return losses
 
+    async def divergences(self, batch: Batch, estimator: str) -> Mapping[str, float]:
+        found = await self._all("divergences", "step", ray.put(batch), estimator)
+        return {key: value for part in found for key, value in part.items()}
+
     async def publish(self, engine: EngineHandle, version: int) -> SyncReport:  # type: ignore[override]
         started = time.perf_counter()
         publication = (await self._all("publication", "sync", version))[0]

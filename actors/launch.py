@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
 import socket
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -208,7 +209,10 @@ async def launch(recipe: Recipe, plan: Plan, address: str | None = None) -> Asyn
     `actors.security.ray_environment` must be in the environment before this module is imported.
     """
     local = {"num_cpus": plan.cluster.cpus, "include_dashboard": False} if address is None else {}
-    ray.init(address=address or "local", log_to_driver=False, configure_logging=False, namespace=recipe.name, **local)
+    with _own_signals():
+        ray.init(
+            address=address or "local", log_to_driver=False, configure_logging=False, namespace=recipe.name, **local
+        )
     try:
         placement = await Placement.reserve(recipe, plan)
         ranks = await placement.trainer()
@@ -219,3 +223,12 @@ async def launch(recipe: Recipe, plan: Plan, address: str | None = None) -> Asyn
         raise RuntimeError(f"a process of the run died: {reason(error)}") from error
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _own_signals() -> Iterator[None]:
+    """Ray's core takes SIGTERM for itself when it starts, and would abort the driver, which has contexts to leave."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

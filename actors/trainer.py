@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from actors.optimizer import base_name, make_optimizer, rate
 from rlhf.agreement import NEAR_TIE, Routed, lowest_margins, routers
+from rlhf.algorithms.divergence import DIVERGENCES
 from rlhf.algorithms.logprobs import processed_logprobs
 from rlhf.algorithms.losses import OBJECTIVES, Tokens, policy_loss
 from rlhf.batching import Cached, Tensors, Visual, collate
@@ -73,6 +74,11 @@ class TrainerRank:
         """{"loss": mean negative log-likelihood of the completion tokens in nats, "tokens": their number};
         temperature 1, nothing masked, no gradient."""
         return self._begun.losses(batch)
+
+    def divergences(self, batch: Batch, estimator: str) -> dict[str, float]:
+        """Of this rank's samples, by key: the divergence from the reference at their sampled tokens under the policy
+        that sampled them, summed, in nats. Needs a spec with `reference`."""
+        return self._begun.divergences(batch, estimator)
 
     def probe(self, probes: Sequence[Probe]) -> ProbeScores:
         """The trainer's log-probabilities on fixed sequences."""
@@ -147,6 +153,8 @@ class _Stage:
         if self.moe and device.type == "cpu":
             _loop_over_experts(model)
         self.model: Any = model if spec.lora is None else _adapt(model, spec)
+        # with LoRA the base is the reference; without, every rank holds a copy of its own, whole
+        self.reference = _prepare(spec)[0].to(device).eval().requires_grad_(False) if _needs_copy(spec) else None
         self._optimizer, self._rates = make_optimizer(self.model, spec)
         self.engine = deepspeed.initialize(model=self.model, optimizer=self._optimizer, config=_config(spec))[0]
         parameters = list(self.model.parameters())
@@ -192,6 +200,7 @@ class _Stage:
                 max(1, batch.num_rows),
                 entropy=entropy,
                 sampled=tensors.old_logprobs if own else None,
+                reference=self._reference_logprobs(tensors) if loss_spec.kl is not None else None,
             )
             loss, metrics = policy_loss(counted, loss_spec)
             if loss_spec.router_aux and self.moe and samples:
@@ -217,15 +226,35 @@ class _Stage:
             self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
         return differences
 
-    def _forward(self, tensors: Tensors, loss: Loss) -> tuple[Tensor, Tensor, Any]:
-        """Log-probabilities and entropies [B, L − 1], 0 outside completions, and the model's output."""
+    def divergences(self, batch: Batch, estimator: str) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for samples in batch.micro_batches[self.rank]:
+            tensors = collate(samples, self.visual).to(self.device)
+            each = DIVERGENCES[estimator](tensors.old_logprobs, self._reference_logprobs(tensors))
+            sums = torch.where(tensors.completion, each, 0.0).double().sum(1)
+            found |= {sample.key: float(value) for sample, value in zip(samples, sums[: len(samples)], strict=True)}
+        return found
+
+    def _reference_logprobs(self, tensors: Tensors) -> Tensor:
+        """[B, L − 1] under the model the stage began with, 0 outside completions."""
+        if self.reference is not None:
+            with torch.no_grad():
+                return self._forward(tensors, self.spec.loss, self.reference)[0]
+        if self.spec.lora is None:
+            raise RuntimeError("this stage keeps no reference: its spec has reference = False")
+        with self.evaluating(), self.model.disable_adapter(), torch.no_grad():
+            return self._forward(tensors, self.spec.loss)[0]
+
+    def _forward(self, tensors: Tensors, loss: Loss, model: Any = None) -> tuple[Tensor, Tensor, Any]:
+        """Log-probabilities and entropies [B, L − 1], 0 outside completions, and the output of `model` (the policy)."""
         inputs: dict[str, Any] = tensors.model_inputs()
         if loss.router_aux and self.moe:
             inputs["output_router_logits"] = True
         # the head's columns that some row needs: prompts take no logits
         columns = tensors.completion.any(0).nonzero()[:, 0]
         columns = columns if len(columns) else torch.zeros(1, dtype=torch.long, device=self.device)
-        out = self.engine(**inputs, use_cache=False, logits_to_keep=columns)
+        model = self.engine if model is None else model
+        out = model(**inputs, use_cache=False, logits_to_keep=columns)
         chosen = tensors.completion[:, columns]
         targets = tensors.input_ids[:, 1:][:, columns][chosen]
         found, spread = processed_logprobs(
@@ -392,7 +421,7 @@ class _Stage:
 
     def free(self) -> None:
         self.engine.destroy()
-        del self.engine, self.model, self._optimizer, self.visual, self.processor
+        del self.engine, self.model, self.reference, self._optimizer, self.visual, self.processor
 
 
 class _Totals:
@@ -484,6 +513,10 @@ def _prepare(spec: TrainSpec) -> tuple[Any, Any, Visual]:
     if spec.precision == "bfloat16":
         model = model.to(torch.bfloat16)
     return model, processor, visual
+
+
+def _needs_copy(spec: TrainSpec) -> bool:
+    return spec.reference and spec.lora is None
 
 
 def _loop_over_experts(model: Any) -> None:

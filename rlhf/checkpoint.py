@@ -78,6 +78,14 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, sort_keys=True))
 
 
+def read_json(path: Path) -> dict[str, Any] | None:
+    """What `write_json` wrote; None without a file. Raises CheckpointError for one that is damaged."""
+    try:
+        return dict(json.loads(path.read_text())) if path.exists() else None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged ({error}); delete it, and the same command makes it again") from error
+
+
 def finish(folder: Path, step: int, state: Mapping[str, Any]) -> None:
     """Complete a checkpoint being written: the loop's state, and a digest of what the trainer wrote."""
     write_json(folder / "state.json", {"step": step, "state": state, "trainer_digest": digest(folder / "trainer")})
@@ -89,8 +97,8 @@ def latest(root: Path) -> Checkpoint | None:
     The digest is checked before anything is unpickled. Raises CheckpointError when the newest one is damaged.
     """
     for folder in sorted(root.glob("step-*"), reverse=True):
-        saved = json.loads((folder / "state.json").read_text())
-        if digest(folder / "trainer") != saved["trainer_digest"]:
+        saved = read_json(folder / "state.json")
+        if saved is None or digest(folder / "trainer") != saved["trainer_digest"]:
             raise CheckpointError(
                 f"{folder}: its files changed since they were written; delete this folder to continue from the one "
                 "before it"

@@ -127,7 +127,12 @@ async def _run(recipe: Recipe, plan: Plan, folder: Path, address: str | None) ->
 
 def _folder(parsed: argparse.Namespace, recipe: Recipe) -> Path:
     folder: Path = parsed.runs.absolute() / recipe.name  # actors may stand elsewhere
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError(
+            f"--runs {parsed.runs}: {folder} cannot be made ({error.strerror}); choose another folder with --runs"
+        ) from error
     return folder
 
 
@@ -156,10 +161,13 @@ async def _explained(run: Callable[[], Awaitable[None]], again: str) -> int:
         return _fail(f"interrupted; {again}", INTERRUPTED)
     except (RecipeError, PlanError):
         raise
-    except (CheckpointError, RuntimeError, ValueError, TimeoutError, OSError) as error:
+    except Exception as error:
+        # what libraries raise has no common class; whoever wants to see where it was raised asks for it
         if os.environ.get("RLHF_TRACEBACK"):
             raise
-        return _fail(f"{type(error).__name__}: {error}\n{again}", FAILED)
+        error = getattr(error, "cause", None) or error  # Ray wraps what an actor raised, and its traceback with it
+        hint = "RLHF_TRACEBACK=1 shows where" if not isinstance(error, CheckpointError) else ""
+        return _fail(f"{type(error).__name__}: {error}\n{again}{'; ' + hint if hint else ''}", FAILED)
 
 
 def _report(folder: Path) -> None:
@@ -256,7 +264,13 @@ def _job(verb: str, *arguments: object) -> int:
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Hold the run folder: two drivers in one folder would overwrite each other's stages."""
-    with (folder / ".lock").open("w") as file:
+    try:
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise RecipeError(
+            f"{folder}: cannot be written ({error.strerror}); choose another folder with --runs"
+        ) from error
+    with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -19,7 +19,8 @@ import itertools
 import json
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from rlhf.agreement import make_probes
 from rlhf.algorithms.table import method_of
 from rlhf.architecture import algorithm_of, from_folder
 from rlhf.batching import make_batch
-from rlhf.checkpoint import digest, latest, whole, write_json
+from rlhf.checkpoint import digest, latest, read_json, whole, write_json
 from rlhf.data.formatting import as_sample
 from rlhf.data.rows import Rows, read, write
 from rlhf.data.sources import open_source, open_sources
@@ -71,9 +72,9 @@ class Curriculum:
     async def run(self, actors: Actors) -> None:
         """Run every stage that is not done yet. Raises GateError at the first failed gate."""
         self.actors = actors
-        self.earlier = _read(self.folder / "summary.json") or {}
+        self.earlier = read_json(self.folder / "summary.json") or {}
         self.prepare()
-        try:
+        with self._summarised():
             for index, stage in enumerate(self.recipe.stages):
                 folder = stage_folder(self.folder, index, stage.name)
                 inputs = self._inputs(stage)
@@ -87,9 +88,20 @@ class Curriculum:
                 for gate in result["gates"]:
                     if not gate["passed"]:
                         raise GateError(explain(stage, gate))
+
+    @contextmanager
+    def _summarised(self) -> Iterator[None]:
+        """However it ends, the summary says how, and counts the time of a stage that was not finished."""
+        status, reason = "interrupted", ""
+        try:
+            yield
+            status = "done"
+        except Exception as error:
+            status, reason = "failed", f"{type(error).__name__}: {error}"
+            raise
         finally:
-            if not self.idle:
-                self._summarise()  # an interrupted stage has taken time as well
+            if not self.idle or status != self.earlier.get("status"):
+                self._summarise(status, reason)
 
     async def _survive(self, stage: Stage, index: int, folder: Path, inputs: dict[str, Any]) -> dict[str, Any]:
         """The stage, continued from its last checkpoint when it loses the trainer; RENEWALS times at most."""
@@ -107,7 +119,7 @@ class Curriculum:
         _clear(folder, stage, inputs)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "inputs.json", inputs)
-        spent, started = float((_read(folder / "clock.json") or {}).get("seconds", 0.0)), time.monotonic()
+        spent, started = float((read_json(folder / "clock.json") or {}).get("seconds", 0.0)), time.monotonic()
         steps = stage.steps if isinstance(stage, Sft | Rl) else None
         last = stage.prompts if isinstance(stage, Synthesize) else steps  # its steps are chunks of prompts
         found = latest(folder / "checkpoints")
@@ -142,6 +154,7 @@ class Curriculum:
             lineage = {
                 "path": str(artifact.relative_to(self.folder)) if artifact.exists() else None,
                 "digest": digest(artifact) if artifact.exists() else None,
+                "bytes": _bytes(artifact),
                 **inputs,
             }
             log.metrics(metrics, report.examples)
@@ -162,7 +175,7 @@ class Curriculum:
         """Train or synthesise, unless the artifact is there already (killed between training and evaluation)."""
         artifact = context.folder / "artifact"
         if artifact.exists():
-            return dict(_read(context.folder / "made.json") or {})
+            return dict(read_json(context.folder / "made.json") or {})
         if isinstance(stage, Sft):
             facts = await self.begin(stage)
             metrics = await offline.run(stage, context)
@@ -280,7 +293,7 @@ class Curriculum:
         if not bridge:
             return
         model, inputs = self.folder / "model", {"digest": self._model_digest()}
-        if model.exists() and _read(self.folder / "model.json") == inputs:
+        if model.exists() and read_json(self.folder / "model.json") == inputs:
             return
         with whole(model) as partial:
             build_model(self.recipe, {name: self.rows(name) for name in self.recipe.data}, partial)
@@ -326,8 +339,14 @@ class Curriculum:
         }
 
     def _finished(self, folder: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:
-        result = _read(folder / "result.json")
-        if result is None or _read(folder / "inputs.json") != inputs:
+        result = read_json(folder / "result.json")
+        if result is None or read_json(folder / "inputs.json") != inputs:
+            return None
+        lineage, artifact = result["artifact"], folder / "artifact"
+        whole_still = artifact.is_dir() and lineage.get("bytes") in (None, _bytes(artifact))
+        if lineage["path"] is not None and not whole_still:
+            print(f"{artifact} is not as its stage left it, so the stage is run again")
+            shutil.rmtree(folder)
             return None
         return result
 
@@ -337,15 +356,17 @@ class Curriculum:
         if name is None:
             return None
         index = next(i for i, other in enumerate(self.recipe.stages) if other.name == name)
-        return _read(stage_folder(self.folder, index, name) / ANSWERS)
+        return read_json(stage_folder(self.folder, index, name) / ANSWERS)
 
-    def _summarise(self) -> None:
+    def _summarise(self, status: str = "running", reason: str = "") -> None:
         before = self.earlier
         write_json(
             self.folder / "summary.json",
             {
                 "name": self.recipe.name,
                 "seed": self.recipe.seed,
+                "status": status,
+                "error": reason,
                 # looking at finished stages again is not part of the run
                 "wall_seconds": before.get("wall_seconds", 0.0)
                 + (0.0 if self.idle else time.monotonic() - self.started),
@@ -373,6 +394,7 @@ def train_spec(recipe: Recipe, stage: Sft | Rl, model: Path, masked: tuple[int, 
             dual_clip=stage.dual_clip,
             correction=Correction(stage.correction.truncate, stage.correction.mask, stage.correction.rows),
             entropy=stage.entropy,
+            kl=(stage.kl.chosen, stage.kl.weight) if stage.kl is not None and stage.kl.place == "loss" else None,
             temperature=stage.temperature,
             masked_ids=masked,
             router_aux=stage.router_aux,
@@ -402,6 +424,7 @@ def train_spec(recipe: Recipe, stage: Sft | Rl, model: Path, masked: tuple[int, 
         lora=(stage.lora.rank, stage.lora.alpha, tuple(stage.lora.target_modules)) if stage.lora else None,
         muon=(stage.muon.ratio, stage.muon.momentum) if stage.muon else None,
         threads=resources.trainer_threads_beside if isinstance(stage, Rl) and stage.pipelined else None,
+        reference=isinstance(stage, Rl) and stage.kl is not None,
     )
 
 
@@ -435,7 +458,7 @@ def _code(functions: Iterable[str | None]) -> dict[str, str]:
 
 def _clear(folder: Path, stage: Stage, inputs: Mapping[str, Any]) -> None:
     """Take away what was made from other inputs; a trained artifact stays when only its measuring has changed."""
-    before = _read(folder / "inputs.json")
+    before = read_json(folder / "inputs.json")
     if before is None or before == inputs:
         return
     changed = {name for name in inputs if before.get(name) != inputs[name]}
@@ -443,6 +466,8 @@ def _clear(folder: Path, stage: Stage, inputs: Mapping[str, Any]) -> None:
     if changed == {"evaluation_digest"} and stage.evaluate != "loss":
         (folder / "result.json").unlink(missing_ok=True)
     else:
+        if (folder / "artifact").exists():
+            print(f"{folder.name}: {' and '.join(sorted(changed))} changed, so what it made before goes")
         shutil.rmtree(folder)
 
 
@@ -464,9 +489,10 @@ def explain(stage: Stage, gate: Mapping[str, Any]) -> str:
     )
 
 
+def _bytes(folder: Path) -> int:
+    """Of all files in a folder: what tells a lost or cut file without reading a large model."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text()) if path.exists() else None

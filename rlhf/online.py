@@ -11,10 +11,10 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from rlhf.algorithms.shaping import punish_length
+from rlhf.algorithms.shaping import changed, punish_length
 from rlhf.algorithms.table import estimator_of
 from rlhf.batching import make_batch
 from rlhf.checkpoint import latest, resume, save
@@ -129,11 +129,30 @@ class Rollouts:
                 scored = await score(sampled, stage.rewards, self.context.actors.rewards, self.judges)
             if stage.overlong is not None:
                 scored = punish_length(scored, stage.max_tokens, stage.overlong)
+            scored = await self._held_back(scored, version, index)
             seen += scored
             kept += [group for group in scored if not self.alone or informative(group)]
             if len(kept) >= share:
                 break
         return Part(index, kept, seen)
+
+    async def _held_back(self, groups: list[Group], version: int, index: int) -> list[Group]:
+        """The groups with what their divergence from the reference costs taken off their scores."""
+        kl = self.stage.kl
+        if kl is None or kl.place != "reward":
+            return groups
+        batch = pack(self.stage, self.context, groups, version, index)
+        found = await self.context.actors.trainer.divergences(batch, kl.chosen)
+        return [
+            replace(
+                group,
+                scores=tuple(
+                    changed(score, "kl", -kl.weight * found[key(group, version, place, i)])
+                    for i, score in enumerate(group.scores)
+                ),
+            )
+            for place, group in enumerate(groups)
+        ]
 
     def _require_rewards(self, parts: list[Part]) -> None:
         seen = [group for part in parts for group in part.seen]
@@ -181,11 +200,11 @@ def pack(stage: Rl, context: Context, groups: list[Group], version: int, index: 
     """Optimizer step `index`: groups with their advantages, cut into ranks and micro-batches. Failed scores weigh 0."""
     samples = []
     advantages = estimator_of(stage).estimate([[score.value for score in group.scores] for group in groups])
-    for group, row in zip(groups, advantages, strict=True):
+    for place, (group, row) in enumerate(zip(groups, advantages, strict=True)):
         for i, (rollout, advantage) in enumerate(zip(group.rollouts, row, strict=True)):
             samples.append(
                 Sample(
-                    key=f"{group.prompt.key}@{version}.{i}",
+                    key=key(group, version, place, i),
                     token_ids=group.prompt_ids + rollout.token_ids,
                     prompt_length=len(group.prompt_ids),
                     media=group.prompt.media,
@@ -196,6 +215,11 @@ def pack(stage: Rl, context: Context, groups: list[Group], version: int, index: 
             )
     resources = context.recipe.resources
     return make_batch(samples, resources.trainer_ranks, resources.token_budget, index)
+
+
+def key(group: Group, version: int, place: int, rollout: int) -> str:
+    """The name of a sample. Small data may bring a prompt twice into a step: `place` is its group's in the batch."""
+    return f"{group.prompt.key}@{version}.{place}.{rollout}"
 
 
 class Clock:

@@ -57,6 +57,10 @@ class Trainer(Protocol):
         """Held-out loss: {"loss": …}, no gradient."""
         ...
 
+    async def divergences(self, batch: Batch, estimator: str) -> Mapping[str, float]:
+        """Summed divergence of each sample's tokens from the reference, as sampled, in nats, by sample key."""
+        ...
+
     async def publish(self, engine: Any, version: int) -> SyncReport:
         """Send the weights to an engine of the same cast as `version` and prove that they arrived. Raises
         SyncError."""

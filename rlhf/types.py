@@ -219,7 +219,8 @@ class Loss:
     compare "sampler": the importance ratio is the policy's probability over the engine's; "trainer": over the trainer's
     own before this optimizer step, and the correction weighs what is between that and the engine's.
     clip_low and clip_high bound the importance ratio to [1 − low, 1 + high], dual_clip where the advantage is
-    negative; unused by "nll". entropy: the weight of a bonus for the policy's entropy.
+    negative; unused by "nll". entropy: the weight of a bonus for the policy's entropy. kl: (estimator, weight) of the
+    divergence from the reference, the model the stage starts from.
     temperature divides the logits, and masked_ids get −inf, on the trainer as on the engine.
     """
 
@@ -232,6 +233,7 @@ class Loss:
     dual_clip: float | None = None
     correction: Correction = Correction()
     entropy: float = 0.0
+    kl: tuple[str, float] | None = None
     temperature: float = 1.0
     masked_ids: tuple[int, ...] = ()
     router_aux: float = 0.0
@@ -247,6 +249,7 @@ class TrainSpec:
     reset    globs of parameters to initialise anew; upcycle (num_experts, top_k); lora (rank, alpha, target modules)
     muon     hidden matrices learn by Muon: (ratio to their learning rates, momentum); None: all by AdamW
     threads  OpenMP threads of each rank in this stage; None: as many as it was started with
+    reference  keep a frozen copy of `model` to measure divergences from; with LoRA the base is that
     """
 
     model: str
@@ -267,3 +270,4 @@ class TrainSpec:
     lora: tuple[int, float, tuple[str, ...]] | None = None
     muon: tuple[float, float] | None = None
     threads: int | None = None
+    reference: bool = False

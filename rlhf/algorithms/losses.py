@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rlhf.algorithms.correction import correct
+from rlhf.algorithms.divergence import DIVERGENCES
 from rlhf.types import Loss
 
 
@@ -30,6 +31,7 @@ class Tokens:
     num_tokens, num_rows  completion tokens and rows of the whole optimizer step, over all ranks and micro-batches
     entropy       [B, T] of the policy, with gradient where loss.entropy asks for it
     sampled       [B, T] the engine's log-probabilities where old_logprobs are not; None where they are
+    reference     [B, T] log-probabilities under the reference, where loss.kl asks for them
     """
 
     logprobs: Tensor
@@ -40,6 +42,7 @@ class Tokens:
     num_rows: int = 1
     entropy: Tensor | None = None
     sampled: Tensor | None = None
+    reference: Tensor | None = None
 
     @cached_property
     def present(self) -> Tensor:
@@ -124,6 +127,12 @@ def policy_loss(tokens: Tokens, loss: Loss) -> tuple[Tensor, dict[str, Tensor]]:
     if loss.entropy:
         assert tokens.entropy is not None
         value = value - loss.entropy * (tokens.entropy * tokens.mask / denominator).sum()
+    if loss.kl is not None:
+        assert tokens.reference is not None
+        estimator, weight = loss.kl
+        distance = torch.where(tokens.present, DIVERGENCES[estimator](tokens.logprobs, tokens.reference), 0.0)
+        value = value + weight * (distance * tokens.mask / denominator).sum()
+        corrected["kl_reference"] = distance.detach().double().sum()
     return value, _metrics(tokens, loss, clipped) | corrected
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
-from rlhf.types import Group, Rollout, Score
+from rlhf.types import Group, Score
 
 
 def overlong(length: int, limit: int, margin: int) -> float:
@@ -17,19 +17,21 @@ def overlong(length: int, limit: int, margin: int) -> float:
 
 
 def punish_length(groups: Sequence[Group], limit: int, margin: int) -> list[Group]:
-    """The groups with `overlong` added to every score, and named among its parts."""
+    """The groups with `overlong` added to every score."""
     return [
-        replace(group, scores=tuple(_punished(score, rollout, limit, margin) for score, rollout in _pairs(group)))
+        replace(
+            group,
+            scores=tuple(
+                changed(score, "overlong", overlong(len(rollout.token_ids), limit, margin))
+                for score, rollout in zip(group.scores, group.rollouts, strict=True)
+            ),
+        )
         for group in groups
     ]
 
 
-def _pairs(group: Group) -> Iterator[tuple[Score, Rollout]]:
-    return zip(group.scores, group.rollouts, strict=True)
-
-
-def _punished(score: Score, rollout: Rollout, limit: int, margin: int) -> Score:
+def changed(score: Score, name: str, by: float) -> Score:
+    """A score with `by` added, and named among its parts; a failure stays what it is."""
     if score.value is None:
         return score
-    punishment = overlong(len(rollout.token_ids), limit, margin)
-    return replace(score, value=score.value + punishment, parts={**score.parts, "overlong": punishment})
+    return replace(score, value=score.value + by, parts={**score.parts, name: by})

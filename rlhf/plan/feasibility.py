@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import math
 import re
@@ -241,6 +242,11 @@ def _function(key: str, spec: str) -> Iterator[str]:
     elif file.suffix == ".py":
         # read and not run: running it may take long, or do what a plan must not
         text = file.read_text(errors="replace")
+        try:
+            ast.parse(text)
+        except SyntaxError as error:
+            yield f"{key} = {spec!r}: {file}:{error.lineno} is not Python ({error.msg}); correct that line"
+            return
         if "import *" not in text and not re.search(rf"\b{name}\b", text):
             there = re.findall(r"def (\w+)", text)
             yield f"{key} = {spec!r}: {file} has no {name!r}; {nearest(name, there)}"

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from rlhf.architecture import GIB, activation_bytes, optimizer_bytes, weight_bytes
 from rlhf.plan.cluster import Cluster
 from rlhf.plan.types import ActorPlan, Memory, StagePlan
-from rlhf.recipe import Recipe, Rl, Sft
+from rlhf.recipe import Recipe, Rl, Sft, Stage
 
 # Measured on CPU, resident and proportional (PSS), before any weights: two engines and a trainer came to 4.4 GiB.
 ENGINE_GIB, TRAINER_GIB, REWARD_GIB, DRIVER_GIB, RAY_GIB = 1.3, 1.0, 0.3, 0.6, 0.5
@@ -47,13 +47,18 @@ def memory_of(recipe: Recipe, stages: Sequence[StagePlan]) -> Memory:
 
 
 def _trainer_bytes(recipe: Recipe, plan: StagePlan) -> int:
-    """Of one rank: weights, gradients, activations, and the optimizer's state unless that is offloaded from a GPU."""
+    """Of one rank: weights, gradients, activations, a copy of the model as reference where the stage keeps one, and the
+    optimizer's state unless that is offloaded from a GPU."""
     r, (parameters, trainable) = recipe.resources, _parameters(recipe, plan)
     if not parameters:
         return 0
     held = weight_bytes(parameters, trainable, r.precision, r.zero_stage, r.trainer_ranks)
     optimizer = 0 if r.offload and r.device == "cuda" else _optimizer_bytes(recipe, plan)
-    return held + optimizer + activation_bytes(plan.architecture, min(r.token_budget, plan.tokens_per_update))
+    stage = _stage_of(recipe, plan)
+    copied = isinstance(stage, Rl) and stage.kl is not None and stage.lora is None
+    reference = parameters * (4 if r.precision == "float32" else 2) if copied else 0
+    activations = activation_bytes(plan.architecture, min(r.token_budget, plan.tokens_per_update))
+    return held + optimizer + reference + activations
 
 
 def _optimizer_bytes(recipe: Recipe, plan: StagePlan) -> int:
@@ -61,10 +66,13 @@ def _optimizer_bytes(recipe: Recipe, plan: StagePlan) -> int:
     return optimizer_bytes(_parameters(recipe, plan)[1], r.precision, r.zero_stage, r.trainer_ranks)
 
 
+def _stage_of(recipe: Recipe, plan: StagePlan) -> Stage:
+    return next(stage for stage in recipe.stages if stage.name == plan.name)
+
+
 def _parameters(recipe: Recipe, plan: StagePlan) -> tuple[int, int]:
     """(held, trained) by the trainer in a stage; none where it does nothing or the model's size is not known."""
-    stage = next(stage for stage in recipe.stages if stage.name == plan.name)
-    parameters = plan.architecture.parameters
+    stage, parameters = _stage_of(recipe, plan), plan.architecture.parameters
     if not isinstance(stage, Sft | Rl) or parameters is None:
         return 0, 0
     adapters = None if stage.lora is None else plan.architecture.lora_parameters(stage.lora)

@@ -151,7 +151,7 @@ def _merge_stages(base: list[dict[str, Any]] | None, over: Any, origin: str, wri
 def _explain(table: dict[str, Any], origin: str, layers: Sequence[Layer], error: ValidationError) -> Iterator[str]:
     for problem in error.errors():
         # pydantic puts the discriminator's tag into the path; a reader of the recipe never wrote it
-        path = _named(table, [part for part in problem["loc"] if part not in KINDS])
+        path = _named(table, _written(problem["loc"]))
         key = ".".join(map(str, path))
         place = next((name for name, written, _ in reversed(layers) if _has(written, path)), origin)
         if problem["type"] == "extra_forbidden":
@@ -169,6 +169,11 @@ def _explain(table: dict[str, Any], origin: str, layers: Sequence[Layer], error:
         else:
             message = problem["msg"].removeprefix("Value error, ")
             yield f"{place}: {key}: {message}"
+
+
+def _written(loc: Sequence[int | str]) -> list[int | str]:
+    tagged = len(loc) > 2 and loc[0] == "stages" and loc[2] in KINDS
+    return [*loc[:2], *loc[3:]] if tagged else list(loc)
 
 
 def _named(table: dict[str, Any], path: Sequence[int | str]) -> list[int | str]:
@@ -194,9 +199,9 @@ def _has(table: Any, path: Sequence[int | str]) -> bool:
 
 def _known_keys(loc: Sequence[int | str]) -> list[str]:
     current: type[Table] | None = Recipe
-    for part in loc[:-1]:
-        if isinstance(part, str) and part in KINDS:
-            current = KINDS[part]
+    for place, part in enumerate(loc[:-1]):
+        if place == 2 and loc[0] == "stages" and part in KINDS:
+            current = KINDS[str(part)]
             continue
         if current is None or isinstance(part, int):
             continue

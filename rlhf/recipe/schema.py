@@ -280,6 +280,25 @@ class Correction(Table):
         return self
 
 
+class Divergence(Table):
+    """KL divergence from the model the stage starts from, at `weight`, in the "loss" or taken off the "reward".
+    `estimator` (Schulman): k3 in the loss and k1 in the reward unless given."""
+
+    weight: Positive
+    place: Literal["loss", "reward"] = "loss"
+    estimator: Literal["k1", "k2", "k3"] | None = None
+
+    @property
+    def chosen(self) -> Literal["k1", "k2", "k3"]:
+        return self.estimator or ("k3" if self.place == "loss" else "k1")
+
+    @model_validator(mode="after")
+    def _has_a_gradient(self) -> Divergence:
+        if self.place == "loss" and self.estimator == "k1":
+            raise ValueError("k1 in the loss has a gradient of mean zero and holds nothing back: take k2 or k3")
+        return self
+
+
 class Rl(Optimised):
     """Reinforcement learning on groups of rollouts. `algorithm` names an advantage, an objective, a normalisation and
     a clip range, each of which may be given apart. Each of a step's updates learns from prompts of its own, while the
@@ -308,6 +327,7 @@ class Rl(Optimised):
     correction: Correction = Correction()
     entropy: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     overlong: PositiveInt | None = None
+    kl: Divergence | None = None
     prompts_per_step: PositiveInt
     group_size: Annotated[int, Field(ge=2)] = 8
     updates_per_step: PositiveInt = 1

@@ -16,6 +16,7 @@ _STATES = {
     "done": ("✓", "done"),
     "failed": ("✗", "failed"),
     "running": ("◐", "in progress"),
+    "stopped": ("■", "stopped"),
     "pending": ("○", "not started"),
 }
 _PHASES = ("data", "rollout", "reward", "train", "sync", "proof", "checkpoint")
@@ -96,10 +97,19 @@ def story(run: RunView) -> list[str]:
         )
     failed = next((stage for stage in run.stages if stage.state == "failed"), None)
     running = next((stage for stage in run.stages if stage.state == "running"), None)
+    stopped = next((stage for stage in run.stages if stage.state == "stopped"), None)
     if failed is not None:
         broken = [gate for gate in failed.gates if gate.get("passed") is False]
         why = f": {_gate_text(broken[0])}" if broken else ""
         told.append(f"<strong>It stopped at <em>{escape(failed.name)}</em>{why}.</strong>")
+    elif run.ended in ("failed", "interrupted"):
+        what = "An error ended it" if run.ended == "failed" else "It was interrupted"
+        place = f" at <em>{escape(stopped.name)}</em>" if stopped is not None else ""
+        why = f": {escape(run.error)}" if run.error else ""
+        told.append(
+            f"<strong>{what}{place}{why}{'' if why.endswith('.') else '.'}</strong> {len(done)} of {len(run.stages)} "
+            "stages are done; the same command goes on from there."
+        )
     elif running is not None:
         finished = f", {len(done)} of {len(run.stages)} stages are done" if len(run.stages) > 1 else ""
         told.append(f"It is now at <em>{escape(running.name)}</em>{finished}.")

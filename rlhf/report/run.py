@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-State = Literal["done", "failed", "running", "pending"]
+State = Literal["done", "failed", "running", "stopped", "pending"]
 Record = Mapping[str, Any]
 
 KINDS = {
@@ -76,13 +76,17 @@ class RunView:
     stages: tuple[StageView, ...]
     machine: Record
     versions: Record
+    ended: str = ""  # how the last process of it ended, where it could say so: "done", "failed", "interrupted"
+    error: str = ""
 
     @property
     def state(self) -> State:
         states = {stage.state for stage in self.stages}
-        if "failed" in states:
+        if "failed" in states or self.ended == "failed":
             return "failed"
-        return "done" if states == {"done"} else "running"
+        if states == {"done"}:
+            return "done"
+        return "stopped" if self.ended == "interrupted" else "running"
 
     @property
     def line(self) -> tuple[StageView, ...]:
@@ -108,8 +112,15 @@ def read(run_folder: Path) -> RunView:
         raise ReportError(f"{run_folder}: no recipe.toml, summary.json or stages/ here; give the folder of a run")
     declared = {str(stage["name"]): stage for stage in recipe.get("stages", [])}
     finished = {str(stage["name"]): stage for stage in summary.get("stages", [])}
-    started = {path.name.partition("-")[2]: path for path in folders}
-    names = list(dict.fromkeys([*declared, *finished, *started]))
+    # a recipe that has changed since leaves folders of stages that are no longer in it, or stand elsewhere
+    places = {name: f"{number:02d}-{name}" for number, name in enumerate(declared, 1)}
+    started = {
+        name: path
+        for path in folders
+        if (name := path.name.partition("-")[2]) not in places or places[name] == path.name
+    }
+    names = list(dict.fromkeys([*declared, *finished, *(() if declared else started)]))
+    ended = str(summary.get("status") or "")
     return RunView(
         name=str(summary.get("name") or recipe.get("name") or run_folder.resolve().name),
         description=str(recipe.get("description", "")),
@@ -118,26 +129,40 @@ def read(run_folder: Path) -> RunView:
         budget_minutes=recipe.get("budget_minutes"),
         peak_rss_gib=summary.get("peak_rss_gib"),
         stages=tuple(
-            _stage(number, name, declared.get(name, {}), finished.get(name), started.get(name))
+            _stage(number, name, declared.get(name, {}), finished.get(name), started.get(name), bool(finished), ended)
             for number, name in enumerate(names, 1)
         ),
         machine=summary.get("machine") or {},
         versions=summary.get("versions") or {},
+        ended=ended,
+        error=str(summary.get("error") or ""),
     )
 
 
-def _stage(number: int, name: str, declared: Record, finished: Record | None, folder: Path | None) -> StageView:
+def _stage(
+    number: int,
+    name: str,
+    declared: Record,
+    finished: Record | None,
+    folder: Path | None,
+    counted: bool,
+    ended: str,
+) -> StageView:
+    """`counted`: the summary says which stages are done; one that is not among them was made by an earlier run.
+    `ended`: how the run did, where it has."""
     evaluation = _json(folder / "eval.json") if folder else {}
     manifest = _json(folder / "manifest.json") if folder else {}
     found = finished or {}
     steps = tuple(_jsonl(folder / "steps.jsonl")) if folder else ()
     gates = tuple(found.get("gates") or ())
-    word = str(found.get("status") or ("done" if manifest else "in progress" if folder else "not started"))
+    made = "of an earlier run, not looked at since" if counted else "done"
+    now = "stopped" if ended in ("failed", "interrupted") else "in progress"
+    word = str(found.get("status") or (made if manifest else now if folder else "not started"))
     return StageView(
         number=number,
         name=name,
         kind=str(found.get("kind") or declared.get("kind") or "stage"),
-        state=_state(word, gates, folder is not None),
+        state=_state(word, gates, folder is not None and not (manifest and counted)),
         word=word,
         seconds=found.get("seconds") or sum(sum(_numbers(line.get("seconds"))) for line in steps) or None,
         gates=gates,
@@ -155,6 +180,8 @@ def _state(word: str, gates: tuple[Record, ...], started: bool) -> State:
         return "failed"
     if word in _DONE:
         return "done"
+    if word == "stopped":
+        return "stopped"
     return "running" if started or word == "running" else "pending"
 
 

@@ -84,7 +84,7 @@ class Console:
             self._steps_bar = None
             if self._stages_bar is not None and not failed:
                 self._progress.update(self._stages_bar, completed=stage.index + 1)
-        word = "stopped by an error" if failed else "done"
+        word = "stopped" if failed else "done"
         spent = time.monotonic() - self._started
         budget = 60 * (stage.budget_minutes or math.inf)
         over = f", {duration(spent - budget)} over its budget" if spent > budget else ""

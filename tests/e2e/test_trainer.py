@@ -360,7 +360,7 @@ def test_lora_leaves_the_base_alone(one, dense, tmp_path):
 
 @pytest.mark.parametrize("zero_stage", [0, 2, 3])
 def test_a_loss_that_is_not_finite_stops_every_rank_and_names_the_row(two, sparse, zero_stage):
-    two.begin(spec_of(sparse, zero_stage=zero_stage, loss=Loss("dapo")))
+    two.begin(spec_of(sparse, zero_stage=zero_stage, loss=Loss("ppo")))
     good = rows(4, True, 0, True)
     spoilt = [*good[:3], dataclasses.replace(good[3], advantage=float("nan"), key="spoilt/7")]
     before = two.weights(1 << 30)
@@ -373,7 +373,7 @@ def test_a_loss_that_is_not_finite_stops_every_rank_and_names_the_row(two, spars
 
 
 def test_gap_is_the_distance_to_the_engine_where_it_is_asked_for(one, sparse, tmp_path):
-    one.begin(spec_of(sparse, loss=Loss("dapo", masked_ids=(0, IMAGE), temperature=0.7)))
+    one.begin(spec_of(sparse, loss=Loss("ppo", masked_ids=(0, IMAGE), temperature=0.7)))
     batch = make_batch(rows(6, True, 0, True), 1, 64)
     stats = one.step(batch, True)
     assert len(stats.gap) == batch.num_tokens
@@ -394,8 +394,30 @@ def test_gap_is_the_distance_to_the_engine_where_it_is_asked_for(one, sparse, tm
     model.model.language_model.layers[0].mlp.gate.weight.data.zero_()
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    one.begin(spec_of(tmp_path, loss=Loss("dapo", masked_ids=(0, IMAGE), temperature=0.7)))
+    one.begin(spec_of(tmp_path, loss=Loss("ppo", masked_ids=(0, IMAGE), temperature=0.7)))
     assert one.step(batch, True).tied == [True] * batch.num_tokens
+
+
+@pytest.mark.parametrize("lora", [None, (4, 8.0, ("q_proj", "v_proj"))])
+def test_the_reference_stays_while_the_policy_moves(one, sparse, lora):
+    loss = Loss("ppo", masked_ids=(0, IMAGE), temperature=0.7, kl=("k3", 0.5))
+    one.begin(spec_of(sparse, loss=loss, reference=True, lora=lora, train={"*": 1e-2}))
+    batch = make_batch(rows(6, True, 0, True) + rows(2, False, 0, True), 1, 64)
+    before = one.divergences(batch, "k1")
+    moved = [one.step(batch).metrics["kl_reference"] for _ in range(3)]
+    assert moved[0] == pytest.approx(0, abs=1e-9)  # it is where it starts from
+    assert moved[2] > moved[1] > 1e-6
+    # of the rows as they were sampled: the policy has no part in it
+    assert one.divergences(batch, "k1") == pytest.approx(before, abs=1e-6)
+    model, processor = bridge.load(sparse)
+    sample = batch.micro_batches[0][0][0]
+    pixels = processor.pixel_values([item.open() for item in sample.media]) if sample.media else None
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([sample.token_ids]), pixel_values=pixels).logits[0].float() / 0.7
+    logits[:, [0, IMAGE]] = -torch.inf
+    found = logits.log_softmax(-1)
+    ours = [float(found[t - 1, sample.token_ids[t]]) for t in range(sample.prompt_length, len(sample.token_ids))]
+    assert before[sample.key] == pytest.approx(sum(sample.logprobs) - sum(ours), abs=1e-4)
 
 
 def test_globs_choose_what_trains(one, dense):

@@ -81,6 +81,10 @@ class FakeTrainer:
     async def losses(self, batch: Batch) -> Mapping[str, float]:
         return {"loss": 0.5}
 
+    async def divergences(self, batch: Batch, estimator: str) -> Mapping[str, float]:
+        """As many nats as a sample has completion tokens."""
+        return {sample.key: float(sample.num_completion) for part in batch.micro_batches[0] for sample in part}
+
     async def publish(self, engine: Any, version: int) -> SyncReport:
         engine.version = version
         return SyncReport(version, 0.01, 0.01, {"sync_probe.max": 1e-6})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,12 @@ from tests.loop.cast import FakeCast, KilledError
 RECIPES = Path(__file__).parents[2] / "recipes"
 FILES = [RECIPES / "think_fusion_digits.toml", RECIPES / "sizes" / "smoke.toml"]
 QUIET = ["tracking.wandb = false", "tracking.tensorboard = false"]
+# fakes start no engine: stages that the smoke run spares it are measured here
+MEASURED = [f"stages.{name}.evaluate = 'modes'" for name in ("align", "instruct", "upcycle")]
 
 
 def recipe(*overrides: str) -> Recipe:
-    return load(FILES, [*QUIET, *overrides])
+    return load(FILES, [*QUIET, *MEASURED, *overrides])
 
 
 def run(
@@ -269,3 +272,48 @@ def test_rewards_that_fail_stop_the_run_with_the_reason(tmp_path: Path) -> None:
     spoiled = recipe(f'stages.rl-verifiable.rewards.answer.function = "{reward}:broken"')
     with pytest.raises(RuntimeError, match=r"(?s)rewards failed on 100.0% .*KeyError: 'unit'"):
         run(spoiled, tmp_path / "run")
+
+
+@pytest.mark.parametrize("damage", ["lost", "cut"])
+def test_an_artifact_that_is_not_as_it_was_left_is_made_again(
+    finished: tuple[Path, FakeCast], tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(finished[0], folder)
+    artifact = folder / "stages" / "05-upcycle" / "artifact"
+    if damage == "lost":
+        shutil.rmtree(artifact)
+    else:
+        os.truncate(artifact / "model.safetensors", 1000)
+    again = run(recipe(), folder)
+    assert "05-upcycle/artifact is not as its stage left it" in capsys.readouterr().out
+    assert len(again.trainer.begun) == 1  # what follows has the same parent as before
+    assert summary(folder)["stages"] == [
+        stage | {"seconds": found["seconds"], "metrics": found["metrics"]}
+        for stage, found in zip(summary(finished[0])["stages"], summary(folder)["stages"], strict=True)
+    ]
+
+
+def test_a_damaged_record_is_named(finished: tuple[Path, FakeCast], tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(finished[0], folder)
+    os.truncate(folder / "stages" / "05-upcycle" / "result.json", 100)
+    with pytest.raises(CheckpointError, match=r"05-upcycle/result.json is damaged \(.*\); delete it"):
+        run(recipe(), folder)
+    (folder / "stages" / "05-upcycle" / "result.json").unlink()
+    assert not run(recipe(), folder).trainer.begun  # its artifact is whole; it is measured again
+
+
+def test_the_summary_says_how_a_run_ended(tmp_path: Path) -> None:
+    def ended() -> tuple[str, str]:
+        return (found := summary(tmp_path))["status"], found["error"]
+
+    with pytest.raises(KilledError):
+        run(recipe(), tmp_path, die_at=3)
+    assert ended() == ("failed", "KilledError: ")
+    run(recipe(), tmp_path, until="align")
+    assert ended() == ("done", "")
+    with pytest.raises(GateError):
+        run(recipe('stages.align.gates = [{metric = "eval.extra.accuracy", min = 1.1}]'), tmp_path, until="align")
+    assert ended()[0] == "failed"
+    assert "missed its gate" in ended()[1]

@@ -196,3 +196,15 @@ def test_length_is_punished_before_rollouts_are_compared(prepared: Path, tmp_pat
     assert -1 <= metrics["reward.overlong"] < 0
     parts = sum(metrics[f"reward.{name}"] * weight for name, weight in (("answer", 0.9), ("format", 0.1)))
     assert metrics["reward"] == pytest.approx(parts + metrics["reward.overlong"])
+
+
+def test_a_divergence_is_taken_off_the_reward_before_rollouts_are_compared(prepared: Path, tmp_path: Path) -> None:
+    kl = "kl = {weight = 0.01, place = 'reward'}"
+    cast = improve(prepared, tmp_path / "run", f"steps = 1, refill_rounds = 0, {kl}")
+    assert cast.trainer.begun[-1].reference
+    assert cast.trainer.begun[-1].loss.kl is None
+    line = (tmp_path / "run" / "stages" / "08-rl-verifiable" / "steps.jsonl").read_text().splitlines()[0]
+    metrics = json.loads(line)["metrics"]
+    assert metrics["reward.kl"] == pytest.approx(-0.01 * metrics["tokens.mean"])
+    samples = [s for batch in cast.trainer.batches for part in batch.micro_batches[0] for s in part]
+    assert len({sample.key for sample in samples}) == len(samples)

@@ -386,3 +386,33 @@ def test_a_correction_must_keep_tokens_on_which_both_agree() -> None:
     assert rl(correction={"mask": [0.5, 5.0]}).correction.mask == (0.5, 5.0)
     with pytest.raises(ValueError, match=r"`mask` = \[1.5, 5.0\] must be \[low, high\] around 1"):
         rl(correction={"mask": [1.5, 5.0]})
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+@pytest.mark.parametrize("normalise", get_args(Normalise))
+def test_the_divergence_in_the_loss_equals_the_loop(estimator, normalise) -> None:
+    logprobs, old, advantages, mask = batch(seed=4)
+    reference = old + 0.2 * torch.randn_like(old)
+    loss = replace(LOSS, kind="ppo", normalise=normalise)
+    tokens = Tokens(logprobs, old, advantages, mask, *counts(mask), reference=reference)
+    plain, _ = policy_loss(tokens, loss)
+    held, metrics = policy_loss(tokens, replace(loss, kl=(estimator, 0.3)))
+    expected = total = 0.0
+    for row in range(len(mask)):
+        present = [t for t in range(mask.shape[1]) if mask[row, t] > 0]
+        for t in present:
+            gap = float(reference[row, t] - logprobs[row, t].detach())
+            each = gap**2 / 2 if estimator == "k2" else math.exp(gap) - 1 - gap
+            share = {"token": counts(mask)[0], "row": counts(mask)[1], "constant": counts(mask)[1] * 11}
+            share["row_mean"] = counts(mask)[1] * len(present)
+            expected += 0.3 * float(mask[row, t]) * each / share[normalise]
+            total += each
+    assert float((held - plain).detach()) == pytest.approx(expected)
+    assert float(metrics["kl_reference"]) == pytest.approx(total)
+
+
+def test_a_divergence_has_an_estimator_that_works_where_it_is() -> None:
+    assert rl(kl={"weight": 0.1}).kl.chosen == "k3"
+    assert rl(kl={"weight": 0.1, "place": "reward"}).kl.chosen == "k1"
+    with pytest.raises(ValueError, match="k1 in the loss has a gradient of mean zero"):
+        rl(kl={"weight": 0.1, "estimator": "k1"})

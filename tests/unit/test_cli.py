@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
 
-from rlhf.cli import main
+from rlhf.cli import _explained, main
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "think_fusion_digits.toml"
 
@@ -69,3 +70,28 @@ def test_a_report_of_a_folder_that_is_not_there(capsys: pytest.CaptureFixture[st
     status, shown = run(capsys, "report", str(tmp_path / "none"))
     assert status == 2
     assert "no such run folder" in shown
+
+
+def test_a_place_that_cannot_be_written(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    status, shown = run(capsys, "run", str(RECIPE), "--runs", str(tmp_path / "file"))
+    assert status == 2
+    assert "cannot be made (Not a directory); choose another folder with --runs" in shown
+
+
+def test_what_an_actor_raised_is_told_without_its_wrapping(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray.exceptions import RayTaskError
+
+    async def fails() -> None:
+        cause = ValueError("train: the glob 'x.*' matches no parameter")
+        raise RayTaskError("begin", "long traceback", cause).as_instanceof_cause()
+
+    monkeypatch.delenv("RLHF_TRACEBACK", raising=False)
+    status = asyncio.run(_explained(fails, "do it again"))
+    shown = capsys.readouterr().err
+    assert status == 1
+    assert shown == (
+        "rlhf: ValueError: train: the glob 'x.*' matches no parameter\ndo it again; RLHF_TRACEBACK=1 shows where\n"
+    )

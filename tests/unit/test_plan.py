@@ -423,6 +423,9 @@ def test_names_are_found_without_running_what_holds_them(tmp_path: Path, monkeyp
         plan(f"stages.improve.rewards.answer.function = '{name}'")
     with pytest.raises(PlanError, match=r"inner.py has no 'god'; did you mean 'good'"):
         plan("stages.improve.rewards.answer.function = 'plans_only.inner:god'")
+    (package / "broken.py").write_text("\ndef good(item) return 1.0\n")
+    with pytest.raises(PlanError, match=r"broken.py:2 is not Python \(expected ':'\); correct that line"):
+        plan("stages.improve.rewards.answer.function = 'plans_only.broken:good'")
     with pytest.raises(PlanError, match=r"no module 'plans_only\.outer' here"):
         plan("stages.improve.rewards.answer.function = 'plans_only.outer:good'")
 

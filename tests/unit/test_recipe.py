@@ -189,6 +189,11 @@ def test_a_rate_that_would_do_nothing_is_refused(base: Path, tmp_path: Path) -> 
         load([base, write(tmp_path, '[[stages]]\nname = "first"\ntrain = {}\n')])
 
 
+def test_a_source_named_after_a_kind_of_stage_keeps_its_name_in_an_error(base: Path) -> None:
+    with pytest.raises(RecipeError, match=r"override .*unknown key 'data.sft.row'; did you mean 'rows'"):
+        load([base], ["data.sft.row = 3"])
+
+
 def test_a_key_of_another_system_is_known_by_its_name_here(base: Path, tmp_path: Path) -> None:
     over = '[[stages]]\nname = "first"\nlearning_rate = 1e-4\nmax_new_tokens = 8\n'
     with pytest.raises(RecipeError, match=r"unknown key 'stages.first.learning_rate'; did you mean 'lr'") as caught:

@@ -156,6 +156,51 @@ def test_a_running_run_shows_what_is_there(tmp_path):
     assert "It is now at <em>rl-verifiable</em>, 7 of 13 stages are done." in page_of(folder)
 
 
+@pytest.mark.parametrize(
+    ("status", "error", "told"),
+    [
+        ("interrupted", "", "It was interrupted at <em>rl-verifiable</em>.</strong> 7 of 13 stages are done"),
+        (
+            "failed",
+            "RuntimeError: no <space>",
+            "An error ended it at <em>rl-verifiable</em>: RuntimeError: no &lt;space&gt;.",
+        ),
+    ],
+)
+def test_a_run_that_was_ended_is_not_in_progress(tmp_path, status, error, told):
+    folder = write_run(tmp_path / "run", 8, running=True)
+    (folder / "summary.json").write_text(json.dumps({"name": "run", "status": status, "error": error}))
+    page = page_of(folder)
+    assert told in page
+    assert "in progress" not in page
+    assert [stage.state for stage in read(folder).stages][6:9] == ["done", "stopped", "pending"]
+    Tags(page)
+
+
+def test_stages_of_another_recipe_are_not_told(tmp_path):
+    """The recipe has lost a stage since: its folder stays, and those after it have numbers of before."""
+    folder = write_run(tmp_path / "run")
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["stages"] = [stage for stage in summary["stages"] if stage["name"] != "judge"]
+    (folder / "summary.json").write_text(json.dumps(summary))
+    recipe = (folder / "recipe.toml").read_text()
+    start = recipe.index('[[stages]]\nname = "judge"')
+    end = recipe.index("[[stages]]", start + 1)
+    (folder / "recipe.toml").write_text(recipe[:start] + recipe[end:])
+    shutil.move(folder / "stages" / "09-judge", folder / "stages" / "14-judge")
+    assert len(read(folder).stages) == 12
+    assert "judge" not in [stage.name for stage in read(folder).stages]
+
+
+def test_what_an_earlier_run_made_is_not_done_again_yet(tmp_path):
+    folder = write_run(tmp_path / "run")
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["stages"] = summary["stages"][:4]
+    (folder / "summary.json").write_text(json.dumps(summary))
+    assert [stage.state for stage in read(folder).stages] == ["done"] * 4 + ["pending"] * 9
+    assert "of an earlier run, not looked at since" in page_of(folder)
+
+
 @pytest.mark.parametrize("missing", ["summary.json", "recipe.toml", "stages"])
 def test_any_file_may_be_missing(tmp_path, missing):
     folder = write_run(tmp_path / "run")
