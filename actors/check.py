@@ -16,10 +16,10 @@ from pathlib import Path
 from ray.exceptions import RayError
 
 from actors.handles import reason
-from actors.launch import launch
+from actors.launch import Cast, launch
 from rlhf.curriculum import Curriculum
 from rlhf.plan import VERDICTS, Verdict, implementations, installed_versions, make_plan, read_verdicts
-from rlhf.recipe import Evaluate, Implementation, Recipe, RecipeError, Sft
+from rlhf.recipe import Evaluate, Recipe, RecipeError, Sft
 from rlhf.roles import SyncError
 
 
@@ -29,12 +29,22 @@ async def check(recipe: Recipe, folder: Path) -> list[Verdict]:
     What it builds for that goes to `folder`/check: a run builds its own."""
     if not recipe.data:
         raise RecipeError("[data] is empty: a check needs rows, of which it takes pictures; give one source")
-    architecture = make_plan(_narrowed(recipe, recipe.model.implementation)).stages[0].architecture
+    recipe = _narrowed(recipe)
+    architecture = make_plan(recipe).stages[0].architecture
+    (stage,) = recipe.stages
+    assert isinstance(stage, Sft)
     found = []
-    for implementation in implementations(recipe.model.implementation, architecture):
-        gap, proven = await _measure(_narrowed(recipe, implementation), folder / "check")
-        found.append(Verdict(architecture.digest, implementation, gap, proven, installed_versions()))
-        keep(folder.parent / VERDICTS, found[-1:])  # each as it comes: the next may end the process
+    async with launch(recipe, make_plan(_serving(recipe))) as actors:
+        curriculum = Curriculum(recipe, folder / "check")
+        curriculum.actors = actors
+        curriculum.prepare()
+        await curriculum.begin(stage)
+        for implementation in implementations(recipe.model.implementation, architecture):
+            actors.placement.implementation = implementation
+            gap, proven = await _measure(actors, curriculum.model_before(stage))
+            actors.dismiss()
+            found.append(Verdict(architecture.digest, implementation, gap, proven, installed_versions()))
+            keep(folder.parent / VERDICTS, found[-1:])  # each as it comes: the next may end the process
     return found
 
 
@@ -46,14 +56,13 @@ def keep(path: Path, found: Sequence[Verdict]) -> None:
     path.write_text(json.dumps(rows, indent=1))
 
 
-def _narrowed(recipe: Recipe, implementation: Implementation) -> Recipe:
-    """The recipe with one stage that would train [model], under one implementation."""
+def _narrowed(recipe: Recipe) -> Recipe:
+    """The recipe with one stage that would train [model]."""
     source = recipe.evaluation.data if recipe.evaluation.data in recipe.data else next(iter(recipe.data))
     stage = Sft(name="measure", kind="sft", data={source: 1.0}, steps=1, batch_size=1, lr=1e-6)
-    model = recipe.model.model_copy(update={"implementation": implementation})
     # it asks nothing and trains on nothing: rows that are held out elsewhere serve as well
     evaluation = recipe.evaluation.model_copy(update={"data": None})
-    return recipe.model_copy(update={"model": model, "stages": [stage], "evaluation": evaluation})
+    return recipe.model_copy(update={"stages": [stage], "evaluation": evaluation})
 
 
 def _serving(recipe: Recipe) -> Recipe:
@@ -64,22 +73,16 @@ def _serving(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"stages": [stage, asks]})
 
 
-async def _measure(recipe: Recipe, folder: Path) -> tuple[float, bool]:
+async def _measure(actors: Cast, model: Path) -> tuple[float, bool]:
     """(largest log-prob gap, whether it is proven); infinite for an implementation that cannot serve the model."""
-    stage = recipe.stages[0]
-    assert isinstance(stage, Sft)
-    async with launch(recipe, make_plan(_serving(recipe))) as actors:
-        curriculum = Curriculum(recipe, folder)
-        curriculum.actors = actors
-        curriculum.prepare()
-        await curriculum.begin(stage)
-        try:
-            async with actors.serving({"policy": curriculum.model_before(stage)}) as engines:
-                agreement = await actors.trainer.agree(engines["policy"])
-        except SyncError as error:
-            print(f"{recipe.model.implementation}: {error}")
-            return math.inf, False
-        except (RayError, RuntimeError, TimeoutError) as error:
-            print(f"{recipe.model.implementation}: cannot serve this model: {reason(error)}")
-            return math.inf, False
+    implementation = actors.placement.implementation
+    try:
+        async with actors.serving({"policy": model}) as engines:
+            agreement = await actors.trainer.agree(engines["policy"])
+    except SyncError as error:
+        print(f"{implementation}: {error}")
+        return math.inf, False
+    except (RayError, RuntimeError, TimeoutError) as error:
+        print(f"{implementation}: cannot serve this model: {reason(error)}")
+        return math.inf, False
     return agreement.max_gap, agreement.ok

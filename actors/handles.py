@@ -87,6 +87,11 @@ class EngineHandle:
             groups[worker::count] = share
         return [group for group in groups if group is not None]
 
+    def dismiss(self) -> None:
+        """End every worker."""
+        for worker in self.workers:
+            ray.kill(worker)
+
     async def load(self, publication: Publication) -> None:
         """Give every worker a publication, and remember it for workers that have to be started again."""
 

@@ -27,7 +27,7 @@ from actors.trainer import TrainerRank
 from rlhf.architecture import GIB, base_of, from_folder
 from rlhf.models import architecture_as_saved, load_processor, masked_ids
 from rlhf.plan import Cluster, Plan
-from rlhf.recipe import Recipe
+from rlhf.recipe import Implementation, Recipe
 from rlhf.types import Publication
 
 BUCKET_BYTES = 64 * 2**20
@@ -76,6 +76,7 @@ class Placement:
     plan: Plan
     group: Any
     bundles: dict[str, list[int]]
+    implementation: Implementation  # of the engines to start
 
     @classmethod
     async def reserve(cls, recipe: Recipe, plan: Plan) -> Placement:
@@ -87,7 +88,7 @@ class Placement:
             shares += [{"CPU": actor.cpus} | ({"GPU": actor.gpus} if actor.gpus else {})] * actor.count
         group = placement_group(shares, strategy="PACK")
         await within(recipe.deadlines.start, "start", f"reserving {shares} on the cluster", group.ready())
-        return cls(recipe, plan, group, bundles)
+        return cls(recipe, plan, group, bundles, plan.implementation)
 
     def options(self, role: str, index: int, **more: Any) -> dict[str, Any]:
         """Ray options of the role's process `index`: its bundle, its shares, its OpenMP threads."""
@@ -113,7 +114,7 @@ class Placement:
             threads=resources.rollout_threads,
             seed=self.recipe.seed,
             # a bridge is registered with vLLM as its Transformers backend, and known by no other name
-            implementation="auto" if from_folder(folder).is_bridge else self.plan.implementation,
+            implementation="auto" if from_folder(folder).is_bridge else self.implementation,
             tensor_parallel=resources.tensor_parallel,
             device=resources.device,
             masked_tokens=masked_ids(load_processor(folder)),
@@ -161,6 +162,12 @@ class Cast:
             ray.kill(rank)
         self.trainer.ranks = await self.placement.trainer()
 
+    def dismiss(self) -> None:
+        """End all engines: the next that are asked for start anew."""
+        for engine in self.engines:
+            engine.dismiss()
+        self.engines.clear()
+
     @contextlib.asynccontextmanager
     async def serving(self, models: Mapping[str, Path]) -> AsyncIterator[Mapping[str, EngineHandle]]:
         engines: dict[str, EngineHandle] = {}
@@ -180,9 +187,13 @@ class Cast:
         engine = EngineHandle(role, folder, kind, lambda i, path: self.placement.rollout(first + i, path), deadlines)
         engine.workers = [engine.start(index, base_of(folder)) for index in range(count)]
         what = f"engine {role!r} starting on {folder}"
-        await asyncio.gather(
-            *(within(deadlines.start, "start", what, worker.heartbeat.remote()) for worker in engine.workers)
-        )
+        try:
+            await asyncio.gather(
+                *(within(deadlines.start, "start", what, worker.heartbeat.remote()) for worker in engine.workers)
+            )
+        except BaseException:
+            engine.dismiss()
+            raise
         self.engines.append(engine)
         if base_of(folder) == folder:
             await engine.prove_artifact()

@@ -406,7 +406,7 @@ def test_the_reference_stays_while_the_policy_moves(one, sparse, lora):
     before = one.divergences(batch, "k1")
     moved = [one.step(batch).metrics["kl_reference"] for _ in range(3)]
     assert moved[0] == pytest.approx(0, abs=1e-9)  # it is where it starts from
-    assert moved[2] > moved[1] > 1e-6
+    assert min(moved[1:]) > 1e-6
     # of the rows as they were sampled: the policy has no part in it
     assert one.divergences(batch, "k1") == pytest.approx(before, abs=1e-6)
     model, processor = bridge.load(sparse)
