@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import requests
@@ -29,6 +30,15 @@ from rlhf.recipe import Recipe
 HEAD_FOLDER = ".ray"
 DASHBOARD_PORT = 8265
 START_SECONDS, STOP_SECONDS = 120.0, 20.0  # a head took 35 to 45 s on two busy cores
+ANSWER_SECONDS = 60.0
+
+
+class _Client(JobSubmissionClient):
+    """Ray's client, which of itself waits for ever, with a deadline for every answer."""
+
+    def _do_request(self, method: str, endpoint: str, **options: Any) -> requests.Response:
+        answer: requests.Response = super()._do_request(method, endpoint, **{"timeout": ANSWER_SECONDS, **options})
+        return answer
 
 
 class JobError(RuntimeError):
@@ -128,14 +138,16 @@ def submit(
     overrides: Sequence[str],
     runs: Path,
     address: str | None = None,
+    port: int = DASHBOARD_PORT,
 ) -> str:
     """Run `rlhf run` with these arguments as a job; returns the job's name.
 
-    Without `address` the job goes to the head of `runs`, started here if there is none. With one, this folder must be
-    reachable at the same path there, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH must hold the cluster's token.
+    Without `address` the job goes to the head of `runs`, started here, at `port`, if there is none. With one, this
+    folder must be reachable at the same path there, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH must hold the cluster's
+    token.
     """
     if address is None and find_head(runs / HEAD_FOLDER) is None:
-        start_head(runs / HEAD_FOLDER)
+        start_head(runs / HEAD_FOLDER, port)
     job = f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     command = [sys.executable, "-m", "rlhf.cli", "run", *(str(Path(file).absolute()) for file in recipe_files)]
     command += [argument for override in overrides for argument in ("-o", override)]
@@ -190,7 +202,7 @@ def _client(runs: Path, address: str | None, job: str | None = None) -> Iterator
         raise JobError(f"--address {address}: give the head's dashboard as http://HOST:PORT")
     where = f"the Ray head at {address}"
     try:
-        yield JobSubmissionClient(address, headers=_bearer(token))
+        yield _Client(address, headers=_bearer(token))
     except (ConnectionError, requests.RequestException) as error:
         raise JobError(f"{where} does not answer; is it running, and is the address right?") from error
     except AuthenticationError as error:
@@ -231,7 +243,7 @@ def _require_free(port: int) -> None:
         except OSError as error:
             raise JobError(
                 f"port {port} is taken, so no Ray head can serve its Jobs API there; if it is a head of yours, give "
-                f"--address http://127.0.0.1:{port}, else stop what listens there"
+                f"--address http://127.0.0.1:{port}, else another --port"
             ) from error
 
 

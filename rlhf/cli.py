@@ -1,9 +1,4 @@
-"""The command line: one verb, recipe files, overrides.
-
-    rlhf run recipes/think_fusion_digits.toml recipes/sizes/smoke.toml -o 'stages.long-cot.lr = 1e-4'
-
-Exit status: 0 done, 1 the run failed, 2 the recipe or the data cannot be used, 3 a gate was missed, 130 interrupted.
-"""
+"""The command line, where everything is put together: one verb, recipe files, overrides."""
 
 from __future__ import annotations
 
@@ -15,11 +10,18 @@ import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 from rlhf.plan import VERDICTS, Plan, PlanError, Verdict, check, describe, make_plan, read_verdicts
 from rlhf.recipe import Recipe, RecipeError, load
 
+ABOUT = """Post-training of vision-language models: a recipe is a curriculum, a run works through it.
+
+    rlhf run recipes/think_fusion_digits.toml recipes/sizes/smoke.toml -o 'stages.long-cot.lr = 1e-4'
+
+Exit status: 0 done, 1 the run failed, 2 the recipe or the data cannot be used, 3 a gate was missed, 130 interrupted.
+"""
 FAILED, UNUSABLE, GATE_MISSED, INTERRUPTED = 1, 2, 3, 130
 CONTINUES = "the same command continues from the last checkpoint"
 
@@ -40,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="rlhf", description=(__doc__ or "").strip(), formatter_class=_Plain)
+    parser = argparse.ArgumentParser(prog="rlhf", description=ABOUT, formatter_class=_Plain)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version('thinkfusion')}")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
     def verb(name: str, command: object, about: str, recipe: bool = True) -> argparse.ArgumentParser:
@@ -62,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("folder", type=Path)
     submit = verb("submit", submit_command, "run a curriculum as a job of a Ray head (started here if none is given)")
     submit.add_argument("--address", help="http://HOST:PORT of the head's dashboard")
+    submit.add_argument("--port", type=int, default=8265, help="of the head to start where there is none")
     for name, command, about in (
         ("status", status_command, "the state of a submitted job"),
         ("logs", logs_command, "what a submitted job printed"),
@@ -235,7 +239,7 @@ def submit_command(parsed: argparse.Namespace) -> int:
         make_plan(recipe, verdicts=_verdicts(parsed))
     else:
         check(recipe)  # the job itself looks at the machines it gets
-    return _job("submit", recipe, parsed.recipe, parsed.override, parsed.runs, parsed.address)
+    return _job("submit", recipe, parsed.recipe, parsed.override, parsed.runs, parsed.address, parsed.port)
 
 
 def status_command(parsed: argparse.Namespace) -> int:

@@ -103,6 +103,14 @@ def _evaluation(recipe: Recipe) -> Iterator[str]:
             f"evaluation.prompts = {recipe.evaluation.prompts}, but data.{data} has {source.rows} rows; "
             f"lower the one or raise data.{data}.rows"
         )
+    if source.builder is not None and source.split == "train":
+        learnt = {name for stage in recipe.stages if isinstance(stage, Sft | Rl) for name in stage.data} - {data}
+        alike = [n for n in sorted(learnt & recipe.data.keys()) if recipe.data[n].builder == source.builder]
+        if same := [name for name in alike if recipe.data[name].split == "train"]:
+            yield (
+                f"evaluation.data = {data!r} is built from what {same[0]!r}, which is trained on, is built from; set "
+                f'data.{data}.split = "heldout"'
+            )
     path = source.path and Path(source.path).resolve()
     twins = {name for name, other in recipe.data.items() if path and other.path and Path(other.path).resolve() == path}
     held_out = {data, *twins}

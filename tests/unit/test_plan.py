@@ -251,6 +251,10 @@ REFUSALS = {
     "rows before they exist": ("stages.align.data = {filtered = 1}", "made by a later stage; move stage 'filtered'"),
     "rows from itself": ("stages.filtered.data = {filtered = 1}", "cannot be its own input"),
     "unknown evaluation data": ("evaluation.data = 'heldotu'", "evaluation.data = 'heldotu'.*did you mean 'heldout'"),
+    "asking what was trained on": (
+        "data.heldout.split = 'train'",
+        "evaluation.data = 'heldout' is built from what 'train'.*data.heldout.split = \"heldout\"",
+    ),
     "training on the test": ("stages.align.data = {heldout = 1}", "trains on 'heldout', the held-out questions"),
     "training on what was made of the test": (
         "stages.filtered.data = {heldout = 1}",
@@ -442,7 +446,7 @@ def test_a_check_needs_no_name_that_a_source_may_have() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "toy.toml"
         path.write_text(TOY.replace("\nheldout = ", "\nrows = ").replace('data = "heldout"', 'data = "rows"'))
-        narrowed = _narrowed(load([path]), "auto")
+        narrowed = _narrowed(load([path]))
     assert make_plan(_serving(narrowed), LAPTOP).cold_starts == 1
 
 
