@@ -148,21 +148,24 @@ def _stage(
     counted: bool,
     ended: str,
 ) -> StageView:
-    """`counted`: the summary says which stages are done; one that is not among them was made by an earlier run.
-    `ended`: how the run did, where it has."""
-    evaluation = _json(folder / "eval.json") if folder else {}
+    """`counted`: the summary says which stages are done; what one that is not among them made is of an earlier run, and
+    not told. `ended`: how the run did, where it has."""
     manifest = _json(folder / "manifest.json") if folder else {}
+    before = counted and finished is None and bool(manifest)
+    if before:
+        folder, manifest = None, {}
+    evaluation = _json(folder / "eval.json") if folder else {}
     found = finished or {}
     steps = tuple(_jsonl(folder / "steps.jsonl")) if folder else ()
     gates = tuple(found.get("gates") or ())
-    made = "of an earlier run, not looked at since" if counted else "done"
     now = "stopped" if ended in ("failed", "interrupted") else "in progress"
-    word = str(found.get("status") or (made if manifest else now if folder else "not started"))
+    word = "from before" if before else "done" if manifest else now if folder else "not started"
+    word = str(found.get("status") or word)
     return StageView(
         number=number,
         name=name,
         kind=str(found.get("kind") or declared.get("kind") or "stage"),
-        state=_state(word, gates, folder is not None and not (manifest and counted)),
+        state=_state(word, gates, folder is not None),
         word=word,
         seconds=found.get("seconds") or sum(sum(_numbers(line.get("seconds"))) for line in steps) or None,
         gates=gates,
