@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
 
 from rlhf.algorithms.table import method_of
 from rlhf.architecture import Architecture, algorithm_of
 from rlhf.plan.cluster import Cluster
-from rlhf.recipe import Recipe, Rl, Stage
+from rlhf.plan.feasibility import nearest
+from rlhf.recipe import Recipe, Rl, Sft, Stage
 
 # GSPO's ratio is a geometric mean over a row's tokens: it moves by 1e-4 to 1e-3 a step (2507.18071 clips at 3e-4, 4e-4)
 GSPO_CLIP_LIMIT = 0.01
+PARTS = ("vision", "connector", "language_model")
+# of the decoder, and of towers
+LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "out_proj", "fc1", "fc2")
 
 
 def unfit_stages(recipe: Recipe, architectures: Mapping[str, Architecture]) -> Iterator[str]:
@@ -38,6 +43,8 @@ def _unfit(recipe: Recipe, stage: Stage, architecture: Architecture) -> Iterator
                 f"a clip range of {widest:g} never binds for GSPO, whose ratio is a mean over the whole row; leave "
                 "clip_low and clip_high out (3e-4 and 4e-4)"
             )
+    if isinstance(stage, Sft | Rl) and architecture.is_bridge:
+        yield from _nothing_trains(stage)
     reach = architecture.decoder.get("max_position_embeddings")
     if reach is not None and limit > reach:
         yield (
@@ -51,6 +58,16 @@ def _unfit(recipe: Recipe, stage: Stage, architecture: Architecture) -> Iterator
                 f"a picture of up to {pictures} tokens and {key} = {tokens} leave no room for the question in "
                 f"resources.max_model_len = {limit}; raise it, or use fewer tiles"
             )
+
+
+def _nothing_trains(stage: Sft | Rl) -> Iterator[str]:
+    """Names that are in no bridge; what lies deeper in its parts is looked up when the stage begins."""
+    for glob in stage.train or ():
+        if not any(fnmatchcase(part, glob.partition(".")[0]) for part in PARTS):
+            yield f"train: {glob!r} is in no part of the model; its parts are {', '.join(f'{p}.*' for p in PARTS)}"
+    for name in stage.lora.target_modules if stage.lora is not None else ():
+        if name.isidentifier() and name not in LINEAR_LAYERS:
+            yield f"lora.target_modules: no layer is called {name!r}; {nearest(name, LINEAR_LAYERS)}"
 
 
 def crowded_cores(recipe: Recipe, cluster: Cluster) -> Iterator[str]:

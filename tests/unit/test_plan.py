@@ -283,6 +283,14 @@ REFUSALS = {
         "resources.rollout_threads = 2",
         "'improve': with updates_per_step = 2 the trainer learns while.*its 1 threads and their 4 on 2 cores",
     ),
+    "a part no bridge has": (
+        "stages.align.train = {'langage_model.*' = 1e-3}",
+        r"stage 'align': train: 'langage_model\.\*' is in no part of the model; its parts are vision\.\*, connector",
+    ),
+    "a layer no bridge has": (
+        "stages.align.lora = {rank = 4, target_modules = ['qproj']}",
+        "stage 'align': lora.target_modules: no layer is called 'qproj'; did you mean 'q_proj'",
+    ),
     "too few prompts": (
         "stages.improve = {prompts_per_step = 1, group_size = 2, updates_per_step = 4}",
         "prompts_per_step = 1 does not divide into updates_per_step = 4.*multiple of 4",
