@@ -138,7 +138,7 @@ def submit(
     overrides: Sequence[str],
     runs: Path,
     address: str | None = None,
-    port: int = DASHBOARD_PORT,
+    port: int | None = None,
 ) -> str:
     """Run `rlhf run` with these arguments as a job; returns the job's name.
 
@@ -147,7 +147,7 @@ def submit(
     token.
     """
     if address is None and find_head(runs / HEAD_FOLDER) is None:
-        start_head(runs / HEAD_FOLDER, port)
+        start_head(runs / HEAD_FOLDER, port or DASHBOARD_PORT)
     job = f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     command = [sys.executable, "-m", "rlhf.cli", "run", *(str(Path(file).absolute()) for file in recipe_files)]
     command += [argument for override in overrides for argument in ("-o", override)]

@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("folder", type=Path)
     submit = verb("submit", submit_command, "run a curriculum as a job of a Ray head (started here if none is given)")
     submit.add_argument("--address", help="http://HOST:PORT of the head's dashboard")
-    submit.add_argument("--port", type=int, default=8265, help="of the head to start where there is none")
+    submit.add_argument("--port", type=int, help="of the head to start where there is none (default: Ray's)")
     for name, command, about in (
         ("status", status_command, "the state of a submitted job"),
         ("logs", logs_command, "what a submitted job printed"),
