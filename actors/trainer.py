@@ -28,7 +28,8 @@ from rlhf.agreement import NEAR_TIE, Routed, lowest_margins, routers
 from rlhf.algorithms.divergence import DIVERGENCES
 from rlhf.algorithms.logprobs import processed_logprobs
 from rlhf.algorithms.losses import OBJECTIVES, Tokens, policy_loss
-from rlhf.batching import Cached, Tensors, Visual, collate
+from rlhf.batching import BridgeVisual, Cached, Tensors, Visual, collate
+from rlhf.packing import attend_by_row
 from rlhf.types import Batch, Loss, Probe, ProbeScores, StepStats, TrainSpec
 
 Bucket = list[tuple[str, np.ndarray]]
@@ -219,7 +220,7 @@ class _Stage:
             if fresh:
                 sampled = tensors.completion & tensors.sampled[:, None]
                 gap = (logprobs.detach() - tensors.old_logprobs).abs()
-                margins = lowest_margins(routed, tensors.input_ids.shape)[:, :-1]
+                margins = lowest_margins(routed, tensors)[:, :-1]
                 tied = torch.from_numpy(margins < NEAR_TIE).to(gap)
                 differences.append(torch.stack((gap[sampled], tied[sampled])))
             # DeepSpeed averages over ranks; the loss is already divided by the step's global denominator
@@ -250,15 +251,12 @@ class _Stage:
         inputs: dict[str, Any] = tensors.model_inputs()
         if loss.router_aux and self.moe:
             inputs["output_router_logits"] = True
-        # the head's columns that some row needs: prompts take no logits
-        columns = tensors.completion.any(0).nonzero()[:, 0]
-        columns = columns if len(columns) else torch.zeros(1, dtype=torch.long, device=self.device)
+        kept, predicting = tensors.predictions()  # prompts take no logits
         model = self.engine if model is None else model
-        out = model(**inputs, use_cache=False, logits_to_keep=columns)
-        chosen = tensors.completion[:, columns]
-        targets = tensors.input_ids[:, 1:][:, columns][chosen]
+        out = model(**inputs, use_cache=False, logits_to_keep=kept)
+        targets = tensors.input_ids[:, 1:][tensors.completion]
         found, spread = processed_logprobs(
-            out.logits[chosen], targets, loss.temperature, loss.masked_ids, entropy_gradient=loss.entropy > 0
+            out.logits.flatten(0, 1)[predicting], targets, loss.temperature, loss.masked_ids, entropy_gradient=loss.entropy > 0
         )
         shape = tensors.completion.shape
         logprobs = found.new_zeros(shape).masked_scatter(tensors.completion, found)
@@ -510,6 +508,11 @@ def _prepare(spec: TrainSpec) -> tuple[Any, Any, Visual]:
         model = bridge.upcycle(model, *spec.upcycle, spec.seed)
     if spec.reset:
         bridge.reset(model, spec.reset, spec.seed)
+    if spec.packed:
+        if not isinstance(model, bridge.BridgeForConditionalGeneration):
+            raise ValueError(f"{spec.model} is a {type(model).__name__}: rows can be packed for bridges only")
+        attend_by_row(model.model.language_model)
+        visual = BridgeVisual(processor, packs=True)
     if spec.precision == "bfloat16":
         model = model.to(torch.bfloat16)
     return model, processor, visual

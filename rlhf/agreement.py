@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from rlhf.batching import Visual, collate
+from rlhf.batching import Tensors, Visual, collate
 from rlhf.types import Media, Probe, ProbeScores, Sample
 
 SKETCH_WIDTH = 8
@@ -142,18 +142,17 @@ def _verdict(gaps: list[float], skipped: int, unreached: tuple[str, ...], proble
 def probe_model(model: nn.Module, processor: ProbeProcessor, visual: Visual, probes: Sequence[Probe]) -> ProbeScores:
     """Score probes with the trainer's model: unmasked log-probs at temperature 1 in float32, and router margins."""
     with routers(model) as routed:
-        expanded, logits = _forward(model, processor, visual, probes)
+        expanded, tensors, logits = _forward(model, processor, visual, probes)
     logprobs, margins = [], []
     reached: dict[str, set[int]] = {name: set() for name in routed}
-    lowest = lowest_margins(routed, logits.shape[:2])
+    lowest = lowest_margins(routed, tensors)
     for index, ids in enumerate(expanded):
         values = logits[index, : len(ids) - 1].float().log_softmax(-1)
         targets = torch.tensor(ids[1:], device=logits.device)[:, None]
         logprobs.append(tuple(values.gather(-1, targets)[:, 0].tolist()))
         for name, (choice, _, _) in routed.items():
-            # routers see all rows of the padded batch; this probe's come first in its own stretch
-            own = slice(index * logits.shape[1], index * logits.shape[1] + len(ids))
-            reached[name].update(choice[own].flatten().tolist())
+            own = tensors.in_rows(torch.from_numpy(choice))[index, : len(ids)]
+            reached[name].update(own.flatten().tolist())
         margins.append(tuple(lowest[index, : len(ids) - 1].tolist()))
     visited = {name: tuple(sorted(experts)) for name, experts in reached.items()}
     total = max((count for _, _, count in routed.values()), default=0)
@@ -182,17 +181,18 @@ def fingerprint_model(
 
 def _forward(
     model: nn.Module, processor: ProbeProcessor, visual: Visual, probes: Sequence[Probe]
-) -> tuple[list[list[int]], torch.Tensor]:
-    """Expanded ids of the probes and their logits [rows, longest, vocabulary], by the path of training. A row with a
-    picture may come after the probes' own (`Visual.blank`): routers see it too."""
+) -> tuple[list[list[int]], Tensors, torch.Tensor]:
+    """Expanded ids of the probes, their tensors and logits [rows, longest, vocabulary], by the path of training. A row
+    with a picture may come after the probes' own (`Visual.blank`): routers see it too."""
     expanded = [processor.expand(probe.token_ids, [media.size for media in probe.media]) for probe in probes]
     rows = [Sample("probe", tuple(ids), 1, probe.media) for ids, probe in zip(expanded, probes, strict=True)]
-    inputs = collate(rows, visual).to(next(model.parameters()).device).model_inputs()
+    tensors = collate(rows, visual).to(next(model.parameters()).device)
     training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            return expanded, model(**inputs, use_cache=False).logits
+            logits = model(**tensors.model_inputs(), use_cache=False).logits
+        return expanded, tensors, tensors.in_rows(logits.flatten(0, 1))
     finally:
         model.train(training)
 
@@ -230,12 +230,12 @@ def routers(model: nn.Module) -> Iterator[Routed]:
             handle.remove()
 
 
-def lowest_margins(routed: Routed, shape: Sequence[int]) -> Floats:
-    """[rows, length] of one forward of that shape: the smallest margin of any router there or earlier in the row, since
+def lowest_margins(routed: Routed, tensors: Tensors) -> Floats:
+    """[rows, length] of one forward of these: the smallest margin of any router there or earlier in the row, since
     attention carries the other expert's result on; infinite without routers."""
-    lowest = np.full(shape, np.inf, dtype=np.float32)
+    lowest = np.full(tensors.input_ids.shape, np.inf, dtype=np.float32)
     for _, margin, _ in routed.values():
-        lowest = np.minimum(lowest, margin.reshape(shape))
+        lowest = np.minimum(lowest, tensors.in_rows(torch.from_numpy(margin), np.inf).numpy())
     return np.asarray(np.minimum.accumulate(lowest, axis=1))
 
 

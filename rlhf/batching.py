@@ -21,10 +21,16 @@ from rlhf.types import Batch, Media, Sample
 # two CPU cores with a decoder of width 128 it was 80 on judge rows, 300 on short ones
 CALL_COST = 1 / 32
 
+Unit = tuple[Sample, ...]  # samples that go into one micro-batch together
+Asked = tuple[tuple[int, ...], tuple[Media, ...]]
 
-def make_batch(samples: Sequence[Sample], ranks: int, token_budget: int, index: int = 0) -> Batch:
+
+def make_batch(
+    samples: Sequence[Sample], ranks: int, token_budget: int, index: int = 0, packed: bool = False
+) -> Batch:
     """Cut the samples of optimizer step `index` over `ranks` ranks balanced by tokens, each rank into micro-batches of
-    rows × longest row ≤ token_budget, longest first, with little padding.
+    at most token_budget tokens. `packed`: without padding, and a prompt that several samples share counts once, since
+    they stay together; else rows × longest row, longest first, with little padding.
 
     Every rank has the same number of micro-batches; one that ran out gets empty ones. Rows of weight 0 are kept (they
     cost a forward pass, and their place must not depend on the weight) but count in no denominator.
@@ -34,14 +40,18 @@ def make_batch(samples: Sequence[Sample], ranks: int, token_budget: int, index: 
         raise ValueError(f"a batch needs at least one rank and one sample, got {ranks} and {len(samples)}")
     for sample in samples:
         _require_trainable(sample, token_budget)
-    shares: list[list[Sample]] = [[] for _ in range(ranks)]
+    units = _families(samples, token_budget) if packed else [(sample,) for sample in samples]
+    shares: list[list[Unit]] = [[] for _ in range(ranks)]
     loads = [0] * ranks
     # longest first onto the least loaded rank: within 4/3 of the best balance (Graham 1969); sort is stable
-    for sample in sorted(samples, key=_length, reverse=True):
+    for unit in sorted(units, key=_tokens, reverse=True):
         rank = loads.index(min(loads))
-        shares[rank].append(sample)
-        loads[rank] += _length(sample)
-    cut = [_cut(share, token_budget) for share in shares]
+        shares[rank].append(unit)
+        loads[rank] += _tokens(unit)
+    if packed:
+        cut = [_fill(share, token_budget) for share in shares]
+    else:
+        cut = [_cut([sample for unit in share for sample in unit], token_budget) for share in shares]
     depth = max(map(len, cut))
     counted = [sample for sample in samples if sample.weight != 0]
     return Batch(
@@ -50,6 +60,27 @@ def make_batch(samples: Sequence[Sample], ranks: int, token_budget: int, index: 
         num_rows=len(counted),
         index=index,
     )
+
+
+def _families(samples: Sequence[Sample], token_budget: int) -> list[Unit]:
+    """Samples that share a prompt, together as far as the budget goes."""
+    families: dict[Asked, list[list[Sample]]] = {}
+    for sample in samples:
+        parts = families.setdefault(asked(sample), [[]])
+        if _tokens((*parts[-1], sample)) > token_budget:
+            parts.append([])
+        parts[-1].append(sample)
+    return [tuple(part) for parts in families.values() for part in parts]
+
+
+def asked(sample: Sample) -> Asked:
+    """The sample's prompt: rows for which this is equal compute the same up to their completions."""
+    return sample.token_ids[: sample.prompt_length], sample.media
+
+
+def _tokens(unit: Unit) -> int:
+    """Of samples with one prompt, which counts once."""
+    return unit[0].prompt_length + sum(sample.num_completion for sample in unit)
 
 
 def _require_trainable(sample: Sample, token_budget: int) -> None:
@@ -68,6 +99,22 @@ def _require_trainable(sample: Sample, token_budget: int) -> None:
         raise ValueError(
             f"sample {sample.key} has {len(sample.logprobs)} log-probabilities for {sample.num_completion} tokens"
         )
+
+
+def _fill(units: Sequence[Unit], token_budget: int) -> list[tuple[Sample, ...]]:
+    """Micro-batches of units already sorted longest first: each into the first that has room (within 11/9 of the
+    fewest, Johnson 1973)."""
+    parts: list[list[Sample]] = []
+    room: list[int] = []
+    for unit in units:
+        needed = _tokens(unit)
+        place = next((i for i, left in enumerate(room) if left >= needed), len(parts))
+        if place == len(parts):
+            parts.append([])
+            room.append(token_budget)
+        parts[place] += unit
+        room[place] -= needed
+    return [tuple(part) for part in parts]
 
 
 def _cut(samples: Sequence[Sample], token_budget: int) -> list[tuple[Sample, ...]]:
@@ -101,8 +148,21 @@ def _length(sample: Sample) -> int:
 
 
 @dataclass(frozen=True)
+class Packing:
+    """How the model sees B padded rows as N tokens end to end, a prompt that several rows share only once.
+
+    places  [B, L] which of the N tokens stands there; 0 on padding
+    owned   [B, L] True where the row brings the token; in row-major order these are the N
+    """
+
+    places: Tensor
+    owned: Tensor
+
+
+@dataclass(frozen=True)
 class Tensors:
-    """One micro-batch of B rows padded on the right to L tokens.
+    """One micro-batch of B rows padded on the right to L tokens, as losses see it; the model sees them so too, or
+    packed, as N tokens.
 
     input_ids       [B, L]
     attention_mask  [B, L] 1 on tokens, 0 on padding
@@ -126,11 +186,42 @@ class Tensors:
     weights: Tensor
     completion: Tensor
     sampled: Tensor
+    packing: Packing | None = None
 
     def model_inputs(self) -> dict[str, Tensor]:
         """Keyword arguments of the model's forward."""
-        inputs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask, **self.media}
-        return inputs if self.position_ids is None else {**inputs, "position_ids": self.position_ids}
+        if self.packing is None:
+            inputs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask, **self.media}
+            return inputs if self.position_ids is None else {**inputs, "position_ids": self.position_ids}
+        assert self.position_ids is not None
+        owned = self.packing.owned
+        return {
+            "input_ids": self.input_ids[owned][None],
+            "position_ids": self.position_ids[owned][None],
+            "row_places": self.packing.places,
+            "row_owned": owned,
+            **self.media,
+        }
+
+    def predictions(self) -> tuple[Tensor, Tensor]:
+        """Which positions of the model's input need logits [kept], at least one, and for every completion token, in
+        the order of `completion`'s Trues, which of those logits predicts it, rows end to end."""
+        where = self.completion.nonzero()  # [tokens, 2]
+        row, position = where[:, 0], where[:, 1]
+        if self.packing is not None:
+            position, row = self.packing.places[row, position], torch.zeros_like(row)
+        kept, column = position.unique(return_inverse=True)
+        kept = kept if len(kept) else kept.new_zeros(1)
+        return kept, row * len(kept) + column
+
+    def in_rows(self, values: Tensor, fill: float = 0.0) -> Tensor:
+        """[B, L, …] of what the model gave its tokens one after the other [N or B · L, …]; packed, with `fill` on
+        padding."""
+        if self.packing is None:
+            return values.reshape(*self.input_ids.shape, *values.shape[1:])
+        found = values[self.packing.places]
+        found[self.attention_mask == 0] = fill
+        return found
 
     def to(self, device: str | torch.device) -> Tensors:
         """The same micro-batch on another device."""
@@ -139,6 +230,8 @@ class Tensors:
             value = getattr(self, item.name)
             if isinstance(value, Tensor):
                 moved[item.name] = value.to(device)
+        if self.packing is not None:
+            moved["packing"] = Packing(self.packing.places.to(device), self.packing.owned.to(device))
         return replace(self, **moved, media={name: value.to(device) for name, value in self.media.items()})
 
 
@@ -147,6 +240,7 @@ class Visual(Protocol):
 
     pad_id: int
     explicit_positions: bool
+    packs: bool  # the model takes rows end to end (`Packing`)
 
     def read(self, media: Media) -> Mapping[str, Tensor]:
         """Tensors of one media item. Raises ValueError if its bytes cannot be decoded."""
@@ -165,8 +259,9 @@ class BridgeVisual:
 
     explicit_positions = True
 
-    def __init__(self, processor: Any) -> None:
+    def __init__(self, processor: Any, packs: bool = False) -> None:
         self._processor = processor
+        self.packs = packs
         self.pad_id = pad_of(processor.tokenizer)
 
     def read(self, media: Media) -> Mapping[str, Tensor]:
@@ -190,6 +285,7 @@ class Cached:
         self._items: OrderedDict[bytes, Mapping[str, Tensor]] = OrderedDict()
         self.pad_id = visual.pad_id
         self.explicit_positions = visual.explicit_positions
+        self.packs = visual.packs
 
     def read(self, media: Media) -> Mapping[str, Tensor]:
         digest = hashlib.sha256(media.kind.encode() + b"\0" + media.data).digest()
@@ -249,18 +345,36 @@ def collate(samples: Sequence[Sample], visual: Visual) -> Tensors:
     completion[len(samples) :] = False
     weights = torch.tensor([row.weight for row in rows])
     positions = torch.arange(length).expand(shape).contiguous() if visual.explicit_positions else None
+    packing, bringers = (None, range(len(rows))) if not visual.packs else _pack(rows, attention_mask)
     return Tensors(
         input_ids=input_ids,
         attention_mask=attention_mask,
         position_ids=positions,
-        media=visual.join([_read(row, item, visual) for row in rows for item in row.media], input_ids),
+        media=visual.join([_read(rows[i], item, visual) for i in bringers for item in rows[i].media], input_ids),
         mask=completion * weights[:, None],
         old_logprobs=old_logprobs,
         advantages=torch.tensor([row.advantage for row in rows]),
         weights=weights,
         completion=completion,
         sampled=torch.tensor([bool(row.logprobs) for row in rows]),
+        packing=packing,
     )
+
+
+def _pack(rows: Sequence[Sample], attention_mask: Tensor) -> tuple[Packing, Sequence[int]]:
+    """The packing of padded rows, and the rows that bring their prompt: the first of those that share it."""
+    firsts: dict[Asked, int] = {}
+    bringer = [firsts.setdefault(asked(row), index) for index, row in enumerate(rows)]
+    owned = attention_mask.bool()
+    for index, row in enumerate(rows):
+        if bringer[index] != index:
+            owned[index, : row.prompt_length] = False
+    places = torch.zeros_like(attention_mask)
+    places[owned] = torch.arange(int(owned.sum()))
+    for index, row in enumerate(rows):
+        if bringer[index] != index:
+            places[index, : row.prompt_length] = places[bringer[index], : row.prompt_length]
+    return Packing(places, owned), list(firsts.values())
 
 
 def _read(row: Sample, item: Media, visual: Visual) -> Mapping[str, Tensor]:

@@ -30,7 +30,6 @@ from rlhf import evaluation, offline, online, synthesis
 from rlhf.agreement import make_probes
 from rlhf.algorithms.table import method_of
 from rlhf.architecture import algorithm_of, from_folder
-from rlhf.batching import make_batch
 from rlhf.checkpoint import digest, latest, read_json, whole, write_json
 from rlhf.data.formatting import as_sample
 from rlhf.data.rows import Rows, read, write
@@ -40,7 +39,7 @@ from rlhf.models import build_model, load_processor, local_folder, masked_ids
 from rlhf.recipe import Evaluate, Gate, Recipe, Rl, Sft, Stage, Synthesize
 from rlhf.roles import ActorLostError, Actors, Engine
 from rlhf.scoring import Judge
-from rlhf.stage import Context, derive
+from rlhf.stage import Context, derive, packs
 from rlhf.tracking import Tracker, stage_folder
 from rlhf.types import Correction, Loss, Media, TrainSpec
 
@@ -252,8 +251,7 @@ class Curriculum:
             as_sample(rows[i], stage.eval_data, i, context.processor, None, self.recipe.chat)
             for i in range(min(len(rows), self.recipe.evaluation.prompts))
         ]
-        resources = self.recipe.resources
-        return await self.actors.trainer.losses(make_batch(samples, resources.trainer_ranks, resources.token_budget))
+        return await self.actors.trainer.losses(context.batch(samples))
 
     def _judges(self, engines: Mapping[str, Engine], models: Mapping[str, Path]) -> dict[str, Judge]:
         settings = self.recipe.judging
@@ -424,6 +422,7 @@ def train_spec(recipe: Recipe, stage: Sft | Rl, model: Path, masked: tuple[int, 
         lora=(stage.lora.rank, stage.lora.alpha, tuple(stage.lora.target_modules)) if stage.lora else None,
         muon=(stage.muon.ratio, stage.muon.momentum) if stage.muon else None,
         threads=resources.trainer_threads_beside if isinstance(stage, Rl) and stage.pipelined else None,
+        packed=packs(recipe, model),
         reference=isinstance(stage, Rl) and stage.kl is not None,
     )
 

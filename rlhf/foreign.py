@@ -86,6 +86,7 @@ class ForeignVisual:
     (M-RoPE) and runs its vision tower only when there is a picture, so text-only micro-batches get a blank one."""
 
     explicit_positions = False
+    packs = False
 
     def __init__(self, model: PreTrainedModel, processor: ForeignProcessor) -> None:
         self._processor = processor

@@ -7,7 +7,6 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from rlhf.batching import make_batch
 from rlhf.checkpoint import latest, resume, save
 from rlhf.data.formatting import as_sample
 from rlhf.data.stream import Stream
@@ -49,5 +48,4 @@ def _next_batch(stage: Sft, context: Context, stream: Stream, step: int) -> tupl
         as_sample(row, source, index, context.processor, None, context.recipe.chat)
         for source, index, row in stream.take(stage.batch_size)
     ]
-    resources = context.recipe.resources
-    return make_batch(samples, resources.trainer_ranks, resources.token_budget, step), stream.state()
+    return context.batch(samples, step), stream.state()

@@ -16,7 +16,6 @@ from typing import TypeVar
 
 from rlhf.algorithms.shaping import changed, punish_length
 from rlhf.algorithms.table import estimator_of
-from rlhf.batching import make_batch
 from rlhf.checkpoint import latest, resume, save
 from rlhf.data.formatting import as_prompts
 from rlhf.data.stream import Stream
@@ -213,8 +212,7 @@ def pack(stage: Rl, context: Context, groups: list[Group], version: int, index: 
                     logprobs=rollout.logprobs,
                 )
             )
-    resources = context.recipe.resources
-    return make_batch(samples, resources.trainer_ranks, resources.token_budget, index)
+    return context.batch(samples, index)
 
 
 def key(group: Group, version: int, place: int, rollout: int) -> str:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from rlhf.architecture import from_folder
+from rlhf.batching import make_batch
 from rlhf.data.rows import Rows
 from rlhf.data.stream import Stream
 from rlhf.recipe import Recipe
 from rlhf.roles import Actors
+from rlhf.types import Batch, Sample
 
 
 class StageLog(Protocol):
@@ -38,9 +41,20 @@ class Context:
     def tokenizer(self) -> Any:
         return self.processor.tokenizer
 
+    def batch(self, samples: Sequence[Sample], index: int = 0) -> Batch:
+        """The samples of optimizer step `index`, cut for the trainer's ranks."""
+        resources = self.recipe.resources
+        packed = packs(self.recipe, self.model)
+        return make_batch(samples, resources.trainer_ranks, resources.token_budget, index, packed)
+
     def stream(self, weights: Mapping[str, float], stage: str) -> Stream:
         """The stage's seeded, resumable stream over its data mix."""
         return Stream({name: self.rows(name) for name in weights}, weights, derive(self.recipe.seed, stage, "data"))
+
+
+def packs(recipe: Recipe, model: Path) -> bool:
+    """Whether the trainer lays rows of this model end to end."""
+    return recipe.resources.packing and from_folder(model).is_bridge
 
 
 def derive(*parts: object) -> int:

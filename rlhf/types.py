@@ -249,6 +249,7 @@ class TrainSpec:
     reset    globs of parameters to initialise anew; upcycle (num_experts, top_k); lora (rank, alpha, target modules)
     muon     hidden matrices learn by Muon: (ratio to their learning rates, momentum); None: all by AdamW
     threads  OpenMP threads of each rank in this stage; None: as many as it was started with
+    packed   rows of a micro-batch lie end to end, a shared prompt once, without padding; for bridges only
     reference  keep a frozen copy of `model` to measure divergences from; with LoRA the base is that
     """
 
@@ -270,4 +271,5 @@ class TrainSpec:
     lora: tuple[int, float, tuple[str, ...]] | None = None
     muon: tuple[float, float] | None = None
     threads: int | None = None
+    packed: bool = False
     reference: bool = False

@@ -107,7 +107,8 @@ class Resources(Table):
     kv_cache_gib: Positive = 0.25
     reward_workers: PositiveInt = 1
     memory_gib: Positive = 8.0
-    token_budget: PositiveInt = 8192
+    token_budget: PositiveInt = 8192  # of a micro-batch
+    packing: bool = True  # rows end to end without padding, a group's prompt once; bridges only
     transport: Literal["auto", "cpu", "ipc", "nccl"] = "auto"
 
 

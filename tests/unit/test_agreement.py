@@ -23,6 +23,7 @@ from rlhf.agreement import (
     recording,
     sketch,
 )
+from rlhf.batching import collate
 from rlhf.roles import SyncReport
 from rlhf.statistics import Totals
 from rlhf.types import Media, Probe, ProbeScores, Sample, StepStats
@@ -71,13 +72,35 @@ def test_compare_fails_on_nan_other_ids_and_nothing_checked() -> None:
     assert (verdict.checked, verdict.skipped) == (0, 2)
 
 
+class Text:
+    """A visual of rows without pictures."""
+
+    pad_id, explicit_positions = 0, True
+
+    def __init__(self, packs: bool = False) -> None:
+        self.packs = packs
+
+    def join(self, items: object, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {}
+
+    def blank(self) -> None:
+        return None
+
+
 def test_the_lowest_margin_is_that_of_any_router_there_or_before() -> None:
     choice = np.zeros((6, 1), dtype=np.int64)
     one = np.array([5, 4, 9, 1, 7, 7], dtype=np.float32)
     two = np.array([8, 8, 3, 2, 0.5, 8], dtype=np.float32)
     routed = {"one": (choice, one, 4), "two": (choice, two, 4)}
-    assert lowest_margins(routed, (2, 3)).tolist() == [[5, 4, 3], [1, 0.5, 0.5]]
-    assert lowest_margins({}, (1, 2)).tolist() == [[math.inf, math.inf]]
+    full = [Sample("a", (1, 2, 3), 1), Sample("b", (1, 2, 3), 1)]
+    assert lowest_margins(routed, collate(full, Text())).tolist() == [[5, 4, 3], [1, 0.5, 0.5]]
+    assert lowest_margins({}, collate([Sample("a", (1, 2), 1)], Text())).tolist() == [[math.inf, math.inf]]
+    uneven = [Sample("a", (1, 2), 1), Sample("b", (9, 2, 3, 4), 1)]
+    found = lowest_margins(routed, collate(uneven, Text(packs=True)))
+    assert found.tolist() == [[5, 4, 4, 4], [3, 1, 0.5, 0.5]]
+    shared = [Sample("a", (9, 1, 2, 3), 2), Sample("b", (9, 1, 4, 5), 2)]
+    found = lowest_margins(routed, collate(shared, Text(packs=True)))
+    assert found.tolist() == [[5, 4, 3, 1], [5, 4, 0.5, 0.5]]
 
 
 class TiedRouter(nn.Module):
@@ -103,7 +126,7 @@ def test_probes_without_pictures_are_scored_beside_the_row_that_brings_one() -> 
     """Of an ordinary model, whose vision tower every rank must run."""
 
     class Blank:
-        pad_id, explicit_positions = 0, False
+        pad_id, explicit_positions, packs = 0, False, False
 
         def join(self, items: object, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
             return {}

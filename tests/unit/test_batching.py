@@ -57,6 +57,42 @@ def test_the_cut_is_the_cheapest_one():
         assert found == pytest.approx(min(costs))
 
 
+def tokens(part) -> int:
+    """A prompt that several of them share once."""
+    prompts = {sample.token_ids[: sample.prompt_length] for sample in part}
+    return sum(map(len, prompts)) + sum(sample.num_completion for sample in part)
+
+
+def test_replies_to_one_prompt_stay_together_as_far_as_the_budget_goes():
+    prompts = [tuple(range(length)) for length in (20, 30, 10)]
+    samples = [
+        Sample(f"{place}.{reply}", (*prompt, *range(reply + 1)), len(prompt))
+        for reply in range(8)
+        for place, prompt in enumerate(prompts)
+    ]
+    batch = make_batch(samples, 2, 80, packed=True)
+    whole = [part for mine in batch.micro_batches for part in mine if part]
+    assert sorted(keys(batch)) == sorted(s.key for s in samples)
+    assert sum(map(tokens, whole)) == 20 + 30 + 10 + 3 * 36
+    tight = make_batch(samples, 1, 40, packed=True)
+    assert sorted(keys(tight)) == sorted(s.key for s in samples)
+    assert max(tokens(part) for part in tight.micro_batches[0]) <= 40
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_packed_micro_batches_hold_every_row_and_are_full(ranks):
+    for seed in range(10):
+        samples = rows(60, seed)
+        batch = make_batch(samples, ranks, 120, packed=True)
+        assert sorted(keys(batch)) == sorted(s.key for s in samples)
+        assert len({len(mine) for mine in batch.micro_batches}) == 1
+        for mine in batch.micro_batches:
+            loads = [tokens(part) for part in mine]
+            assert max(loads) <= 120
+            # no two of them would have fitted into one
+            assert all(a + b > 120 for a, b in itertools.combinations([load for load in loads if load], 2))
+
+
 def test_ranks_are_balanced_by_tokens():
     batch = make_batch(rows(200), 4, 400)
     loads = [sum(len(s.token_ids) for part in mine for s in part) for mine in batch.micro_batches]
@@ -88,6 +124,7 @@ class Grey:
 
     pad_id = 9
     explicit_positions = True
+    packs = False
     blank_row: Sample | None = None
 
     def __init__(self) -> None:

@@ -1,0 +1,47 @@
+"""Attention over packed rows: N tokens laid end to end, where rows that share a prompt share its tokens.
+
+Everything but attention works token by token: it sees no padding, and computes the prompt of a group once, however many
+rollouts the group has. Attention alone takes the rows apart again (`rlhf.batching.Packing`). Padding needs no mask
+there: it is on the right, where no causal query looks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, PreTrainedModel
+
+NAME = "by_row"
+
+
+def attend_by_row(decoder: PreTrainedModel) -> None:
+    """Let `decoder` take packed rows, and nothing else: forward then needs row_places and row_owned. Raises ValueError
+    for a decoder whose attention looks at a window."""
+    if getattr(decoder.config, "sliding_window", None) is not None:
+        raise ValueError(f"{type(decoder).__name__} attends within a window: set resources.packing = false")
+    AttentionInterface.register(NAME, by_row)
+    decoder.set_attn_implementation(NAME)
+
+
+def by_row(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    row_places: Tensor | None = None,
+    row_owned: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within each row: query [1, heads, N, width], key and value [1, key heads, N, width] to
+    [1, N, heads, width]; row_places and row_owned [B, L] as in Packing."""
+    if row_places is None or row_owned is None or attention_mask is not None:
+        raise ValueError(f"{type(module).__name__} takes packed rows: give row_places and row_owned, and no mask")
+    rows = (part[0].transpose(0, 1)[row_places].transpose(1, 2) for part in (query, key, value))
+    grouped = query.shape[1] != key.shape[1]
+    out = scaled_dot_product_attention(*rows, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped)
+    return out.transpose(1, 2)[row_owned][None], None
