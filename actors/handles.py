@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +30,8 @@ T = TypeVar("T")
 REWARD_CHUNK = 64  # items a call: small enough that a hang costs little, large enough to be cheap
 
 
+CALLS = 64  # generate calls a worker answers at once; further ones wait here
+
 GRACE_SECONDS = 10.0  # for Ray's word that a rank died, after other ranks lost their connection to it
 
 
@@ -39,6 +41,10 @@ class ActorTimeoutError(TimeoutError):
 
 # a worker of which one of these was heard is of no use any more: its process, its engine or its answer is gone
 LOST = (RayActorError, ActorLostError, ActorTimeoutError)
+
+
+def _calls() -> asyncio.Semaphore:
+    return asyncio.Semaphore(CALLS)
 
 
 def reason(error: BaseException) -> str:
@@ -75,17 +81,24 @@ class EngineHandle:
     expected: tuple[Sequence[Probe], ProbeScores] | None = None  # what the weights it was given last compute
     restarts: int = 0
     restarting: asyncio.Lock = field(default_factory=asyncio.Lock)
+    waiting: Counter[int] = field(default_factory=Counter)  # prompts asked of each worker and not answered
+    calls: defaultdict[int, asyncio.Semaphore] = field(default_factory=lambda: defaultdict(_calls))
 
     async def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
-        """Sample on every worker at once; worker w takes prompts w, w + W, …"""
-        if not prompts:
-            return []
-        count = len(self.workers)
-        shares = await asyncio.gather(*(self._ask(worker, prompts[worker::count], sampling) for worker in range(count)))
-        groups: list[Group | None] = [None] * len(prompts)
-        for worker, share in enumerate(shares):
-            groups[worker::count] = share
-        return [group for group in groups if group is not None]
+        """Sample on every worker at once; a prompt goes to the worker that has the fewest."""
+        shares: defaultdict[int, list[int]] = defaultdict(list)
+        for place in range(len(prompts)):
+            worker = min(range(len(self.workers)), key=lambda index: (self.waiting[index], index))
+            self.waiting[worker] += 1
+            shares[worker].append(place)
+        asked = ([prompts[place] for place in places] for places in shares.values())
+        answers = await asyncio.gather(*(self._ask(w, part, sampling) for w, part in zip(shares, asked, strict=True)))
+        groups = {
+            place: group
+            for places, answer in zip(shares.values(), answers, strict=True)
+            for place, group in zip(places, answer, strict=True)
+        }
+        return [groups[place] for place in range(len(prompts))]
 
     def dismiss(self) -> None:
         """End every worker."""
@@ -152,15 +165,18 @@ class EngineHandle:
     async def _ask(self, index: int, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
         what = f"engine {self.name!r} generating for {len(prompts)} prompts"
         try:
-            return await self._call(
-                index,
-                lambda worker: within(
-                    self.deadlines.generate, "generate", what, worker.generate.remote(prompts, sampling)
-                ),
-            )
+            async with self.calls[index]:
+                return await self._call(
+                    index,
+                    lambda worker: within(
+                        self.deadlines.generate, "generate", what, worker.generate.remote(prompts, sampling)
+                    ),
+                )
         except asyncio.CancelledError:
             self.workers[index].abort.remote()  # nobody waits for these replies any more
             raise
+        finally:
+            self.waiting[index] -= len(prompts)
 
     async def _call(self, index: int, call: Callable[[Any], Awaitable[T]]) -> T:
         """What a worker answers; one that is lost is replaced and its replacement asked, twice at most."""
@@ -207,8 +223,8 @@ class TrainerHandle:
         info = (await self._all("begin", "start", spec))[0]
         return {"parameters": info.num_parameters, "trainable": info.num_trainable}
 
-    async def step(self, batch: Batch, fresh: bool = False) -> StepStats:
-        stats: StepStats = (await self._all("step", "step", ray.put(batch), fresh))[0]
+    async def step(self, batch: Batch, fresh: bool = False, alone: bool = True) -> StepStats:
+        stats: StepStats = (await self._all("step", "step", ray.put(batch), fresh, alone))[0]
         return stats
 
     async def losses(self, batch: Batch) -> Mapping[str, float]:

@@ -20,7 +20,7 @@ from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.artifacts import read_weights
-from actors.handles import EngineHandle, RewardsHandle, TrainerHandle, reason, within
+from actors.handles import CALLS, EngineHandle, RewardsHandle, TrainerHandle, reason, within
 from actors.reward import RewardWorker
 from actors.rollout import EngineSettings, RolloutWorker
 from actors.trainer import TrainerRank
@@ -122,7 +122,7 @@ class Placement:
             deadline=self.recipe.deadlines.generate,
             start_deadline=self.recipe.deadlines.start,
         )
-        options = self.options("rollout", index, max_concurrency=8)
+        options = self.options("rollout", index, max_concurrency=CALLS + 8)
         return ray.remote(RolloutActor).options(**options).remote(str(folder), settings)
 
     def reward(self, index: int) -> Any:

@@ -61,15 +61,19 @@ class TrainerRank:
         """Load spec.model and make it ready to train. Raises ValueError for globs that match nothing, and for an
         upcycling or reset the model does not support."""
         self.end()
-        torch.set_num_threads(spec.threads or self._threads)
         self._stage = _Stage(self._deepspeed, spec, self.rank, self.world_size, self.device)
         return self._stage.info
 
-    def step(self, batch: Batch, fresh: bool = False) -> StepStats:
-        """One optimizer step; `fresh`: the weights are those that sampled the batch's rows, so their log-probabilities
-        are compared with the engine's. Raises FloatingPointError naming step and samples if a loss is not finite; the
-        model is then as before."""
-        return self._begun.step(batch, fresh)
+    def step(self, batch: Batch, fresh: bool = False, alone: bool = True) -> StepStats:
+        """One optimizer step; `fresh`: the weights are those that sampled the batch's current rows, whose
+        log-probabilities are compared with the engine's; not `alone`: on spec.beside threads. Raises FloatingPointError
+        naming step and samples if a loss is not finite; the model is then as before."""
+        stage = self._begun
+        torch.set_num_threads(self._threads if alone else stage.spec.beside or self._threads)
+        try:
+            return stage.step(batch, fresh)
+        finally:
+            torch.set_num_threads(self._threads)
 
     def losses(self, batch: Batch) -> dict[str, float]:
         """{"loss": mean negative log-likelihood of the completion tokens in nats, "tokens": their number};
@@ -256,7 +260,11 @@ class _Stage:
         out = model(**inputs, use_cache=False, logits_to_keep=kept)
         targets = tensors.input_ids[:, 1:][tensors.completion]
         found, spread = processed_logprobs(
-            out.logits.flatten(0, 1)[predicting], targets, loss.temperature, loss.masked_ids, entropy_gradient=loss.entropy > 0
+            out.logits.flatten(0, 1)[predicting],
+            targets,
+            loss.temperature,
+            loss.masked_ids,
+            entropy_gradient=loss.entropy > 0,
         )
         shape = tensors.completion.shape
         logprobs = found.new_zeros(shape).masked_scatter(tensors.completion, found)

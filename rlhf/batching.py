@@ -25,9 +25,7 @@ Unit = tuple[Sample, ...]  # samples that go into one micro-batch together
 Asked = tuple[tuple[int, ...], tuple[Media, ...]]
 
 
-def make_batch(
-    samples: Sequence[Sample], ranks: int, token_budget: int, index: int = 0, packed: bool = False
-) -> Batch:
+def make_batch(samples: Sequence[Sample], ranks: int, token_budget: int, index: int = 0, packed: bool = False) -> Batch:
     """Cut the samples of optimizer step `index` over `ranks` ranks balanced by tokens, each rank into micro-batches of
     at most token_budget tokens. `packed`: without padding, and a prompt that several samples share counts once, since
     they stay together; else rows × longest row, longest first, with little padding.
@@ -173,7 +171,7 @@ class Tensors:
     advantages      [B]
     weights         [B]
     completion      [B, L − 1] True where token t + 1 is a completion token, whatever the row's weight
-    sampled         [B] True where the row came with log-probabilities
+    sampled         [B] True where the row came with log-probabilities, of the weights that the step starts from
     """
 
     input_ids: Tensor
@@ -356,7 +354,7 @@ def collate(samples: Sequence[Sample], visual: Visual) -> Tensors:
         advantages=torch.tensor([row.advantage for row in rows]),
         weights=weights,
         completion=completion,
-        sampled=torch.tensor([bool(row.logprobs) for row in rows]),
+        sampled=torch.tensor([bool(row.logprobs) and row.current for row in rows]),
         packing=packing,
     )
 

@@ -114,6 +114,7 @@ def prune(root: Path) -> None:
 
 
 class Restorable(Protocol):
+    def state(self) -> dict[str, Any]: ...
     def restore(self, state: Mapping[str, Any]) -> None: ...
 
 

@@ -421,7 +421,7 @@ def train_spec(recipe: Recipe, stage: Sft | Rl, model: Path, masked: tuple[int, 
         upcycle=upcycle,
         lora=(stage.lora.rank, stage.lora.alpha, tuple(stage.lora.target_modules)) if stage.lora else None,
         muon=(stage.muon.ratio, stage.muon.momentum) if stage.muon else None,
-        threads=resources.trainer_threads_beside if isinstance(stage, Rl) and stage.pipelined else None,
+        beside=resources.trainer_threads_beside,
         packed=packs(recipe, model),
         reference=isinstance(stage, Rl) and stage.kl is not None,
     )

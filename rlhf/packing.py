@@ -41,7 +41,7 @@ def by_row(
     [1, N, heads, width]; row_places and row_owned [B, L] as in Packing."""
     if row_places is None or row_owned is None or attention_mask is not None:
         raise ValueError(f"{type(module).__name__} takes packed rows: give row_places and row_owned, and no mask")
-    rows = (part[0].transpose(0, 1)[row_places].transpose(1, 2) for part in (query, key, value))
+    q, k, v = (part[0].transpose(0, 1)[row_places].transpose(1, 2) for part in (query, key, value))
     grouped = query.shape[1] != key.shape[1]
-    out = scaled_dot_product_attention(*rows, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped)
+    out = scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped)
     return out.transpose(1, 2)[row_owned][None], None

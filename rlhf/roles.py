@@ -48,9 +48,9 @@ class Trainer(Protocol):
         publish and export is proven on `probes`."""
         ...
 
-    async def step(self, batch: Batch, fresh: bool = False) -> StepStats:
-        """One optimizer step. `fresh`: the weights are those that sampled the batch's rows, so what trainer and engine
-        give the same tokens can be compared."""
+    async def step(self, batch: Batch, fresh: bool = False, alone: bool = True) -> StepStats:
+        """One optimizer step. `fresh`: the weights are those that sampled the batch's current rows, so what trainer and
+        engine give the same tokens can be compared. Not `alone`: engines are sampling, and want their cores."""
         ...
 
     async def losses(self, batch: Batch) -> Mapping[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -44,8 +45,11 @@ class Context:
     def batch(self, samples: Sequence[Sample], index: int = 0) -> Batch:
         """The samples of optimizer step `index`, cut for the trainer's ranks."""
         resources = self.recipe.resources
-        packed = packs(self.recipe, self.model)
-        return make_batch(samples, resources.trainer_ranks, resources.token_budget, index, packed)
+        return make_batch(samples, resources.trainer_ranks, resources.token_budget, index, self._packed)
+
+    @cached_property
+    def _packed(self) -> bool:
+        return packs(self.recipe, self.model)
 
     def stream(self, weights: Mapping[str, float], stage: str) -> Stream:
         """The stage's seeded, resumable stream over its data mix."""

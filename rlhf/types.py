@@ -117,6 +117,7 @@ class Sample:
     weight         multiplies the row's loss; 0 keeps it out
     advantage      of every completion token (RL); 1 for supervised rows
     logprobs       [T] of the policy that sampled the row; empty for supervised rows
+    current        whether the weights that its step starts from sampled every token
     """
 
     key: str
@@ -126,6 +127,7 @@ class Sample:
     weight: float = 1.0
     advantage: float = 1.0
     logprobs: tuple[float, ...] = ()
+    current: bool = True
 
     @property
     def num_completion(self) -> int:
@@ -248,7 +250,7 @@ class TrainSpec:
     steps    optimizer steps of the whole stage, for the schedule; warmup is a fraction of them
     reset    globs of parameters to initialise anew; upcycle (num_experts, top_k); lora (rank, alpha, target modules)
     muon     hidden matrices learn by Muon: (ratio to their learning rates, momentum); None: all by AdamW
-    threads  OpenMP threads of each rank in this stage; None: as many as it was started with
+    beside   OpenMP threads of each rank in steps while engines sample; else as many as it was started with
     packed   rows of a micro-batch lie end to end, a shared prompt once, without padding; for bridges only
     reference  keep a frozen copy of `model` to measure divergences from; with LoRA the base is that
     """
@@ -270,6 +272,6 @@ class TrainSpec:
     upcycle: tuple[int, int] | None = None
     lora: tuple[int, float, tuple[str, ...]] | None = None
     muon: tuple[float, float] | None = None
-    threads: int | None = None
+    beside: int | None = None
     packed: bool = False
     reference: bool = False

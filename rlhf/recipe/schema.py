@@ -96,7 +96,7 @@ class Resources(Table):
     precision: Literal["float32", "bfloat16"] = "float32"
     trainer_ranks: PositiveInt = 1
     trainer_threads: PositiveInt = 2
-    trainer_threads_beside: PositiveInt = 1  # while engines sample beside it: RL with several updates a step
+    trainer_threads_beside: PositiveInt = 1  # while engines sample beside it
     zero_stage: Literal[0, 1, 2, 3] = 2
     offload: bool = False
     rollout_workers: PositiveInt = 1
@@ -309,7 +309,9 @@ class Rl(Optimised):
                  the update, the rest being left to `correction`
     dual_clip    a bound on the ratio of tokens with negative advantage (3 is usual)
     entropy      weight of a bonus for the policy's entropy
-    overlong     tokens before max_tokens in which a soft punishment for length grows to −1 (DAPO)"""
+    overlong     tokens before max_tokens in which a soft punishment for length grows to −1 (DAPO)
+    max_staleness  how many versions old the weights that sampled a token may be; above 0 engines sample while the
+                 trainer learns, and never wait for it"""
 
     kind: Literal["rl"]
     algorithm: Literal[
@@ -335,6 +337,7 @@ class Rl(Optimised):
     temperature: Positive = 1.0
     max_tokens: PositiveInt = 96
     refill_rounds: Annotated[int, Field(ge=0)] = 2
+    max_staleness: Annotated[int, Field(ge=0)] = 0
     max_failed_rewards: Fraction = 0.05
     rewards: dict[Name, Reward]
 
@@ -345,7 +348,7 @@ class Rl(Optimised):
     @property
     def pipelined(self) -> bool:
         """Whether the trainer learns while engines sample."""
-        return self.updates_per_step > 1
+        return self.updates_per_step > 1 or self.max_staleness > 0
 
 
 class Synthesize(StageBase):

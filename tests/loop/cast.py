@@ -67,7 +67,7 @@ class FakeTrainer:
         self.steps = 0
         return {"parameters": 1.0}
 
-    async def step(self, batch: Batch, fresh: bool = False) -> StepStats:
+    async def step(self, batch: Batch, fresh: bool = False, alone: bool = True) -> StepStats:
         if self.die_at is not None and len(self.batches) >= self.die_at:
             raise KilledError
         if self.lost_at is not None and len(self.batches) >= self.lost_at:

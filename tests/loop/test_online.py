@@ -37,6 +37,7 @@ def test_the_next_part_is_sampled_while_the_trainer_learns(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls, changed = {"generate": 0, "step": 0}, asyncio.Condition()
+    share = share_of(2)
     begin, generate, step = FakeTrainer.begin, FakeEngine.generate, FakeTrainer.step
 
     async def beginning(trainer: FakeTrainer, *arguments: Any) -> Any:
@@ -44,16 +45,16 @@ def test_the_next_part_is_sampled_while_the_trainer_learns(
         return await begin(trainer, *arguments)
 
     async def counted(engine: FakeEngine, prompts: Any, sampling: Any) -> Any:
-        calls["generate"] += 1
+        calls["generate"] += len(prompts)
         async with changed:
             changed.notify_all()
         return await generate(engine, prompts, sampling)
 
-    async def patient(trainer: FakeTrainer, batch: Batch, fresh: bool = False) -> StepStats:
+    async def patient(trainer: FakeTrainer, batch: Batch, fresh: bool = False, alone: bool = True) -> StepStats:
         calls["step"] += 1
         if trainer.begun[-1].loss.kind != "nll":  # two parts a step: the first waits until the second is asked for
             async with changed:
-                wanted = calls["step"] + calls["step"] % 2
+                wanted = (calls["step"] + calls["step"] % 2) * share
                 await asyncio.wait_for(changed.wait_for(lambda: calls["generate"] >= wanted), 10)
         return await step(trainer, batch, fresh)
 
@@ -61,7 +62,7 @@ def test_the_next_part_is_sampled_while_the_trainer_learns(
     monkeypatch.setattr(FakeEngine, "generate", counted)
     monkeypatch.setattr(FakeTrainer, "step", patient)
     improve(prepared, tmp_path / "run", "steps = 3")
-    assert calls == {"generate": 6, "step": 6}
+    assert calls == {"generate": 6 * share, "step": 6}
 
 
 def test_tokens_of_another_version_end_the_run(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,17 +122,36 @@ def test_a_trainer_lost_between_updates_leaves_no_part_under_way(
     assert lost.trainer.batches == whole.trainer.batches
 
 
+def in_order(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """The place of each prompt among those asked, by its key, as they come."""
+    generate, places = FakeEngine.generate, dict[str, int]()
+
+    async def noted(engine: FakeEngine, prompts: Any, sampling: Any) -> Any:
+        for prompt in prompts:
+            places.setdefault(prompt.key, len(places))
+        return await generate(engine, prompts, sampling)
+
+    monkeypatch.setattr(FakeEngine, "generate", noted)
+    return places
+
+
+def share_of(updates: int) -> int:
+    return next(s.prompts_per_step for s in recipe().stages if s.name == NAME) // updates
+
+
 def test_a_part_without_a_signal_keeps_its_place_in_the_schedule(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    score, asked = FakeRewards.score, [0]
+    score, places, share = FakeRewards.score, in_order(monkeypatch), share_of(2)
 
     async def level(rewards: FakeRewards, function: str, groups: Any) -> Any:
-        asked[0] += 1
         scores = await score(rewards, function, groups)
-        if asked[0] in (3, 4):  # both rewards of the second part: nothing to choose between
-            return [[dataclasses.replace(one, value=1.0) for one in row] for row in scores]
-        return scores
+        return [
+            [dataclasses.replace(one, value=1.0) for one in row]
+            if share <= places[group.prompt.key] < 2 * share  # the second part: nothing to choose between
+            else row
+            for group, row in zip(groups, scores, strict=True)
+        ]
 
     monkeypatch.setattr(FakeRewards, "score", level)
     batches = improve(prepared, tmp_path / "run", "steps = 3, refill_rounds = 0").trainer.batches
@@ -169,13 +189,14 @@ def test_a_step_after_whose_checkpoint_nothing_is_heard_has_its_line(
 def test_only_an_algorithm_that_compares_within_groups_drops_equal_ones(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str, kept: float
 ) -> None:
-    score = FakeRewards.score
+    score, places = FakeRewards.score, in_order(monkeypatch)
 
     async def half(rewards: FakeRewards, function: str, groups: Any) -> Any:
-        """Every second group of a call has equal scores; the others do not."""
+        """Every second group has equal scores; the others do not."""
         scores = await score(rewards, function, groups)
+        odd = [places[group.prompt.key] % 2 == 1 for group in groups]
         return [
-            [dataclasses.replace(found, value=float(g % 2 == 1 and r % 2)) for r, found in enumerate(row)]
+            [dataclasses.replace(found, value=float(odd[g] and r % 2)) for r, found in enumerate(row)]
             for g, row in enumerate(scores)
         ]
 
@@ -186,6 +207,110 @@ def test_only_an_algorithm_that_compares_within_groups_drops_equal_ones(
     assert len(samples) == stage.prompts_per_step * stage.group_size * kept
     assert all(sample.advantage != 0 for sample in samples)
     assert {spec.loss.kind for spec in cast.trainer.begun} == {{"rloo": "reinforce", "reinforce++": "ppo"}[algorithm]}
+
+
+class Uneven:
+    """An engine in which every fifth group takes until `late` others are there; its tokens keep the version it began
+    with, or with `mixed` take on the present one halfway."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, late: int, mixed: bool = False) -> None:
+        self.late, self.mixed = late, mixed
+        self.begun = self.ended = 0
+        self.changed = asyncio.Condition()
+        self.most = 0
+        generate = FakeEngine.generate
+
+        async def slow(engine: FakeEngine, prompts: Any, sampling: Any) -> Any:
+            number, version = self.begun, engine.version
+            self.begun += 1
+            self.most = max(self.most, self.begun - self.ended)
+            groups = await generate(engine, prompts, sampling)
+            if number % 5 == 0:
+                async with self.changed:
+                    await asyncio.wait_for(self.changed.wait_for(lambda: self.ended >= number + self.late), 20)
+            else:
+                await asyncio.sleep(0)
+            async with self.changed:
+                self.ended += 1
+                self.changed.notify_all()
+            return [self._dated(group, version, engine.version) for group in groups]
+
+        monkeypatch.setattr(FakeEngine, "generate", slow)
+
+    def _dated(self, group: Any, first: int, last: int) -> Any:
+        def versions(count: int) -> tuple[int, ...]:
+            half = count // 2 if self.mixed else count
+            return (first,) * half + (last,) * (count - half)
+
+        rollouts = [dataclasses.replace(r, versions=versions(len(r.versions))) for r in group.rollouts]
+        return dataclasses.replace(group, rollouts=tuple(rollouts))
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    text = (folder / "stages" / "08-rl-verifiable" / "steps.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_slow_groups_hold_nobody_up_and_are_at_most_so_stale(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With groups that take longer than a step's share of others: on the policy this would wait for ever."""
+    engine = Uneven(monkeypatch, late=12, mixed=True)
+    settings = "steps = 8, prompts_per_step = 4, refill_rounds = 0, max_staleness = 2"
+    cast = improve(prepared, tmp_path / "run", settings)
+    assert len(cast.trainer.batches) == 16
+    found = [line["metrics"] for line in lines(tmp_path / "run")]
+    assert [line["staleness_max"] for line in found] == pytest.approx(
+        [0, *[line["staleness_max"] for line in found[1:]]]
+    )
+    assert max(line["staleness_max"] for line in found) <= 2
+    assert max(line["staleness"] for line in found) > 0
+    assert engine.most <= 3 * 4
+    for batch in cast.trainer.batches:
+        for sample in (s for part in batch.micro_batches[0] for s in part):
+            began = int(sample.key.split("@")[1].split(".")[0])
+            assert 0 <= began < 8
+
+
+def test_a_group_too_stale_is_dropped_and_counted(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Uneven(monkeypatch, late=12)
+    settings = "steps = 8, prompts_per_step = 4, refill_rounds = 0, max_staleness = 1, group_size = 2"
+    cast = improve(prepared, tmp_path / "run", settings + ", algorithm = 'reinforce++'")
+    found = [line["metrics"] for line in lines(tmp_path / "run")]
+    assert sum(line["stale_dropped"] for line in found) > 0
+    assert max(line["staleness_max"] for line in found) <= 1
+    # every update still learns from as many groups
+    assert {len(keys(batch)) for batch in cast.trainer.batches} == {2 * 2}
+
+
+def test_only_tokens_of_the_present_weights_are_compared(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = "steps = 3, prompts_per_step = 4, refill_rounds = 0, max_staleness = 1, algorithm = 'reinforce++'"
+    cast = improve(prepared, tmp_path / "run", settings)
+    by_step = [[s for part in batch.micro_batches[0] for s in part] for batch in cast.trainer.batches]
+    assert all(sample.current for sample in by_step[0])
+    assert not all(sample.current for samples in by_step[2:] for sample in samples)
+
+
+def test_rows_under_way_at_a_kill_are_asked_again(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = (
+        "steps = 4, prompts_per_step = 4, refill_rounds = 0, max_staleness = 1, checkpoint_every = 2, "
+        "algorithm = 'reinforce++'"
+    )
+    straight = improve(prepared, tmp_path / "straight", settings).trainer.batches
+    killed = improve(prepared, tmp_path / "lost", settings, lost_at=6).trainer.batches  # in step 4, after a checkpoint
+
+    def prompts(batches: list[Batch]) -> list[str]:
+        return sorted({key.split("@")[0] for batch in batches for key in keys(batch)})
+
+    # two steps twice: the same rows, none left out
+    assert [b.index for b in killed] == [0, 1, 2, 3, 4, 5, 4, 5, 6, 7]
+    assert prompts(killed) == prompts(straight)
 
 
 def test_length_is_punished_before_rollouts_are_compared(prepared: Path, tmp_path: Path) -> None:

@@ -38,7 +38,9 @@ def rows(processor) -> list[Sample]:
     for index, shared in ((2, 3), (0, 2), (2, 1)):  # more replies to the same prompts, not next to each other
         first = samples[index]
         reply = [pick.choice(words) for _ in range(shared)]
-        samples.append(replace(first, key=f"again/{index}", token_ids=(*first.token_ids[: first.prompt_length], *reply)))
+        samples.append(
+            replace(first, key=f"again/{index}", token_ids=(*first.token_ids[: first.prompt_length], *reply))
+        )
     return samples
 
 
