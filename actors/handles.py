@@ -9,7 +9,8 @@ import asyncio
 import itertools
 import time
 from collections import Counter, defaultdict
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,7 +31,7 @@ T = TypeVar("T")
 REWARD_CHUNK = 64  # items a call: small enough that a hang costs little, large enough to be cheap
 
 
-CALLS = 64  # generate calls a worker answers at once; further ones wait here
+CALLS = 24  # streams a worker answers at once; further ones wait here
 
 GRACE_SECONDS = 10.0  # for Ray's word that a rank died, after other ranks lost their connection to it
 
@@ -66,6 +67,26 @@ async def _future(reference: Any) -> Any:
     return await reference
 
 
+async def _next_of(call: Any) -> Any:
+    """The next value of a streaming call."""
+    return await (await anext(call))
+
+
+async def _next(found: asyncio.Queue[T], makers: Sequence[asyncio.Task[None]]) -> T:
+    """The next of what `makers` put into the queue; raises what one of them does."""
+    taking = asyncio.ensure_future(found.get())
+    try:
+        await asyncio.wait([taking, *makers], return_when=asyncio.FIRST_COMPLETED)
+        while not taking.done():
+            for maker in makers:
+                if maker.done():
+                    maker.result()
+            await asyncio.wait([taking, *(m for m in makers if not m.done())], return_when=asyncio.FIRST_COMPLETED)
+        return taking.result()
+    finally:
+        taking.cancel()
+
+
 @dataclass
 class EngineHandle:
     """One model on its rollout workers. One that died, hangs or lost its engine is started again, refitted, and its
@@ -85,20 +106,31 @@ class EngineHandle:
     calls: defaultdict[int, asyncio.Semaphore] = field(default_factory=lambda: defaultdict(_calls))
 
     async def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
-        """Sample on every worker at once; a prompt goes to the worker that has the fewest."""
+        """Sample every prompt; the groups in the order of the prompts."""
+        async with aclosing(self.stream(prompts, sampling)) as found:
+            groups = {place: group async for place, group in found}
+        return [groups[place] for place in range(len(prompts))]
+
+    async def stream(self, prompts: Sequence[Prompt], sampling: Sampling) -> AsyncGenerator[tuple[int, Group]]:
+        """Sample on every worker at once; (place among the prompts, group) as they are finished. A prompt goes to the
+        worker that has the fewest."""
         shares: defaultdict[int, list[int]] = defaultdict(list)
         for place in range(len(prompts)):
             worker = min(range(len(self.workers)), key=lambda index: (self.waiting[index], index))
             self.waiting[worker] += 1
             shares[worker].append(place)
-        asked = ([prompts[place] for place in places] for places in shares.values())
-        answers = await asyncio.gather(*(self._ask(w, part, sampling) for w, part in zip(shares, asked, strict=True)))
-        groups = {
-            place: group
-            for places, answer in zip(shares.values(), answers, strict=True)
-            for place, group in zip(places, answer, strict=True)
-        }
-        return [groups[place] for place in range(len(prompts))]
+        found: asyncio.Queue[tuple[int, Group]] = asyncio.Queue()
+        asking = [
+            asyncio.create_task(self._ask(worker, {place: prompts[place] for place in places}, sampling, found))
+            for worker, places in shares.items()
+        ]
+        try:
+            for _ in prompts:
+                yield await _next(found, asking)
+        finally:
+            for task in asking:
+                task.cancel()
+            await asyncio.gather(*asking, return_exceptions=True)
 
     def dismiss(self) -> None:
         """End every worker."""
@@ -162,18 +194,27 @@ class EngineHandle:
             except LOST:
                 await self._restart(index, worker)
 
-    async def _ask(self, index: int, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
-        what = f"engine {self.name!r} generating for {len(prompts)} prompts"
+    async def _ask(
+        self, index: int, prompts: dict[int, Prompt], sampling: Sampling, found: asyncio.Queue[tuple[int, Group]]
+    ) -> None:
+        """Put a worker's groups into `found` as they come; the replacement of one that is lost is asked for the rest."""
+
+        async def ask(worker: Any) -> None:
+            places = list(prompts)
+            what = f"engine {self.name!r} generating for {len(places)} prompts"
+            call = worker.stream.options(num_returns="streaming").remote(list(prompts.values()), sampling)
+            for _ in places:
+                place, group = await within(self.deadlines.generate, "generate", what, _next_of(call))
+                del prompts[places[place]]
+                self.waiting[index] -= 1
+                found.put_nowait((places[place], group))
+
         try:
             async with self.calls[index]:
-                return await self._call(
-                    index,
-                    lambda worker: within(
-                        self.deadlines.generate, "generate", what, worker.generate.remote(prompts, sampling)
-                    ),
-                )
+                await self._call(index, ask)
         except asyncio.CancelledError:
-            self.workers[index].abort.remote()  # nobody waits for these replies any more
+            if prompts:
+                self.workers[index].abort.remote()  # nobody waits for these replies any more
             raise
         finally:
             self.waiting[index] -= len(prompts)

@@ -14,12 +14,13 @@ import hashlib
 import os
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from PIL import Image
@@ -84,9 +85,10 @@ class Heartbeat:
 
 @dataclass
 class _Request:
-    """One sequence in the engine."""
+    """One sequence in the engine, for the prompt or probe `place` of its call."""
 
     call: _Call
+    place: int
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
@@ -96,11 +98,12 @@ class _Request:
 
 @dataclass
 class _Call:
-    """Requests that one caller waits for."""
+    """Requests that one caller waits for. ended: places of prompts all of whose requests are done, or the error that
+    ended the engine."""
 
     requests: dict[str, _Request] = field(default_factory=dict)
-    open: int = 0
-    done: Future[None] = field(default_factory=Future)
+    open: Counter[int] = field(default_factory=Counter)  # requests by place
+    ended: SimpleQueue[int | BaseException] = field(default_factory=SimpleQueue)
 
 
 class RolloutWorker:
@@ -136,7 +139,12 @@ class RolloutWorker:
             ) from None
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
-        """Sample `sampling.num` rollouts of every prompt, in order.
+        """Sample `sampling.num` rollouts of every prompt, in order; see `stream`."""
+        groups = dict(self.stream(prompts, sampling))
+        return [groups[place] for place in range(len(prompts))]
+
+    def stream(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[tuple[int, Group]]:
+        """Sample `sampling.num` rollouts of every prompt; (place among the prompts, group) as they are finished.
 
         Every rollout has a seed of its own, made from (sampling.seed, prompt.key, index): the same request gives the
         same tokens whatever runs beside it. Log-probs are those of the sampled distribution: after temperature and
@@ -144,18 +152,16 @@ class RolloutWorker:
         """
         call = _Call()
         expanded: list[tuple[int, ...]] = []
-        self._finish(call, lambda: expanded.extend(self._submit(call, prompts, sampling)))
-        requests = iter(call.requests.values())
-        return [
-            Group(prompt, ids, tuple(self._rollout(next(requests)) for _ in range(sampling.num)))
-            for prompt, ids in zip(prompts, expanded, strict=True)
-        ]
+        for place in self._ended(call, lambda: expanded.extend(self._submit(call, prompts, sampling)), len(prompts)):
+            mine = [request for request in call.requests.values() if request.place == place]
+            yield place, Group(prompts[place], expanded[place], tuple(map(self._rollout, mine)))
 
     def score(self, probes: Sequence[Probe]) -> ProbeScores:
         """Log-probs of the probes under the live weights: temperature 1, unmasked, never from a cache."""
         call = _Call()
         expanded: list[tuple[int, ...]] = []
-        self._finish(call, lambda: expanded.extend(self._submit_probes(call, probes)))
+        for _ in self._ended(call, lambda: expanded.extend(self._submit_probes(call, probes)), len(probes)):
+            pass
         if any(request.finish == "abort" for request in call.requests.values()):
             raise RuntimeError("scoring the probes was aborted")
         return ProbeScores(tuple(expanded), tuple(r.prompt_logprobs for r in call.requests.values()))
@@ -217,19 +223,25 @@ class RolloutWorker:
     def _do(self, command: Callable[[], Any]) -> Any:
         return self._post(command).result(timeout=self.settings.deadline)
 
-    def _finish(self, call: _Call, submit: Callable[[], Any]) -> None:
-        """Submit a call's requests and wait until all are done."""
+    def _ended(self, call: _Call, submit: Callable[[], Any], count: int) -> Iterator[int]:
+        """Submit a call's requests; the places that are done, as they are, all before the deadline."""
         deadline = time.monotonic() + self.settings.deadline
-        self._do(submit)
         try:
-            call.done.result(timeout=max(0.0, deadline - time.monotonic()))
-        except TimeoutError:
-            steps, open_requests = self._steps, call.open
-            self._post(lambda: self._abort(list(call.requests)))
+            self._do(submit)
+            for _ in range(count):
+                ended = call.ended.get(timeout=max(0.0, deadline - time.monotonic()))
+                if isinstance(ended, BaseException):
+                    raise ended
+                yield ended
+        except Empty:
+            steps, left = self._steps, sum(call.open.values())
             raise TimeoutError(
-                f"{open_requests} of {len(call.requests)} requests unfinished after {self.settings.deadline:g} s "
+                f"{left} of {len(call.requests)} requests unfinished after {self.settings.deadline:g} s "
                 f"({steps} engine steps so far, {'paused' if self._paused else 'running'})"
             ) from None
+        finally:
+            if call.open.total() and self._error is None and not self._closed:  # nobody waits for the rest any more
+                self._post(lambda: self._abort(list(call.requests)))
 
     def _set_paused(self, paused: bool) -> None:
         with self._wake:
@@ -286,8 +298,7 @@ class RolloutWorker:
         for _, future in commands:
             future.set_exception(error)
         for call in {id(request.call): request.call for request in self._requests.values()}.values():
-            if not call.done.done():
-                call.done.set_exception(error)
+            call.ended.put(error)
         self._requests.clear()
 
     def _start(self) -> None:
@@ -368,9 +379,10 @@ class RolloutWorker:
         request.finish = finish
         if request.token_ids:
             self._started -= 1
-        request.call.open -= 1
-        if request.call.open == 0:
-            request.call.done.set_result(None)
+        call = request.call
+        call.open[request.place] -= 1
+        if call.open[request.place] == 0:
+            call.ended.put(request.place)
 
     def _abort(self, request_ids: Sequence[str]) -> None:
         known = [request_id for request_id in request_ids if request_id in self._requests]
@@ -402,7 +414,7 @@ class RolloutWorker:
             except ValueError as error:
                 raise ValueError(f"prompt {prompt.key!r}: {error}") from error
             expanded.append(tuple(rendered["prompt_token_ids"]))
-        self._enter(call, ready)
+        self._enter(call, ready, sampling.num)
         return expanded
 
     def _submit_probes(self, call: _Call, probes: Sequence[Probe]) -> list[tuple[int, ...]]:
@@ -410,7 +422,7 @@ class RolloutWorker:
 
         params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
         rendered = [self._render(probe.token_ids, probe.media, fresh=True) for probe in probes]
-        self._enter(call, [self._process(one, params) for one in rendered])
+        self._enter(call, [self._process(one, params) for one in rendered], 1)
         return [tuple(one["prompt_token_ids"]) for one in rendered]
 
     def _render(self, token_ids: Sequence[int], media: Sequence[Media], fresh: bool) -> Mapping[str, Any]:
@@ -443,13 +455,12 @@ class RolloutWorker:
         processor.assign_request_id(request)
         return request
 
-    def _enter(self, call: _Call, requests: Sequence[Any]) -> None:
-        call.open = len(requests)
-        if not requests:
-            call.done.set_result(None)
-        for request in requests:
+    def _enter(self, call: _Call, requests: Sequence[Any], each: int) -> None:
+        """Give the engine a call's requests, `each` of them for one place."""
+        call.open.update(index // each for index in range(len(requests)))
+        for index, request in enumerate(requests):
             self._engine.engine_core.add_request(request)
-            call.requests[request.request_id] = self._requests[request.request_id] = _Request(call)
+            call.requests[request.request_id] = self._requests[request.request_id] = _Request(call, index // each)
 
     def _rollout(self, request: _Request) -> Rollout:
         ids = request.token_ids
@@ -497,7 +508,7 @@ class RolloutWorker:
             for probe in probes:  # one at a time, so that rows are a probe's tokens in order
                 call = _Call()
                 self._submit_probes(call, [probe])
-                while not call.done.done():
+                while call.open.total():
                     self._step()
             return Fingerprints(prints())
 

@@ -5,7 +5,7 @@ Every method may be awaited concurrently and ends by its own deadline: a role ne
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +37,10 @@ class Engine(Protocol):
 
     async def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
         """Sample `sampling.num` rollouts of every prompt, in the order of the prompts."""
+        ...
+
+    def stream(self, prompts: Sequence[Prompt], sampling: Sampling) -> AsyncGenerator[tuple[int, Group]]:
+        """The same, (place among the prompts, group) as each group is finished."""
         ...
 
 

@@ -12,8 +12,10 @@ max_staleness S  up to S + 1 steps' groups are under way or waiting, while the t
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from rlhf.algorithms.shaping import changed, punish_length
@@ -22,12 +24,13 @@ from rlhf.data.formatting import as_prompts
 from rlhf.data.rows import Row
 from rlhf.data.stream import Stream
 from rlhf.recipe import Rl
-from rlhf.roles import Engine
+from rlhf.roles import Engine, Rewards
 from rlhf.scoring import Judge, failure_rate, part_means, score
 from rlhf.stage import Context, derive
 from rlhf.types import Batch, Group, Prompt, Sample, Sampling
 
 EXAMPLES = 4  # groups of a step that are kept for the report
+AT_ONCE = 2  # calls of the rewards: a judge goes on with one's while functions score the other's
 
 Drawn = tuple[str, int, Row]  # source, index in it, row
 
@@ -54,11 +57,12 @@ class Rollouts:
     stream: Stream
     metrics: dict[str, float] = field(default_factory=dict)
     examples: list[Group] = field(default_factory=list)
-    # ahead of the trainer: groups asked for so far, those under way, and those that are finished, by their numbers
+    scorer: Scorer = field(init=False)
+    # ahead of the trainer: how many groups were asked for so far; those not taken yet, and their rows, by number
     asked: int = 0
-    under_way: dict[asyncio.Task[Group], int] = field(default_factory=dict)
-    finished: dict[int, Group] = field(default_factory=dict)
+    coming: dict[int, asyncio.Future[Group]] = field(default_factory=dict)
     drawn: dict[int, Drawn] = field(default_factory=dict)
+    streams: set[asyncio.Task[None]] = field(default_factory=set)
     again: list[Drawn] = field(
         default_factory=list
     )  # rows that were drawn before an interruption, and not learned from
@@ -68,12 +72,14 @@ class Rollouts:
 
     def __post_init__(self) -> None:
         self.within_groups = estimator_of(self.stage).within_groups
+        self.scorer = Scorer(self.stage, self.context.actors.rewards, self.judges)
 
     async def __aenter__(self) -> Rollouts:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await _ended(self.under_way)
+        await ended([*self.streams, *self.coming.values()])
+        await self.scorer.close()
 
     def take(self, version: int) -> AsyncGenerator[Part]:
         """The parts of the step after `version`, an equal share of its prompts each, fewer groups when refills did not
@@ -106,7 +112,7 @@ class Rollouts:
                     yield done[-1]
             self._measure(done)
         finally:
-            await _ended(parts)
+            await ended(parts)
 
     async def _part(self, version: int, index: int, before: asyncio.Task[Part] | None) -> Part:
         stage, kept, seen = self.stage, list[Group](), list[Group]()
@@ -125,18 +131,14 @@ class Rollouts:
 
     async def _together(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
         """The prompts' groups in order, scored; the next part may sample as soon as all are sampled."""
-        async with self.sampling:
-            sampled = [asyncio.create_task(self._sampled(prompt, sampling)) for prompt in prompts]
-            scored = [asyncio.create_task(self._scored(task)) for task in sampled]
-            try:
-                await _all(sampled)
-            except BaseException:
-                await _ended([*sampled, *scored])
-                raise
+        scored: dict[int, asyncio.Future[Group]] = {}
         try:
-            return await _all(scored)
+            async with self.sampling, aclosing(self.engine.stream(prompts, sampling)) as sampled:
+                async for place, group in sampled:
+                    scored[place] = self.scorer.add(group)
+            return [await scored[place] for place in range(len(prompts))]
         finally:
-            await _ended(scored)
+            await ended(scored.values())
 
     # Staleness above 0.
 
@@ -171,24 +173,37 @@ class Rollouts:
 
     def _ask(self, limit: int) -> None:
         """Ask for groups until `limit` are under way or waiting to be taken."""
-        while len(self.drawn) < limit:
-            drawn = self.again.pop(0) if self.again else self.stream.take(1)[0]
-            (prompt,) = self._prompts([drawn])
-            self.under_way[asyncio.create_task(self._group(prompt, self._sampling(self.asked)))] = self.asked
-            self.drawn[self.asked] = drawn
-            self.asked += 1
+        missing = limit - len(self.drawn)
+        if missing <= 0:
+            return
+        rows = [*self.again[:missing], *self.stream.take(max(0, missing - len(self.again)))]
+        del self.again[:missing]
+        numbers = range(self.asked, self.asked + missing)
+        self.drawn |= dict(zip(numbers, rows, strict=True))
+        self.coming |= {number: asyncio.get_running_loop().create_future() for number in numbers}
+        stream = asyncio.create_task(self._stream(numbers, self._prompts(rows), self._sampling(self.asked)))
+        self.streams.add(stream)
+        stream.add_done_callback(self.streams.discard)
+        self.asked += missing
+
+    async def _stream(self, numbers: Sequence[int], prompts: Sequence[Prompt], sampling: Sampling) -> None:
+        scored: dict[int, asyncio.Future[Group]] = {}
+        try:
+            async with aclosing(self.engine.stream(prompts, sampling)) as sampled:
+                async for place, group in sampled:
+                    scored[numbers[place]] = self.scorer.add(group)
+                    scored[numbers[place]].add_done_callback(partial(_hand_on, self.coming[numbers[place]]))
+        except Exception as error:  # noqa: BLE001 - handed to whoever waits for these
+            for number in numbers:
+                if number not in scored:
+                    self.coming[number].set_exception(error)
 
     async def _oldest(self) -> Group:
         """Of the groups that are finished, the one asked for first; when there is none, the next to finish."""
-        ready = [task for task in self.under_way if task.done()]
-        if not ready and not self.finished:
-            done, _ = await asyncio.wait(self.under_way, return_when=asyncio.FIRST_COMPLETED)
-            ready = list(done)
-        for task in ready:
-            self.finished[self.under_way.pop(task)] = task.result()
-        number = min(self.finished)
+        await asyncio.wait(self.coming.values(), return_when=asyncio.FIRST_COMPLETED)
+        number = min(number for number, group in self.coming.items() if group.done())
         del self.drawn[number]
-        return self.finished.pop(number)
+        return self.coming.pop(number).result()
 
     # One group's way.
 
@@ -199,19 +214,6 @@ class Rollouts:
         stage = self.stage
         seed = derive(self.context.recipe.seed, stage.name, "rollout", *place)
         return Sampling(stage.group_size, stage.temperature, stage.max_tokens, seed)
-
-    async def _group(self, prompt: Prompt, sampling: Sampling) -> Group:
-        return await self._scored(self._sampled(prompt, sampling))
-
-    async def _sampled(self, prompt: Prompt, sampling: Sampling) -> Group:
-        (group,) = await self.engine.generate([prompt], sampling)
-        return group
-
-    async def _scored(self, sampled: Awaitable[Group]) -> Group:
-        stage = self.stage
-        scored = await score([await sampled], stage.rewards, self.context.actors.rewards, self.judges)
-        (group,) = scored if stage.overlong is None else punish_length(scored, stage.max_tokens, stage.overlong)
-        return group
 
     async def _held_back(self, groups: list[Group], version: int, index: int) -> list[Group]:
         """The groups with what their divergence from the reference costs taken off their scores."""
@@ -263,14 +265,58 @@ class Rollouts:
         }
 
 
-async def _all(tasks: Sequence[asyncio.Task[Group]]) -> list[Group]:
-    """All results in order, or the first error as soon as it is there."""
-    await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-    failed = next((task for task in tasks if task.done() and task.exception() is not None), None)
-    return [failed.result()] if failed is not None else [task.result() for task in tasks]
+@dataclass
+class Scorer:
+    """Scores groups as they come: those that came while others were scored, together."""
+
+    stage: Rl
+    rewards: Rewards
+    judges: Mapping[str, Judge]
+    waiting: list[tuple[Group, asyncio.Future[Group]]] = field(default_factory=list)
+    under_way: set[asyncio.Task[None]] = field(default_factory=set)
+
+    def add(self, group: Group) -> asyncio.Future[Group]:
+        """The group with its scores, when it has them."""
+        found: asyncio.Future[Group] = asyncio.get_running_loop().create_future()
+        self.waiting.append((group, found))
+        if len(self.under_way) < AT_ONCE:
+            call = asyncio.create_task(self._work())
+            self.under_way.add(call)
+            call.add_done_callback(self.under_way.discard)
+        return found
+
+    async def close(self) -> None:
+        """Give up what is not scored yet."""
+        await ended(self.under_way)
+
+    async def _work(self) -> None:
+        while self.waiting:
+            taken, self.waiting = self.waiting, []
+            try:
+                scored = await score([group for group, _ in taken], self.stage.rewards, self.rewards, self.judges)
+                if self.stage.overlong is not None:
+                    scored = punish_length(scored, self.stage.max_tokens, self.stage.overlong)
+            except Exception as error:  # noqa: BLE001 - handed to whoever waits for these
+                for _, found in taken:
+                    if not found.done():
+                        found.set_exception(error)
+            else:
+                for (_, found), group in zip(taken, scored, strict=True):
+                    if not found.done():
+                        found.set_result(group)
 
 
-async def _ended(tasks: Iterable[asyncio.Task[Any]]) -> None:
+def _hand_on(to: asyncio.Future[Group], found: asyncio.Future[Group]) -> None:
+    if to.done() or found.cancelled():
+        return
+    error = found.exception()
+    if error is not None:
+        to.set_exception(error)
+    else:
+        to.set_result(found.result())
+
+
+async def ended(tasks: Iterable[asyncio.Future[Any]]) -> None:
     """Cancel what is still under way and wait until it is gone."""
     tasks = list(tasks)
     for task in tasks:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import random
 import shutil
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,22 @@ class FakeEngine:
 
     async def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
         return [self._group(prompt, sampling) for prompt in prompts]
+
+    async def stream(self, prompts: Sequence[Prompt], sampling: Sampling) -> AsyncGenerator[tuple[int, Group]]:
+        """Every prompt a call of its own, in whatever order they end."""
+
+        async def one(place: int) -> tuple[int, Group]:
+            (group,) = await self.generate([prompts[place]], sampling)
+            return place, group
+
+        asked = [asyncio.create_task(one(place)) for place in range(len(prompts))]
+        try:
+            for found in asyncio.as_completed(asked):
+                yield await found
+        finally:
+            for task in asked:
+                task.cancel()
+            await asyncio.gather(*asked, return_exceptions=True)
 
     def _group(self, prompt: Prompt, sampling: Sampling) -> Group:
         self.asked.append(prompt.key)
