@@ -91,6 +91,35 @@ def _with_muon(
     groups: Mapping[tuple[float, float, bool], list[nn.Parameter]], spec: TrainSpec, momentum: float
 ) -> torch.optim.Optimizer:
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+    from deepspeed.runtime.zero.muon.original_muon import muon_update
+
+    class BatchedMuon(MuonWithAuxAdam):  # type: ignore[misc]  # deepspeed has no types
+        """Without ZeRO the optimizer itself makes Muon's steps: here for all matrices of one shape in one call, since
+        one after the other small matrices take half as long again."""
+
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:
+            assert closure is None
+            for group in self.param_groups:
+                if group["use_muon"]:
+                    shapes: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
+                    for parameter in group["params"]:
+                        if parameter.grad is not None:
+                            shapes[parameter.shape].append(parameter)
+                    for alike in shapes.values():
+                        self._move(group, alike)
+            self.aux_optimizer.step()
+
+        def _move(self, group: dict[str, Any], alike: Sequence[nn.Parameter]) -> None:
+            for parameter in alike:
+                self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+            buffers = torch.stack([self.state[parameter]["momentum_buffer"] for parameter in alike])
+            gradients = torch.stack([parameter.grad for parameter in alike if parameter.grad is not None])
+            updates = muon_update(gradients, buffers, beta=group["momentum"], is_expert_group=True)
+            for parameter, buffer, update in zip(alike, buffers, updates, strict=True):
+                self.state[parameter]["momentum_buffer"].copy_(buffer)
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(update, alpha=-group["lr"])
 
     listed: list[dict[str, Any]] = []
     for (_, decay, by_muon), params in groups.items():
@@ -98,7 +127,8 @@ def _with_muon(
             parameter.use_muon = by_muon  # type: ignore[attr-defined]  # ZeRO asks the parameter
         rule = {"momentum": momentum} if by_muon else {"betas": spec.betas, "eps": 1e-8}
         listed.append({"params": params, "use_muon": by_muon, "lr": 0.0, "weight_decay": decay, **rule})
-    optimizer: torch.optim.Optimizer = MuonWithAuxAdam(
+    kind = BatchedMuon if spec.zero_stage == 0 else MuonWithAuxAdam  # under ZeRO it makes them from its partitions
+    optimizer: torch.optim.Optimizer = kind(
         listed, adam_optimizer=torch.optim.AdamW, adam_optimizer_kwargs={"fused": True}
     )
     return optimizer
