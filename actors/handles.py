@@ -197,7 +197,7 @@ class EngineHandle:
     async def _ask(
         self, index: int, prompts: dict[int, Prompt], sampling: Sampling, found: asyncio.Queue[tuple[int, Group]]
     ) -> None:
-        """Put a worker's groups into `found` as they come; the replacement of one that is lost is asked for the rest."""
+        """Put a worker's groups into `found` as they come; when it is lost, its replacement is asked for the rest."""
 
         async def ask(worker: Any) -> None:
             places = list(prompts)
