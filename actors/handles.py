@@ -203,11 +203,11 @@ class EngineHandle:
             places = list(prompts)
             what = f"engine {self.name!r} generating for {len(places)} prompts"
             call = worker.stream.options(num_returns="streaming").remote(list(prompts.values()), sampling)
-            for _ in places:
-                place, group = await within(self.deadlines.generate, "generate", what, _next_of(call))
-                del prompts[places[place]]
-                self.waiting[index] -= 1
-                found.put_nowait((places[place], group))
+            while prompts:
+                for place, group in await within(self.deadlines.generate, "generate", what, _next_of(call)):
+                    del prompts[places[place]]
+                    self.waiting[index] -= 1
+                    found.put_nowait((places[place], group))
 
         try:
             async with self.calls[index]:

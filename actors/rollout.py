@@ -14,7 +14,7 @@ import hashlib
 import os
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -102,6 +102,7 @@ class _Call:
     ended the engine."""
 
     requests: dict[str, _Request] = field(default_factory=dict)
+    by_place: defaultdict[int, list[_Request]] = field(default_factory=lambda: defaultdict(list))
     open: Counter[int] = field(default_factory=Counter)  # requests by place
     ended: SimpleQueue[int | BaseException] = field(default_factory=SimpleQueue)
 
@@ -140,11 +141,12 @@ class RolloutWorker:
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
         """Sample `sampling.num` rollouts of every prompt, in order; see `stream`."""
-        groups = dict(self.stream(prompts, sampling))
+        groups = {place: group for found in self.stream(prompts, sampling) for place, group in found}
         return [groups[place] for place in range(len(prompts))]
 
-    def stream(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[tuple[int, Group]]:
-        """Sample `sampling.num` rollouts of every prompt; (place among the prompts, group) as they are finished.
+    def stream(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[list[tuple[int, Group]]]:
+        """Sample `sampling.num` rollouts of every prompt; lists of (place among the prompts, group) of those that were
+        finished meanwhile.
 
         Every rollout has a seed of its own, made from (sampling.seed, prompt.key, index): the same request gives the
         same tokens whatever runs beside it. Log-probs are those of the sampled distribution: after temperature and
@@ -152,9 +154,11 @@ class RolloutWorker:
         """
         call = _Call()
         expanded: list[tuple[int, ...]] = []
-        for place in self._ended(call, lambda: expanded.extend(self._submit(call, prompts, sampling)), len(prompts)):
-            mine = [request for request in call.requests.values() if request.place == place]
-            yield place, Group(prompts[place], expanded[place], tuple(map(self._rollout, mine)))
+        for places in self._ended(call, lambda: expanded.extend(self._submit(call, prompts, sampling)), len(prompts)):
+            yield [
+                (place, Group(prompts[place], expanded[place], tuple(map(self._rollout, call.by_place[place]))))
+                for place in places
+            ]
 
     def score(self, probes: Sequence[Probe]) -> ProbeScores:
         """Log-probs of the probes under the live weights: temperature 1, unmasked, never from a cache."""
@@ -223,16 +227,21 @@ class RolloutWorker:
     def _do(self, command: Callable[[], Any]) -> Any:
         return self._post(command).result(timeout=self.settings.deadline)
 
-    def _ended(self, call: _Call, submit: Callable[[], Any], count: int) -> Iterator[int]:
-        """Submit a call's requests; the places that are done, as they are, all before the deadline."""
+    def _ended(self, call: _Call, submit: Callable[[], Any], count: int) -> Iterator[list[int]]:
+        """Submit a call's requests; the places that are done, those of one moment together, before the deadline."""
         deadline = time.monotonic() + self.settings.deadline
         try:
             self._do(submit)
-            for _ in range(count):
-                ended = call.ended.get(timeout=max(0.0, deadline - time.monotonic()))
-                if isinstance(ended, BaseException):
-                    raise ended
-                yield ended
+            while count:
+                found = [call.ended.get(timeout=max(0.0, deadline - time.monotonic()))]
+                while not call.ended.empty():
+                    found.append(call.ended.get_nowait())
+                places = [place for place in found if isinstance(place, int)]
+                for error in found:
+                    if isinstance(error, BaseException):
+                        raise error
+                count -= len(places)
+                yield places
         except Empty:
             steps, left = self._steps, sum(call.open.values())
             raise TimeoutError(
@@ -460,7 +469,9 @@ class RolloutWorker:
         call.open.update(index // each for index in range(len(requests)))
         for index, request in enumerate(requests):
             self._engine.engine_core.add_request(request)
-            call.requests[request.request_id] = self._requests[request.request_id] = _Request(call, index // each)
+            entered = _Request(call, index // each)
+            call.requests[request.request_id] = self._requests[request.request_id] = entered
+            call.by_place[entered.place].append(entered)
 
     def _rollout(self, request: _Request) -> Rollout:
         ids = request.token_ids

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 from ray.exceptions import RayActorError
@@ -17,6 +17,9 @@ from rlhf.recipe import Deadlines
 from rlhf.roles import ActorLostError, SyncError
 from rlhf.types import Batch, Group, Probe, ProbeScores, Prompt, Rollout, Sampling, Score, StepStats
 
+T = TypeVar("T")
+Ended = list[tuple[int, Group]]
+
 
 @pytest.fixture(autouse=True)
 def _no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,8 +30,28 @@ def _no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 class Remote:
     """What Ray makes of a method: `worker.method.remote(...)` is awaitable."""
 
-    def __init__(self, call: Callable[..., Awaitable[Any]]) -> None:
+    def __init__(self, call: Callable[..., Any]) -> None:
         self.remote = call
+
+
+class Streaming:
+    """The same of a method that streams: async iteration gives what can be awaited."""
+
+    def __init__(self, call: Callable[..., Awaitable[list[Group]]]) -> None:
+        self.call = call
+
+    def options(self, num_returns: str) -> Streaming:
+        assert num_returns == "streaming"
+        return self
+
+    async def remote(self, asked: list[Prompt], sampling: Sampling) -> AsyncGenerator[Awaitable[Ended]]:
+        found = await self.call(asked, sampling)
+        for place in reversed(range(len(found))):  # in whatever order they end
+            yield _ready([(place, found[place])])
+
+
+async def _ready(value: T) -> T:
+    return value
 
 
 class Engine:
@@ -39,7 +62,9 @@ class Engine:
         self.loads = 0
         self.logprob = -0.5
         self.score = Remote(self._score)
-        self.generate, self.heartbeat, self.fetch = Remote(self._generate), Remote(self._beat), Remote(self._fetch)
+        self.stream, self.heartbeat, self.fetch = Streaming(self._generate), Remote(self._beat), Remote(self._fetch)
+        self.aborts = 0
+        self.abort = Remote(self._abort)
 
     async def _generate(self, prompts: list[Prompt], sampling: Sampling) -> list[Group]:
         if sampling.seed == 0:  # asked before the death
@@ -52,6 +77,9 @@ class Engine:
         if self.dead.is_set():
             raise RayActorError
         return ProbeScores(((1, 2),), ((self.logprob,),))
+
+    def _abort(self) -> None:
+        self.aborts += 1
 
     async def _beat(self) -> None:
         await asyncio.sleep(0)
@@ -72,7 +100,7 @@ def test_an_engine_that_dies_under_several_calls_is_started_once(tmp_path: Path)
         def start(index: int, folder: Path) -> Engine:
             engine = Engine()
             engine.dead.clear()
-            engine.generate = Remote(lambda asked, _: engine._generate(asked, Sampling(seed=1)))
+            engine.stream = Streaming(lambda asked, _: engine._generate(asked, Sampling(seed=1)))
             started.append(engine)
             return engine
 
@@ -129,7 +157,7 @@ def test_a_worker_that_hangs_or_lost_its_engine_is_replaced(tmp_path: Path, trou
 
     async def go() -> tuple[EngineHandle, list[Group]]:
         broken = Engine()
-        broken.generate = Remote(fail)
+        broken.stream = Streaming(fail)
         deadlines = Deadlines(generate=0.05)
         handle = EngineHandle("policy", tmp_path, "digest", lambda index, folder: Engine(), deadlines, [broken])
         return handle, await asyncio.wait_for(handle.generate(prompts(2), Sampling(seed=1)), 10)
@@ -137,6 +165,73 @@ def test_a_worker_that_hangs_or_lost_its_engine_is_replaced(tmp_path: Path, trou
     handle, groups = asyncio.run(go())
     assert handle.restarts == 1
     assert len(groups) == 2
+
+
+def test_what_a_worker_answered_before_it_died_is_not_asked_again(tmp_path: Path) -> None:
+    class Half(Streaming):
+        async def remote(self, asked: list[Prompt], sampling: Sampling) -> AsyncGenerator[Awaitable[Ended]]:
+            yield _ready([(place, Group(asked[place], (9,), ())) for place in (2, 0)])
+            raise RayActorError
+
+    async def go() -> tuple[list[Group], list[str]]:
+        broken, fresh, again = Engine(), Engine(), list[str]()
+        broken.stream = Half(broken._generate)
+
+        async def noted(asked: list[Prompt], _: Sampling) -> list[Group]:
+            again.extend(prompt.key for prompt in asked)
+            return [Group(prompt, (1,), ()) for prompt in asked]
+
+        fresh.stream = Streaming(noted)
+        handle = EngineHandle("policy", tmp_path, "digest", lambda index, folder: fresh, Deadlines(), [broken])
+        found = await asyncio.wait_for(handle.generate(prompts(4), Sampling(seed=1)), 10)
+        assert not handle.waiting.total()
+        return found, again
+
+    groups, again = asyncio.run(go())
+    assert [group.prompt.key for group in groups] == ["p0", "p1", "p2", "p3"]
+    assert [group.prompt_ids for group in groups] == [(9,), (1,), (9,), (1,)]
+    assert again == ["p1", "p3"]
+
+
+def test_a_prompt_goes_to_the_worker_that_has_the_fewest(tmp_path: Path) -> None:
+    async def go() -> list[list[str]]:
+        asked: list[list[str]] = [[], []]
+        free = asyncio.Event()
+
+        def engine(index: int) -> Engine:
+            made = Engine()
+
+            async def answer(wanted: list[Prompt], _: Sampling) -> list[Group]:
+                asked[index] += [prompt.key for prompt in wanted]
+                await free.wait()
+                return [Group(prompt, (1,), ()) for prompt in wanted]
+
+            made.stream = Streaming(answer)
+            return made
+
+        workers = [engine(0), engine(1)]
+        handle = EngineHandle("policy", tmp_path, "digest", lambda index, folder: Engine(), Deadlines(), workers)
+        calls = [asyncio.create_task(handle.generate(prompts(count), Sampling(seed=1))) for count in (3, 1, 2)]
+        await asyncio.sleep(0.05)
+        free.set()
+        await asyncio.wait_for(asyncio.gather(*calls), 10)
+        return asked
+
+    assert [len(keys) for keys in asyncio.run(go())] == [3, 3]
+
+
+def test_who_stops_listening_ends_what_was_asked(tmp_path: Path) -> None:
+    async def go() -> int:
+        engine = Engine()
+        handle = EngineHandle("policy", tmp_path, "digest", lambda index, folder: Engine(), Deadlines(), [engine])
+        call = asyncio.create_task(handle.generate(prompts(2), Sampling(seed=0)))  # never answered
+        await asyncio.sleep(0.01)
+        call.cancel()
+        await asyncio.gather(call, return_exceptions=True)
+        assert not handle.waiting.total()
+        return engine.aborts
+
+    assert asyncio.run(go()) == 1
 
 
 def test_the_reason_of_a_death_is_in_the_last_line() -> None:
@@ -152,7 +247,7 @@ class Rank:
         self.error, self.after, self.before = error, after, before
         self.step = Remote(self._step)
 
-    async def _step(self, batch: Batch, fresh: bool) -> StepStats:
+    async def _step(self, batch: Batch, fresh: bool, alone: bool) -> StepStats:
         await self.after.wait()
         self.before.set()
         if self.error is not None:

@@ -1,0 +1,90 @@
+"""TRL's side of the RL rows, in a process of its own:
+
+    python -m tests.bench.peer_trl MODEL ROWS MAX_TOKENS STEPS SKIP SEED
+
+GRPOTrainer on the same model, rows, groups and threads, with Hugging Face's generate: its vLLM mode supports vLLM up to
+0.31 and, colocated, crashes at the sync on a CPU. Prints one line of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+THREADS = 2
+
+
+def main(model_folder: str, rows_file: str, max_tokens: int, steps: int, skip: int, seed: int) -> None:
+    import torch
+
+    torch.set_num_threads(THREADS)
+    from datasets import Dataset
+    from PIL import Image
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    from rlhf import bridge
+    from tests.bench.workload import GROUP, PROMPTS
+
+    bridge.register()
+    model, processor = bridge.load(model_folder)
+    processor.chat_template = processor.tokenizer.chat_template
+    rows = [json.loads(line) for line in Path(rows_file).read_text().splitlines()]
+    folder = Path(rows_file).parent
+    data = Dataset.from_dict(
+        {
+            "prompt": [[{"role": "user", "content": row["messages"][0]["content"][1]["text"]}] for row in rows],
+            "image": [Image.open(folder / row["image"]) for row in rows],
+        }
+    )
+    tokens: list[int] = []
+    ends: list[float] = []
+
+    def reward(completion_ids: list[list[int]], **_: object) -> list[float]:
+        tokens.append(sum(map(len, completion_ids)))
+        return [random.random() for _ in completion_ids]
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_: object, **__: object) -> None:
+            ends.append(time.perf_counter())
+
+    with tempfile.TemporaryDirectory() as output:
+        settings = GRPOConfig(
+            output_dir=output,
+            per_device_train_batch_size=PROMPTS * GROUP,
+            num_generations=GROUP,
+            max_completion_length=max_tokens,
+            max_steps=steps,
+            report_to=[],
+            learning_rate=1e-6,
+            save_strategy="no",
+            use_cpu=True,
+            bf16=False,
+            beta=0.0,
+            seed=seed,
+            gradient_checkpointing=False,
+            disable_tqdm=True,
+        )
+        trainer = GRPOTrainer(
+            model=model, reward_funcs=reward, args=settings, train_dataset=data, processing_class=processor
+        )
+        trainer.add_callback(Clock())
+        trainer.train()
+    seconds, counted = ends[-1] - ends[skip - 1], sum(tokens[skip:])
+    found = {
+        "tokens_per_second": counted / seconds,
+        "tokens": counted,
+        "seconds": seconds,
+        "mean_length": counted / (len(tokens) - skip) / (PROMPTS * GROUP),
+    }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="disabled", OMP_NUM_THREADS=str(THREADS))
+    main(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:7]))
