@@ -14,6 +14,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import ray
 from ray.exceptions import RayActorError
@@ -29,10 +30,7 @@ from rlhf.types import Batch, Group, Probe, ProbeScores, Prompt, Publication, Sa
 T = TypeVar("T")
 
 REWARD_CHUNK = 64  # items a call: small enough that a hang costs little, large enough to be cheap
-
-
 CALLS = 24  # streams a worker answers at once; further ones wait here
-
 GRACE_SECONDS = 10.0  # for Ray's word that a rank died, after other ranks lost their connection to it
 
 
@@ -72,16 +70,16 @@ async def _next_of(call: Any) -> Any:
     return await (await anext(call))
 
 
-async def _next(found: asyncio.Queue[T], makers: Sequence[asyncio.Task[None]]) -> T:
+async def _taken(found: asyncio.Queue[T], makers: Sequence[asyncio.Task[None]]) -> T:
     """The next of what `makers` put into the queue; raises what one of them does."""
     taking = asyncio.ensure_future(found.get())
     try:
-        await asyncio.wait([taking, *makers], return_when=asyncio.FIRST_COMPLETED)
         while not taking.done():
+            busy = [maker for maker in makers if not maker.done()]
+            await asyncio.wait([taking, *busy], return_when=asyncio.FIRST_COMPLETED)
             for maker in makers:
                 if maker.done():
                     maker.result()
-            await asyncio.wait([taking, *(m for m in makers if not m.done())], return_when=asyncio.FIRST_COMPLETED)
         return taking.result()
     finally:
         taking.cancel()
@@ -126,7 +124,7 @@ class EngineHandle:
         ]
         try:
             for _ in prompts:
-                yield await _next(found, asking)
+                yield await _taken(found, asking)
         finally:
             for task in asking:
                 task.cancel()
@@ -187,7 +185,8 @@ class EngineHandle:
         return await within(self.deadlines.sync, "sync", f"engine {self.name!r} fingerprints", call)
 
     async def _refit_all(self, refit: Callable[[Any], Awaitable[None]]) -> None:
-        self.refit, self.expected = refit, None
+        async with self.restarting:  # one that is being started takes the weights of before
+            self.refit, self.expected = refit, None
         for index, worker in enumerate(self.workers):
             try:
                 await refit(worker)
@@ -199,10 +198,13 @@ class EngineHandle:
     ) -> None:
         """Put a worker's groups into `found` as they come; when it is lost, its replacement is asked for the rest."""
 
+        asked: list[tuple[Any, str]] = []
+
         async def ask(worker: Any) -> None:
             places = list(prompts)
             what = f"engine {self.name!r} generating for {len(places)} prompts"
-            call = worker.stream.options(num_returns="streaming").remote(list(prompts.values()), sampling)
+            asked.append((worker, name := uuid4().hex))
+            call = worker.stream.options(num_returns="streaming").remote(list(prompts.values()), sampling, name)
             while prompts:
                 for place, group in await within(self.deadlines.generate, "generate", what, _next_of(call)):
                     del prompts[places[place]]
@@ -213,8 +215,9 @@ class EngineHandle:
             async with self.calls[index]:
                 await self._call(index, ask)
         except asyncio.CancelledError:
-            if prompts:
-                self.workers[index].abort.remote()  # nobody waits for these replies any more
+            if asked:  # nobody waits for these replies any more
+                worker, name = asked[-1]
+                worker.abort.remote(name)
             raise
         finally:
             self.waiting[index] -= len(prompts)

@@ -104,17 +104,19 @@ def _with_muon(
                 if group["use_muon"]:
                     shapes: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
                     for parameter in group["params"]:
-                        if parameter.grad is not None:
-                            shapes[parameter.shape].append(parameter)
+                        shapes[parameter.shape].append(parameter)
                     for alike in shapes.values():
                         self._move(group, alike)
-            self.aux_optimizer.step()
+            if self.aux_optimizer is not None:  # no parameter but hidden matrices trains without
+                self.aux_optimizer.step()
 
         def _move(self, group: dict[str, Any], alike: Sequence[nn.Parameter]) -> None:
             for parameter in alike:
-                self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+                if "momentum_buffer" not in self.state[parameter]:
+                    self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
             buffers = torch.stack([self.state[parameter]["momentum_buffer"] for parameter in alike])
-            gradients = torch.stack([parameter.grad for parameter in alike if parameter.grad is not None])
+            # without a gradient its momentum goes on, as in DeepSpeed's own step
+            gradients = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in alike])
             updates = muon_update(gradients, buffers, beta=group["momentum"], is_expert_group=True)
             for parameter, buffer, update in zip(alike, buffers, updates, strict=True):
                 self.state[parameter]["momentum_buffer"].copy_(buffer)

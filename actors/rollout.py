@@ -45,7 +45,7 @@ class EngineSettings:
     """What one engine may use.
 
     masked_tokens   ids that are never sampled (the image placeholder, padding): their logits become -inf
-    deadline        seconds after which a call is given up, its requests aborted, and TimeoutError raised
+    deadline        seconds without a reply after which a call is given up and aborted, and TimeoutError raised
     start_deadline  seconds after which starting is given up
     """
 
@@ -120,6 +120,7 @@ class RolloutWorker:
         self._commands: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._wake = threading.Condition()
         self._requests: dict[str, _Request] = {}
+        self._calls: dict[str, _Call] = {}
         self._steps = 0
         self._started = 0
         self._version = 0
@@ -144,15 +145,17 @@ class RolloutWorker:
         groups = {place: group for found in self.stream(prompts, sampling) for place, group in found}
         return [groups[place] for place in range(len(prompts))]
 
-    def stream(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[list[tuple[int, Group]]]:
+    def stream(
+        self, prompts: Sequence[Prompt], sampling: Sampling, name: str = ""
+    ) -> Iterator[list[tuple[int, Group]]]:
         """Sample `sampling.num` rollouts of every prompt; lists of (place among the prompts, group) of those that were
-        finished meanwhile.
+        finished meanwhile. By its name it can be aborted.
 
         Every rollout has a seed of its own, made from (sampling.seed, prompt.key, index): the same request gives the
         same tokens whatever runs beside it. Log-probs are those of the sampled distribution: after temperature and
         token mask. Raises ValueError naming the prompt that cannot be served.
         """
-        call = _Call()
+        call = self._calls[name] = _Call()
         expanded: list[tuple[int, ...]] = []
         for places in self._ended(call, lambda: expanded.extend(self._submit(call, prompts, sampling)), len(prompts)):
             yield [
@@ -200,9 +203,14 @@ class RolloutWorker:
         """Step again."""
         self._set_paused(False)
 
-    def abort(self) -> None:
-        """End all requests: their calls return what was sampled so far, with finish "abort"."""
-        self._post(self._abort_all)
+    def abort(self, name: str | None = None) -> None:
+        """End all requests, or those of the stream of that name: what was sampled so far is returned, with finish
+        "abort"."""
+        if name is None:
+            self._post(self._abort_all)
+        elif name in self._calls:
+            call = self._calls[name]
+            self._post(lambda: self._abort(list(call.requests)))
 
     def close(self) -> None:
         """Abort what runs, end the engine and its thread."""
@@ -228,11 +236,11 @@ class RolloutWorker:
         return self._post(command).result(timeout=self.settings.deadline)
 
     def _ended(self, call: _Call, submit: Callable[[], Any], count: int) -> Iterator[list[int]]:
-        """Submit a call's requests; the places that are done, those of one moment together, before the deadline."""
-        deadline = time.monotonic() + self.settings.deadline
+        """Submit a call's requests; the places that are done, those of one moment together. Each before a deadline."""
         try:
             self._do(submit)
             while count:
+                deadline = time.monotonic() + self.settings.deadline
                 found = [call.ended.get(timeout=max(0.0, deadline - time.monotonic()))]
                 while not call.ended.empty():
                     found.append(call.ended.get_nowait())
@@ -249,6 +257,7 @@ class RolloutWorker:
                 f"({steps} engine steps so far, {'paused' if self._paused else 'running'})"
             ) from None
         finally:
+            self._calls = {name: other for name, other in self._calls.items() if other is not call}
             if call.open.total() and self._error is None and not self._closed:  # nobody waits for the rest any more
                 self._post(lambda: self._abort(list(call.requests)))
 
@@ -348,6 +357,7 @@ class RolloutWorker:
                 # the version of a token must be known when its step returns
                 async_scheduling=False,
                 enable_prefix_caching=True,
+                scheduling_policy="priority",
                 # a prompt is processed once for all its rollouts; a cache would only have to be emptied
                 mm_processor_cache_gb=0,
                 generation_config="vllm",
@@ -431,7 +441,8 @@ class RolloutWorker:
 
         params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
         rendered = [self._render(probe.token_ids, probe.media, fresh=True) for probe in probes]
-        self._enter(call, [self._process(one, params) for one in rendered], 1)
+        # before whatever waits: a publish is not to wait for rollouts
+        self._enter(call, [self._process(one, params, priority=-1) for one in rendered], 1)
         return [tuple(one["prompt_token_ids"]) for one in rendered]
 
     def _render(self, token_ids: Sequence[int], media: Sequence[Media], fresh: bool) -> Mapping[str, Any]:
@@ -455,11 +466,15 @@ class RolloutWorker:
             )
         return rendered  # type: ignore[no-any-return]
 
-    def _process(self, rendered: Mapping[str, Any], params: Any) -> Any:
+    def _process(self, rendered: Mapping[str, Any], params: Any, priority: int = 0) -> Any:
         self._serial += 1
         processor = self._engine.input_processor
         request = processor.process_inputs(
-            str(self._serial), rendered, params, supported_tasks=self._engine.get_supported_tasks()
+            str(self._serial),
+            rendered,
+            params,
+            supported_tasks=self._engine.get_supported_tasks(),
+            priority=priority,
         )
         processor.assign_request_id(request)
         return request

@@ -209,7 +209,8 @@ class _Stage:
             )
             loss, metrics = policy_loss(counted, loss_spec)
             if loss_spec.router_aux and self.moe and samples:
-                # a mean over the micro-batch's tokens; by its share of them the step's micro-batches add up to a mean
+                # a mean over the micro-batch's tokens, a prompt that rows share being there once; by its share of the
+                # rows' tokens the step's micro-batches add up to a mean
                 share = int(tensors.attention_mask.sum()) / length
                 totals.sums["router_aux"] += float(out.aux_loss.detach()) * share
                 loss = loss + loss_spec.router_aux * share * out.aux_loss

@@ -146,13 +146,13 @@ def probe_model(model: nn.Module, processor: ProbeProcessor, visual: Visual, pro
     logprobs, margins = [], []
     reached: dict[str, set[int]] = {name: set() for name in routed}
     lowest = lowest_margins(routed, tensors)
+    chosen = {name: tensors.in_rows(torch.from_numpy(choice)) for name, (choice, _, _) in routed.items()}
     for index, ids in enumerate(expanded):
         values = logits[index, : len(ids) - 1].float().log_softmax(-1)
         targets = torch.tensor(ids[1:], device=logits.device)[:, None]
         logprobs.append(tuple(values.gather(-1, targets)[:, 0].tolist()))
-        for name, (choice, _, _) in routed.items():
-            own = tensors.in_rows(torch.from_numpy(choice))[index, : len(ids)]
-            reached[name].update(own.flatten().tolist())
+        for name, experts in chosen.items():
+            reached[name].update(experts[index, : len(ids)].flatten().tolist())
         margins.append(tuple(lowest[index, : len(ids) - 1].tolist()))
     visited = {name: tuple(sorted(experts)) for name, experts in reached.items()}
     total = max((count for _, _, count in routed.values()), default=0)
@@ -185,7 +185,8 @@ def _forward(
     """Expanded ids of the probes, their tensors and logits [rows, longest, vocabulary], by the path of training. A row
     with a picture may come after the probes' own (`Visual.blank`): routers see it too."""
     expanded = [processor.expand(probe.token_ids, [media.size for media in probe.media]) for probe in probes]
-    rows = [Sample("probe", tuple(ids), 1, probe.media) for ids, probe in zip(expanded, probes, strict=True)]
+    # all but the last id is prompt: what is packed once for two rows must hold their pictures whole
+    rows = [Sample("probe", tuple(ids), len(ids) - 1, probe.media) for ids, probe in zip(expanded, probes, strict=True)]
     tensors = collate(rows, visual).to(next(model.parameters()).device)
     training = model.training
     model.eval()

@@ -7,6 +7,7 @@ one micro-batch ─collate→ Tensors (on the rank, decoding its own pixels)
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -20,6 +21,8 @@ from rlhf.types import Batch, Media, Sample
 # What one more forward and backward costs beside its tokens, as a share of the token budget: 128 tokens of 4,096. On
 # two CPU cores with a decoder of width 128 it was 80 on judge rows, 300 on short ones
 CALL_COST = 1 / 32
+# Attention takes packed rows apart: rows × longest of them, at most so many times the token budget
+APART = 4
 
 Unit = tuple[Sample, ...]  # samples that go into one micro-batch together
 Asked = tuple[tuple[int, ...], tuple[Media, ...]]
@@ -38,7 +41,9 @@ def make_batch(samples: Sequence[Sample], ranks: int, token_budget: int, index: 
         raise ValueError(f"a batch needs at least one rank and one sample, got {ranks} and {len(samples)}")
     for sample in samples:
         _require_trainable(sample, token_budget)
-    units = _families(samples, token_budget) if packed else [(sample,) for sample in samples]
+    # no rank has to wait for one that holds a whole family
+    share = math.ceil(sum(map(_length, samples)) / ranks)
+    units = _families(samples, token_budget, share) if packed else [(sample,) for sample in samples]
     shares: list[list[Unit]] = [[] for _ in range(ranks)]
     loads = [0] * ranks
     # longest first onto the least loaded rank: within 4/3 of the best balance (Graham 1969); sort is stable
@@ -60,15 +65,21 @@ def make_batch(samples: Sequence[Sample], ranks: int, token_budget: int, index: 
     )
 
 
-def _families(samples: Sequence[Sample], token_budget: int) -> list[Unit]:
-    """Samples that share a prompt, together as far as the budget goes."""
-    families: dict[Asked, list[list[Sample]]] = {}
+def _families(samples: Sequence[Sample], token_budget: int, share: int) -> list[Unit]:
+    """Samples that share a prompt, together as far as the budget goes, and of several ranks a rank's share."""
+    families: dict[Asked, list[Unit]] = {}
     for sample in samples:
-        parts = families.setdefault(asked(sample), [[]])
-        if _tokens((*parts[-1], sample)) > token_budget:
-            parts.append([])
-        parts[-1].append(sample)
-    return [tuple(part) for parts in families.values() for part in parts]
+        units = families.setdefault(asked(sample), [])
+        grown = (*units[-1], sample) if units else (sample,)
+        if len(grown) > 1 and (sum(map(_length, grown)) > share or not _fits(grown, _tokens(grown), token_budget)):
+            units.append((sample,))
+        else:
+            units[max(len(units) - 1, 0) :] = [grown]
+    return [unit for units in families.values() for unit in units]
+
+
+def _fits(rows: Unit, tokens: int, token_budget: int) -> bool:
+    return tokens <= token_budget and len(rows) * max(map(_length, rows)) <= APART * token_budget
 
 
 def asked(sample: Sample) -> Asked:
@@ -102,17 +113,19 @@ def _require_trainable(sample: Sample, token_budget: int) -> None:
 def _fill(units: Sequence[Unit], token_budget: int) -> list[tuple[Sample, ...]]:
     """Micro-batches of units already sorted longest first: each into the first that has room (within 11/9 of the
     fewest, Johnson 1973)."""
-    parts: list[list[Sample]] = []
-    room: list[int] = []
+    parts: list[Unit] = []
+    loads: list[int] = []
     for unit in units:
         needed = _tokens(unit)
-        place = next((i for i, left in enumerate(room) if left >= needed), len(parts))
-        if place == len(parts):
-            parts.append([])
-            room.append(token_budget)
-        parts[place] += unit
-        room[place] -= needed
-    return [tuple(part) for part in parts]
+        for place, (part, load) in enumerate(zip(parts, loads, strict=True)):
+            if _fits(part + unit, load + needed, token_budget):
+                parts[place] += unit
+                loads[place] += needed
+                break
+        else:
+            parts.append(unit)
+            loads.append(needed)
+    return parts
 
 
 def _cut(samples: Sequence[Sample], token_budget: int) -> list[tuple[Sample, ...]]:
@@ -172,6 +185,7 @@ class Tensors:
     weights         [B]
     completion      [B, L − 1] True where token t + 1 is a completion token, whatever the row's weight
     sampled         [B] True where the row came with log-probabilities, of the weights that the step starts from
+    packing         how the model sees them; None: as they are
     """
 
     input_ids: Tensor
@@ -217,8 +231,8 @@ class Tensors:
         padding."""
         if self.packing is None:
             return values.reshape(*self.input_ids.shape, *values.shape[1:])
-        found = values[self.packing.places]
-        found[self.attention_mask == 0] = fill
+        found = values[self.packing.places.to(values.device)]
+        found[self.attention_mask.to(values.device) == 0] = fill
         return found
 
     def to(self, device: str | torch.device) -> Tensors:

@@ -18,11 +18,18 @@ NAME = "by_row"
 
 def attend_by_row(decoder: PreTrainedModel) -> None:
     """Let `decoder` take packed rows, and nothing else: forward then needs row_places and row_owned. Raises ValueError
-    for a decoder whose attention looks at a window."""
+    for a decoder whose tokens meet elsewhere than in full attention."""
+    kinds = set(getattr(decoder.config, "layer_types", None) or ()) - {"full_attention"}
     if getattr(decoder.config, "sliding_window", None) is not None:
-        raise ValueError(f"{type(decoder).__name__} attends within a window: set resources.packing = false")
+        kinds.add("a sliding window")
     AttentionInterface.register(NAME, by_row)
-    decoder.set_attn_implementation(NAME)
+    if not kinds:
+        decoder.set_attn_implementation(NAME)
+    if kinds or decoder.config._attn_implementation != NAME:  # transformers warns only
+        found = ", ".join(sorted(kinds)) or "an attention of its own"
+        raise ValueError(
+            f"{type(decoder).__name__} has {found}: its rows cannot be packed; set resources.packing = false"
+        )
 
 
 def by_row(

@@ -159,7 +159,7 @@ class Rollouts:
                 seen += await self._held_back([group], version, index)
                 kept += [seen[-1]] if self._teaches(seen[-1]) else []
                 # where groups are refilled, one that teaches nothing makes room for another
-                taken += self._teaches(seen[-1]) or not stage.refill_rounds
+                taken += 1 if self._teaches(seen[-1]) or not stage.refill_rounds else 0
             parts.append(Part(index, kept, seen))
             self._require_rewards(parts)
             if kept:
@@ -273,21 +273,19 @@ class Scorer:
     rewards: Rewards
     judges: Mapping[str, Judge]
     waiting: list[tuple[Group, asyncio.Future[Group]]] = field(default_factory=list)
-    under_way: set[asyncio.Task[None]] = field(default_factory=set)
+    under_way: set[asyncio.Task[None] | None] = field(default_factory=set)
 
     def add(self, group: Group) -> asyncio.Future[Group]:
         """The group with its scores, when it has them."""
         found: asyncio.Future[Group] = asyncio.get_running_loop().create_future()
         self.waiting.append((group, found))
         if len(self.under_way) < AT_ONCE:
-            call = asyncio.create_task(self._work())
-            self.under_way.add(call)
-            call.add_done_callback(self.under_way.discard)
+            self.under_way.add(asyncio.create_task(self._work()))
         return found
 
     async def close(self) -> None:
         """Give up what is not scored yet."""
-        await ended(self.under_way)
+        await ended(task for task in self.under_way if task is not None)
 
     async def _work(self) -> None:
         while self.waiting:
@@ -304,12 +302,14 @@ class Scorer:
                 for (_, found), group in zip(taken, scored, strict=True):
                     if not found.done():
                         found.set_result(group)
+        # here, not in a callback later: whatever is added from now on needs a new call
+        self.under_way.discard(asyncio.current_task())
 
 
 def _hand_on(to: asyncio.Future[Group], found: asyncio.Future[Group]) -> None:
+    error = None if found.cancelled() else found.exception()
     if to.done() or found.cancelled():
         return
-    error = found.exception()
     if error is not None:
         to.set_exception(error)
     else:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from rewards.base import file_of
+from rlhf.algorithms.table import method_of
 from rlhf.recipe import BUILDERS, Evaluate, Recipe, Rl, Sft, Stage, Synthesize
 
 ROW_FILES = (".parquet", ".jsonl", ".json")
@@ -220,6 +221,18 @@ def _rl(recipe: Recipe, stage: Rl) -> Iterator[str]:
             f"updates_per_step = {updates} times trainer_ranks = {ranks}; change prompts_per_step to a multiple of "
             f"{_multiple(stage, ranks)}"
         )
+    if stage.max_staleness:
+        objective = method_of(stage, "dapo" if stage.algorithm == "auto" else stage.algorithm).objective
+        if objective == "reinforce" and stage.compare == "sampler":
+            yield (
+                f"max_staleness = {stage.max_staleness} lets tokens come from older weights, which the objective "
+                '"reinforce" does not correct; use another, or compare = "trainer" with correction.truncate'
+            )
+        if stage.compare == "trainer" and stage.correction.truncate is None:
+            yield (
+                f'max_staleness = {stage.max_staleness} with compare = "trainer" needs correction.truncate '
+                "(2 is usual): nothing else would weigh tokens of older weights"
+            )
     if not stage.rewards:
         yield "rewards is empty: there is nothing to learn from; add [stages.rewards.NAME] with a function or a judge"
     for name, part in stage.rewards.items():

@@ -81,7 +81,7 @@ def crowded_cores(recipe: Recipe, cluster: Cluster) -> Iterator[str]:
         # processes of one thread share a core by turns; a team of threads waits for its slowest
         if trainer + engines > cluster.cpus and max(r.trainer_threads_beside, r.rollout_threads) > 1:
             yield (
-                f"stage {stage.name!r}: with updates_per_step = {stage.updates_per_step} the trainer learns while "
+                f"stage {stage.name!r}: with several updates a step or max_staleness the trainer learns while "
                 f"engines sample; its {trainer} threads and their {engines} on {cluster.cpus} cores would wait for one "
                 "another; lower resources.rollout_threads or trainer_threads_beside (1 is always allowed)"
             )

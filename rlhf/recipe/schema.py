@@ -311,7 +311,7 @@ class Rl(Optimised):
     entropy      weight of a bonus for the policy's entropy
     overlong     tokens before max_tokens in which a soft punishment for length grows to −1 (DAPO)
     max_staleness  how many versions old the weights that sampled a token may be; above 0 engines sample while the
-                 trainer learns, and never wait for it"""
+                 trainer learns, up to so many steps ahead"""
 
     kind: Literal["rl"]
     algorithm: Literal[

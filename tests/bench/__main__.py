@@ -1,6 +1,6 @@
 """`python -m tests.bench [--runs 5] [--out bench.json] [NAME …]`: our rows beside a peer's, as ratios of paired runs.
 
-Both sides of a pair run one after the other on an otherwise idle machine; which goes first alternates.
+Both sides of a pair run one after the other on an otherwise idle machine; beside a peer, which goes first alternates.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SYNC, ASYNC = 0, 2  # staleness
 
 
 def rate(workload: Workload, folder: Path, staleness: int, seed: int) -> dict[str, Any]:
-    """Ours, at its better setting of the two."""
+    """Ours, one update a step as the peer does."""
     return ours.measure(workload, folder, staleness, 1, STEPS, SKIP, seed)
 
 
@@ -83,7 +83,6 @@ def main() -> int:
         pair, bar = ROWS[name]
         pairs = []
         for seed in range(parsed.runs):
-            # a run of that name would be found finished
             pairs.append(pair(parsed.folder.resolve() / name / str(seed), seed))
             mine, theirs = pairs[-1]
             print(
@@ -107,7 +106,7 @@ def main() -> int:
         )
         report = {"machine": machine(), "versions": versions(), "rows": rows}
         parsed.out.write_text(json.dumps(report, indent=1))
-    return 0
+    return 0 if all(row["pass"] for row in rows) else 1
 
 
 def machine() -> dict[str, Any]:

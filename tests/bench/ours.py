@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,7 @@ def measure(
     name = f"{workload.name}-s{staleness}-u{updates}-{seed}"
     reward = folder / "random_reward.py"
     reward.write_text(REWARD)
+    shutil.rmtree(folder / "runs" / name, ignore_errors=True)  # a finished run would not run again
     recipe = folder / f"{name}.toml"
     recipe.write_text(
         RECIPE.format(

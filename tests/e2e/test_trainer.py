@@ -304,7 +304,7 @@ def test_muon_moves_hidden_matrices_by_their_rate_and_the_rest_by_adam(one, spar
     assert steps["model.language_model.embed_tokens.weight"].any()
 
 
-@pytest.mark.parametrize(("zero_stage", "muon"), [(2, None), (3, None), (2, (20.0, 0.9))])
+@pytest.mark.parametrize(("zero_stage", "muon"), [(2, None), (3, None), (2, (20.0, 0.9)), (0, (20.0, 0.9))])
 def test_resume_is_bit_exact(two, sparse, tmp_path, zero_stage, muon):
     spec = spec_of(sparse, zero_stage=zero_stage, loss=Loss("gspo"), muon=muon)
     batches = [make_batch(rows(6, True, i, True) + rows(2, False, i, True), 2, 40) for i in range(3)]

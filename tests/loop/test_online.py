@@ -53,6 +53,7 @@ def test_the_next_part_is_sampled_while_the_trainer_learns(
     async def patient(trainer: FakeTrainer, batch: Batch, fresh: bool = False, alone: bool = True) -> StepStats:
         calls["step"] += 1
         if trainer.begun[-1].loss.kind != "nll":  # two parts a step: the first waits until the second is asked for
+            assert alone == (calls["step"] % 2 == 0)  # beside its last update nothing is sampled
             async with changed:
                 wanted = (calls["step"] + calls["step"] % 2) * share
                 await asyncio.wait_for(changed.wait_for(lambda: calls["generate"] >= wanted), 10)
@@ -260,16 +261,10 @@ def test_slow_groups_hold_nobody_up_and_are_at_most_so_stale(
     cast = improve(prepared, tmp_path / "run", settings)
     assert len(cast.trainer.batches) == 16
     found = [line["metrics"] for line in lines(tmp_path / "run")]
-    assert [line["staleness_max"] for line in found] == pytest.approx(
-        [0, *[line["staleness_max"] for line in found[1:]]]
-    )
+    assert found[0]["staleness_max"] == 0
     assert max(line["staleness_max"] for line in found) <= 2
     assert max(line["staleness"] for line in found) > 0
     assert engine.most <= 3 * 4
-    for batch in cast.trainer.batches:
-        for sample in (s for part in batch.micro_batches[0] for s in part):
-            began = int(sample.key.split("@")[1].split(".")[0])
-            assert 0 <= began < 8
 
 
 def test_a_group_too_stale_is_dropped_and_counted(
@@ -310,7 +305,7 @@ def test_rows_under_way_at_a_kill_are_asked_again(
 
     # two steps twice: the same rows, none left out
     assert [b.index for b in killed] == [0, 1, 2, 3, 4, 5, 4, 5, 6, 7]
-    assert prompts(killed) == prompts(straight)
+    assert prompts(killed[6:]) == prompts(straight[4:])
 
 
 def test_length_is_punished_before_rollouts_are_compared(prepared: Path, tmp_path: Path) -> None:
@@ -333,3 +328,40 @@ def test_a_divergence_is_taken_off_the_reward_before_rollouts_are_compared(prepa
     assert metrics["reward.kl"] == pytest.approx(-0.01 * metrics["tokens.mean"])
     samples = [s for batch in cast.trainer.batches for part in batch.micro_batches[0] for s in part]
     assert len({sample.key for sample in samples}) == len(samples)
+
+
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_an_engine_that_fails_ends_the_stage_by_its_own_error(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, staleness: int
+) -> None:
+    generate, asked = FakeEngine.generate, [0]
+
+    async def fails(engine: FakeEngine, prompts: Any, sampling: Any) -> Any:
+        asked[0] += 1
+        if asked[0] == 9:
+            raise ValueError("prompt 'x': 2 placeholders for 1 image")
+        return await generate(engine, prompts, sampling)
+
+    monkeypatch.setattr(FakeEngine, "generate", fails)
+    settings = f"steps = 4, prompts_per_step = 4, refill_rounds = 0, max_staleness = {staleness}"
+    with pytest.raises(ValueError, match="prompt 'x'"):
+        improve(prepared, tmp_path / "run", settings)
+
+
+def test_refills_make_up_for_groups_that_teach_nothing_ahead_too(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score, places = FakeRewards.score, in_order(monkeypatch)
+
+    async def half(rewards: FakeRewards, function: str, groups: Any) -> Any:
+        scores = await score(rewards, function, groups)
+        return [
+            [dataclasses.replace(one, value=float(places[g.prompt.key] % 2 and r % 2)) for r, one in enumerate(row)]
+            for g, row in zip(groups, scores, strict=True)
+        ]
+
+    monkeypatch.setattr(FakeRewards, "score", half)
+    settings = "steps = 2, prompts_per_step = 4, group_size = 2, refill_rounds = 8, max_staleness = 1"
+    cast = improve(prepared, tmp_path / "run", settings)
+    assert {len(keys(batch)) for batch in cast.trainer.batches} == {2 * 2}
+    assert all(line["metrics"]["informative"] < 1 for line in lines(tmp_path / "run"))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from rlhf.batching import CALL_COST, Cached, collate, concatenate, make_batch
+from rlhf.batching import APART, CALL_COST, Cached, collate, concatenate, make_batch
 from rlhf.types import Media, Sample
 
 
@@ -77,6 +77,21 @@ def test_replies_to_one_prompt_stay_together_as_far_as_the_budget_goes():
     tight = make_batch(samples, 1, 40, packed=True)
     assert sorted(keys(tight)) == sorted(s.key for s in samples)
     assert max(tokens(part) for part in tight.micro_batches[0]) <= 40
+
+
+def test_a_long_row_takes_few_short_ones_along():
+    """Attention sees rows × longest, which the tokens alone do not bound."""
+    samples = [Sample("long", (1,) * 100, 1), *(Sample(f"short/{i}", (2 + i, 3), 1) for i in range(40))]
+    batch = make_batch(samples, 1, 200, packed=True)
+    assert sorted(keys(batch)) == sorted(s.key for s in samples)
+    for part in batch.micro_batches[0]:
+        assert len(part) * max(len(s.token_ids) for s in part) <= APART * 200
+
+
+def test_no_rank_holds_a_family_of_several_shares():
+    samples = [Sample(f"{i}", (1, 2, 3, 10 + i), 3) for i in range(16)]
+    batch = make_batch(samples, 4, 1000, packed=True)
+    assert [sum(map(len, mine)) for mine in batch.micro_batches] == [4] * 4
 
 
 @pytest.mark.parametrize("ranks", [1, 3])

@@ -44,7 +44,7 @@ class Streaming:
         assert num_returns == "streaming"
         return self
 
-    async def remote(self, asked: list[Prompt], sampling: Sampling) -> AsyncGenerator[Awaitable[Ended]]:
+    async def remote(self, asked: list[Prompt], sampling: Sampling, _: str) -> AsyncGenerator[Awaitable[Ended]]:
         found = await self.call(asked, sampling)
         for place in reversed(range(len(found))):  # in whatever order they end
             yield _ready([(place, found[place])])
@@ -78,7 +78,8 @@ class Engine:
             raise RayActorError
         return ProbeScores(((1, 2),), ((self.logprob,),))
 
-    def _abort(self) -> None:
+    def _abort(self, name: str) -> None:
+        assert name
         self.aborts += 1
 
     async def _beat(self) -> None:
@@ -169,7 +170,7 @@ def test_a_worker_that_hangs_or_lost_its_engine_is_replaced(tmp_path: Path, trou
 
 def test_what_a_worker_answered_before_it_died_is_not_asked_again(tmp_path: Path) -> None:
     class Half(Streaming):
-        async def remote(self, asked: list[Prompt], sampling: Sampling) -> AsyncGenerator[Awaitable[Ended]]:
+        async def remote(self, asked: list[Prompt], sampling: Sampling, _: str) -> AsyncGenerator[Awaitable[Ended]]:
             yield _ready([(place, Group(asked[place], (9,), ())) for place in (2, 0)])
             raise RayActorError
 

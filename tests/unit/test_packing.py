@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from rlhf.agreement import probe_model
 from rlhf.algorithms.logprobs import processed_logprobs
 from rlhf.batching import BridgeVisual, Tensors, collate, make_batch
 from rlhf.packing import attend_by_row, by_row
-from rlhf.types import Media, Sample
+from rlhf.types import Media, Probe, Sample
 from tests.unit.test_bridge_build import MOE, picture, tiny
 
 
@@ -111,13 +112,30 @@ def test_a_shared_prompt_and_its_pictures_are_computed_once():
     assert make_batch(samples, 1, expected, packed=True).micro_batches[0][1:] == ()
 
 
+def test_probes_of_one_picture_are_scored_as_apart():
+    model, processor = tiny(decoder=MOE)
+    shown = (media(0, 40, 24),)
+    probes = [Probe((processor.image_token_id, *ids), shown) for ids in ((7, 8, 9), (7, 9, 8, 6), (5, 6))]
+    padded = probe_model(model, processor, BridgeVisual(processor), probes)
+    attend_by_row(model.model.language_model)
+    packed = probe_model(model, processor, BridgeVisual(processor, packs=True), probes)
+    assert packed.expanded_ids == padded.expanded_ids
+    assert packed.experts_reached == padded.experts_reached
+    for ours, theirs in zip(packed.logprobs + packed.margins, padded.logprobs + padded.margins, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5)
+
+
 def test_what_is_not_packed_is_refused():
     model, processor = tiny()
     attend_by_row(model.model.language_model)
     with pytest.raises(ValueError, match="takes packed rows: give row_places"):
         model(**collate(rows(processor), BridgeVisual(processor)).model_inputs(), use_cache=False)
     model.model.language_model.config.sliding_window = 4
-    with pytest.raises(ValueError, match=r"attends within a window: set resources\.packing = false"):
+    linear = tiny()[0].model.language_model
+    linear.config.layer_types = ["full_attention", "linear_attention"]
+    with pytest.raises(ValueError, match="has linear_attention: its rows cannot be packed"):
+        attend_by_row(linear)
+    with pytest.raises(ValueError, match=r"has a sliding window: .*set resources\.packing = false"):
         attend_by_row(model.model.language_model)
 
 

@@ -279,9 +279,17 @@ REFUSALS = {
     "ranks over cores": ("resources.trainer_ranks = 4", "trainer_ranks = 4 on 2 cores; use at most 2"),
     "threads over cores": ("resources.rollout_threads = 3", "rollout_threads = 3 threads on 2 cores.*to 2"),
     "indivisible": ("stages.improve.updates_per_step = 3", "16 does not divide into.*each of whole.*multiple of 3"),
+    "stale and uncorrected": (
+        "stages.improve = {max_staleness = 1, algorithm = 'rloo'}",
+        'max_staleness = 1 .*the objective "reinforce" does not correct',
+    ),
+    "stale and unweighed": (
+        "stages.improve = {max_staleness = 1, compare = 'trainer'}",
+        'max_staleness = 1 with compare = "trainer" needs correction.truncate',
+    ),
     "threads side by side": (
         "resources.rollout_threads = 2",
-        "'improve': with updates_per_step = 2 the trainer learns while.*its 1 threads and their 4 on 2 cores",
+        "'improve': with several updates.*the trainer learns while.*its 1 threads and their 4 on 2 cores",
     ),
     "a part no bridge has": (
         "stages.align.train = {'langage_model.*' = 1e-3}",
