@@ -16,7 +16,7 @@ from rlhf.checkpoint import Restorable, latest, resume, save
 from rlhf.evaluation import record
 from rlhf.recipe import Rl
 from rlhf.roles import Engine
-from rlhf.rollouts import Rollouts, pack
+from rlhf.rollouts import pack, rollouts
 from rlhf.scoring import Judge
 from rlhf.stage import Context
 from rlhf.statistics import Totals, gap_metrics, merged
@@ -31,13 +31,13 @@ async def run(stage: Rl, context: Context, engine: Engine, judges: Mapping[str, 
     checkpoints, totals = context.folder / "checkpoints", Totals()
     judge = next((name for name, part in stage.rewards.items() if part.judge is not None), None)
     saving: dict[str, float] = {}  # of the step before: a line comes before its checkpoint, or a kill could lose it
-    async with Rollouts(stage, context, engine, judges, stream) as rollouts:
-        lasting: dict[str, Restorable] = {"stream": stream, "rollouts": rollouts, "totals": totals}
+    async with rollouts(stage, context, engine, judges, stream) as groups:
+        lasting: dict[str, Restorable] = {"stream": stream, "rollouts": groups, "totals": totals}
         version = await resume(trainer, lasting, latest(checkpoints))
         await trainer.publish(engine, version)
         while version < stage.steps:
             clock, learned = Clock(), list[StepStats]()
-            async with aclosing(rollouts.take(version)) as parts:
+            async with aclosing(groups.take(version)) as parts:
                 async for part in clock.waiting("rollout", parts):
                     batch = pack(stage, context, part.kept, version, version * stage.updates_per_step + part.index)
                     with clock("train"):
@@ -45,7 +45,7 @@ async def run(stage: Rl, context: Context, engine: Engine, judges: Mapping[str, 
             stats = merged(learned)
             sync = await trainer.publish(engine, version + 1)
             version += 1
-            metrics = rollouts.metrics | dict(stats.metrics)
+            metrics = groups.metrics | dict(stats.metrics)
             totals.add(metrics, stats, sync)
             clock.seconds |= {"sync": sync.seconds, "proof": sync.proof_seconds}
             context.log.log(version, metrics | gap_metrics(stats.gap) | dict(sync.metrics), clock.seconds | saving)
@@ -54,7 +54,7 @@ async def run(stage: Rl, context: Context, engine: Engine, judges: Mapping[str, 
                 state = {name: part.state() for name, part in lasting.items()}
                 saving = {"checkpoint": await save(trainer, checkpoints, version, state)}
             if version % max(stage.steps // 4, 1) == 0:
-                context.log.rollouts(version, [record(group, 0, {}, version, judge) for group in rollouts.examples])
+                context.log.rollouts(version, [record(group, 0, {}, version, judge) for group in groups.examples])
     return totals.metrics()
 
 

@@ -12,11 +12,12 @@ max_staleness S  up to S + 1 steps' groups are under way or waiting, while the t
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 from rlhf.algorithms.shaping import changed, punish_length
 from rlhf.algorithms.table import estimator_of
@@ -46,8 +47,14 @@ class Part:
     alone: bool = False
 
 
+def rollouts(stage: Rl, context: Context, engine: Engine, judges: Mapping[str, Judge], stream: Stream) -> Rollouts:
+    """The stage's source of groups."""
+    kind = Ahead if stage.max_staleness else OnPolicy
+    return kind(stage, context, engine, judges, stream)
+
+
 @dataclass
-class Rollouts:
+class Rollouts(ABC):
     """The groups of a stage, part by part. Leaving the context ends what is under way."""
 
     stage: Rl
@@ -57,155 +64,30 @@ class Rollouts:
     stream: Stream
     metrics: dict[str, float] = field(default_factory=dict)
     examples: list[Group] = field(default_factory=list)
-    scorer: Scorer = field(init=False)
-    # ahead of the trainer: how many groups were asked for so far; those not taken yet, and their rows, by number
-    asked: int = 0
-    coming: dict[int, asyncio.Future[Group]] = field(default_factory=dict)
-    drawn: dict[int, Drawn] = field(default_factory=dict)
-    streams: set[asyncio.Task[None]] = field(default_factory=set)
-    again: list[Drawn] = field(
-        default_factory=list
-    )  # rows that were drawn before an interruption, and not learned from
     within_groups: bool = field(init=False)
-    # parts take turns in the engine, so that the first is soon there
-    sampling: asyncio.Lock = field(default_factory=asyncio.Lock)
+    scorer: Scorer = field(init=False)
 
     def __post_init__(self) -> None:
         self.within_groups = estimator_of(self.stage).within_groups
         self.scorer = Scorer(self.stage, self.context.actors.rewards, self.judges)
 
-    async def __aenter__(self) -> Rollouts:
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await ended([*self.streams, *self.coming.values()])
         await self.scorer.close()
 
+    @abstractmethod
     def take(self, version: int) -> AsyncGenerator[Part]:
         """The parts of the step after `version`, an equal share of its prompts each, fewer groups when refills did not
         suffice; a part that has none is left out."""
-        return self._ahead(version) if self.stage.max_staleness else self._on_policy(version)
 
     def state(self) -> dict[str, Any]:
-        """JSON-able: the rows that were drawn from the stream and not learned from."""
-        waiting = [self.drawn[number] for number in sorted(self.drawn)]
-        return {"asked": self.asked, "again": [[source, index] for source, index, _ in [*waiting, *self.again]]}
+        """JSON-able; see `restore`."""
+        return {}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue with the same rows; they are sampled anew."""
-        self.asked = int(state["asked"])
-        self.again = [(source, index, self.context.rows(source)[index]) for source, index in state["again"]]
-
-    # Staleness 0: all parts are under way at once.
-
-    async def _on_policy(self, version: int) -> AsyncGenerator[Part]:
-        parts = list[asyncio.Task[Part]]()
-        for index in range(self.stage.updates_per_step):
-            parts.append(asyncio.create_task(self._part(version, index, parts[-1] if parts else None)))
-        done = list[Part]()
-        try:
-            for task in parts:
-                part = await task
-                done.append(replace(part, alone=task is parts[-1]))
-                self._require_rewards(done)
-                if part.kept:
-                    yield done[-1]
-            self._measure(done)
-        finally:
-            await ended(parts)
-
-    async def _part(self, version: int, index: int, before: asyncio.Task[Part] | None) -> Part:
-        stage, kept, seen = self.stage, list[Group](), list[Group]()
-        share = stage.prompts_per_step // stage.updates_per_step
-        if before is not None and stage.refill_rounds:
-            await asyncio.wait([before])  # prompts are drawn in one order, however long replies take
-        for refill in range(stage.refill_rounds + 1):
-            prompts = self._prompts(self.stream.take(share - len(kept)))
-            groups = await self._together(prompts, self._sampling(version, index, refill))
-            _require_version(groups, version)
-            seen += await self._held_back(groups, version, index)
-            kept = [group for group in seen if self._teaches(group)]
-            if len(kept) >= share:
-                break
-        return Part(index, kept, seen)
-
-    async def _together(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
-        """The prompts' groups in order, scored; the next part may sample as soon as all are sampled."""
-        scored: dict[int, asyncio.Future[Group]] = {}
-        try:
-            async with self.sampling, aclosing(self.engine.stream(prompts, sampling)) as sampled:
-                async for place, group in sampled:
-                    scored[place] = self.scorer.add(group)
-            return [await scored[place] for place in range(len(prompts))]
-        finally:
-            await ended(scored.values())
-
-    # Staleness above 0.
-
-    async def _ahead(self, version: int) -> AsyncGenerator[Part]:
-        stage, parts, taken = self.stage, list[Part](), 0
-        share = stage.prompts_per_step // stage.updates_per_step
-        lags, dropped = list[int](), 0
-        for index in range(stage.updates_per_step):
-            kept, seen = list[Group](), list[Group]()
-            while len(kept) < share and len(seen) < share * (1 + stage.refill_rounds):
-                self._ask((stage.max_staleness + 1) * stage.prompts_per_step - taken)
-                group = await self._oldest()
-                lag = version - min(v for rollout in group.rollouts for v in rollout.versions)
-                if lag > stage.max_staleness:
-                    dropped += 1
-                    continue
-                lags.append(lag)
-                seen += await self._held_back([group], version, index)
-                kept += [seen[-1]] if self._teaches(seen[-1]) else []
-                # where groups are refilled, one that teaches nothing makes room for another
-                taken += 1 if self._teaches(seen[-1]) or not stage.refill_rounds else 0
-            parts.append(Part(index, kept, seen))
-            self._require_rewards(parts)
-            if kept:
-                yield parts[-1]
-        self._measure(parts)
-        self.metrics |= {
-            "staleness": sum(lags) / len(lags),
-            "staleness_max": float(max(lags)),
-            "stale_dropped": float(dropped),
-        }
-
-    def _ask(self, limit: int) -> None:
-        """Ask for groups until `limit` are under way or waiting to be taken."""
-        missing = limit - len(self.drawn)
-        if missing <= 0:
-            return
-        rows = [*self.again[:missing], *self.stream.take(max(0, missing - len(self.again)))]
-        del self.again[:missing]
-        numbers = range(self.asked, self.asked + missing)
-        self.drawn |= dict(zip(numbers, rows, strict=True))
-        self.coming |= {number: asyncio.get_running_loop().create_future() for number in numbers}
-        stream = asyncio.create_task(self._stream(numbers, self._prompts(rows), self._sampling(self.asked)))
-        self.streams.add(stream)
-        stream.add_done_callback(self.streams.discard)
-        self.asked += missing
-
-    async def _stream(self, numbers: Sequence[int], prompts: Sequence[Prompt], sampling: Sampling) -> None:
-        scored: dict[int, asyncio.Future[Group]] = {}
-        try:
-            async with aclosing(self.engine.stream(prompts, sampling)) as sampled:
-                async for place, group in sampled:
-                    scored[numbers[place]] = self.scorer.add(group)
-                    scored[numbers[place]].add_done_callback(partial(_hand_on, self.coming[numbers[place]]))
-        except Exception as error:  # noqa: BLE001 - handed to whoever waits for these
-            for number in numbers:
-                if number not in scored:
-                    self.coming[number].set_exception(error)
-
-    async def _oldest(self) -> Group:
-        """Of the groups that are finished, the one asked for first; when there is none, the next to finish."""
-        await asyncio.wait(self.coming.values(), return_when=asyncio.FIRST_COMPLETED)
-        number = min(number for number, group in self.coming.items() if group.done())
-        del self.drawn[number]
-        return self.coming.pop(number).result()
-
-    # One group's way.
+    def restore(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - most have nothing to restore
+        """Continue where `state` was taken."""
 
     def _prompts(self, drawn: Sequence[Drawn]) -> list[Prompt]:
         return as_prompts(drawn, self.context.tokenizer, True, self.context.recipe.chat)
@@ -263,6 +145,149 @@ class Rollouts:
             "tokens.mean": sum(len(r.token_ids) for r in rollouts) / len(rollouts),
             "truncated": sum(r.finish == "length" for r in rollouts) / len(rollouts),
         }
+
+
+@dataclass
+class OnPolicy(Rollouts):
+    """Staleness 0. All parts of a step are under way at once, and take turns in the engine, so that the first is soon
+    there: the trainer learns from it while the next is sampled."""
+
+    sampling: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    async def take(self, version: int) -> AsyncGenerator[Part]:
+        parts = list[asyncio.Task[Part]]()
+        for index in range(self.stage.updates_per_step):
+            parts.append(asyncio.create_task(self._part(version, index, parts[-1] if parts else None)))
+        done = list[Part]()
+        try:
+            for task in parts:
+                part = await task
+                done.append(replace(part, alone=task is parts[-1]))
+                self._require_rewards(done)
+                if part.kept:
+                    yield done[-1]
+            self._measure(done)
+        finally:
+            await ended(parts)
+
+    async def _part(self, version: int, index: int, before: asyncio.Task[Part] | None) -> Part:
+        stage, kept, seen = self.stage, list[Group](), list[Group]()
+        share = stage.prompts_per_step // stage.updates_per_step
+        if before is not None and stage.refill_rounds:
+            await asyncio.wait([before])  # prompts are drawn in one order, however long replies take
+        for refill in range(stage.refill_rounds + 1):
+            prompts = self._prompts(self.stream.take(share - len(kept)))
+            groups = await self._together(prompts, self._sampling(version, index, refill))
+            _require_version(groups, version)
+            seen += await self._held_back(groups, version, index)
+            kept = [group for group in seen if self._teaches(group)]
+            if len(kept) >= share:
+                break
+        return Part(index, kept, seen)
+
+    async def _together(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
+        """The prompts' groups in order, scored; the next part may sample as soon as all are sampled."""
+        scored: dict[int, asyncio.Future[Group]] = {}
+        try:
+            async with self.sampling, aclosing(self.engine.stream(prompts, sampling)) as sampled:
+                async for place, group in sampled:
+                    scored[place] = self.scorer.add(group)
+            return [await scored[place] for place in range(len(prompts))]
+        finally:
+            await ended(scored.values())
+
+
+@dataclass
+class Ahead(Rollouts):
+    """Staleness above 0. Groups have numbers, in the order they are asked for.
+
+    coming  those that are under way, or finished and not taken
+    drawn   their rows
+    again   rows that were drawn before an interruption, and not learned from
+    """
+
+    asked: int = 0
+    coming: dict[int, asyncio.Future[Group]] = field(default_factory=dict)
+    drawn: dict[int, Drawn] = field(default_factory=dict)
+    again: list[Drawn] = field(default_factory=list)
+    streams: set[asyncio.Task[None]] = field(default_factory=set)
+
+    async def __aexit__(self, *_: object) -> None:
+        await ended([*self.streams, *self.coming.values()])
+        await self.scorer.close()
+
+    def state(self) -> dict[str, Any]:
+        waiting = [self.drawn[number] for number in sorted(self.drawn)]
+        return {"asked": self.asked, "again": [[source, index] for source, index, _ in [*waiting, *self.again]]}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Rows that were not learned from are asked again."""
+        self.asked = int(state["asked"])
+        self.again = [(source, index, self.context.rows(source)[index]) for source, index in state["again"]]
+
+    async def take(self, version: int) -> AsyncGenerator[Part]:
+        stage, parts, taken = self.stage, list[Part](), 0
+        share = stage.prompts_per_step // stage.updates_per_step
+        lags, dropped = list[int](), 0
+        room = stage.prompts_per_step * min(stage.max_staleness + 1, stage.steps - version)
+        for index in range(stage.updates_per_step):
+            kept, seen = list[Group](), list[Group]()
+            while len(kept) < share and len(seen) < share * (1 + stage.refill_rounds):
+                self._ask(room - taken)
+                group = await self._oldest()
+                lag = version - min(v for rollout in group.rollouts for v in rollout.versions)
+                if lag > stage.max_staleness:
+                    dropped += 1
+                    continue
+                lags.append(lag)
+                seen += await self._held_back([group], version, index)
+                kept += [seen[-1]] if self._teaches(seen[-1]) else []
+                # where groups are refilled, one that teaches nothing makes room for another
+                taken += 1 if self._teaches(seen[-1]) or not stage.refill_rounds else 0
+            parts.append(Part(index, kept, seen))
+            self._require_rewards(parts)
+            if kept:
+                yield parts[-1]
+        self._measure(parts)
+        self.metrics |= {
+            "staleness": sum(lags) / len(lags),
+            "staleness_max": float(max(lags)),
+            "stale_dropped": float(dropped),
+        }
+
+    def _ask(self, limit: int) -> None:
+        """Ask for groups until `limit` are under way or waiting to be taken."""
+        missing = limit - len(self.drawn)
+        if missing <= 0:
+            return
+        rows = [*self.again[:missing], *self.stream.take(max(0, missing - len(self.again)))]
+        del self.again[:missing]
+        numbers = range(self.asked, self.asked + missing)
+        self.drawn |= dict(zip(numbers, rows, strict=True))
+        self.coming |= {number: asyncio.get_running_loop().create_future() for number in numbers}
+        stream = asyncio.create_task(self._stream(numbers, self._prompts(rows), self._sampling(self.asked)))
+        self.streams.add(stream)
+        stream.add_done_callback(self.streams.discard)
+        self.asked += missing
+
+    async def _stream(self, numbers: Sequence[int], prompts: Sequence[Prompt], sampling: Sampling) -> None:
+        scored: dict[int, asyncio.Future[Group]] = {}
+        try:
+            async with aclosing(self.engine.stream(prompts, sampling)) as sampled:
+                async for place, group in sampled:
+                    scored[numbers[place]] = self.scorer.add(group)
+                    scored[numbers[place]].add_done_callback(partial(_hand_on, self.coming[numbers[place]]))
+        except Exception as error:  # noqa: BLE001 - handed to whoever waits for these
+            for number in numbers:
+                if number not in scored:
+                    self.coming[number].set_exception(error)
+
+    async def _oldest(self) -> Group:
+        """Of the groups that are finished, the one asked for first; when there is none, the next to finish."""
+        await asyncio.wait(self.coming.values(), return_when=asyncio.FIRST_COMPLETED)
+        number = min(number for number, group in self.coming.items() if group.done())
+        del self.drawn[number]
+        return self.coming.pop(number).result()
 
 
 @dataclass

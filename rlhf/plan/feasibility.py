@@ -226,12 +226,7 @@ def _rl(recipe: Recipe, stage: Rl) -> Iterator[str]:
         if objective == "reinforce" and stage.compare == "sampler":
             yield (
                 f"max_staleness = {stage.max_staleness} lets tokens come from older weights, which the objective "
-                '"reinforce" does not correct; use another, or compare = "trainer" with correction.truncate'
-            )
-        if stage.compare == "trainer" and stage.correction.truncate is None:
-            yield (
-                f'max_staleness = {stage.max_staleness} with compare = "trainer" needs correction.truncate '
-                "(2 is usual): nothing else would weigh tokens of older weights"
+                '"reinforce" does not correct; use another, or compare = "trainer"'
             )
     if not stage.rewards:
         yield "rewards is empty: there is nothing to learn from; add [stages.rewards.NAME] with a function or a judge"

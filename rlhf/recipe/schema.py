@@ -264,11 +264,11 @@ class Sft(Optimised):
 
 
 class Correction(Table):
-    """What is done where trainer and engine disagree about a token: weights capped at `truncate` (only with
-    compare = "trainer"), tokens dropped whose ratio is outside `mask` = [low, high], rows whose mean ratio is outside
-    `rows` = [low, high]."""
+    """What is done where trainer and engine disagree about a token: weights capped at `truncate` (with compare =
+    "trainer"; a ratio over the "sampler" spans the disagreement already), tokens dropped whose ratio is outside `mask`
+    = [low, high], rows whose mean ratio is outside `rows` = [low, high]."""
 
-    truncate: Positive | None = None
+    truncate: Positive = 2.0
     mask: tuple[Positive, Positive] | None = None
     rows: tuple[Positive, Positive] | None = None
 

@@ -276,7 +276,7 @@ def test_a_group_too_stale_is_dropped_and_counted(
     found = [line["metrics"] for line in lines(tmp_path / "run")]
     assert sum(line["stale_dropped"] for line in found) > 0
     assert max(line["staleness_max"] for line in found) <= 1
-    # every update still learns from as many groups
+    # every update still learns from as many groups, and the last step asks for no more than it needs
     assert {len(keys(batch)) for batch in cast.trainer.batches} == {2 * 2}
 
 

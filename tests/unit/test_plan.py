@@ -283,10 +283,6 @@ REFUSALS = {
         "stages.improve = {max_staleness = 1, algorithm = 'rloo'}",
         'max_staleness = 1 .*the objective "reinforce" does not correct',
     ),
-    "stale and unweighed": (
-        "stages.improve = {max_staleness = 1, compare = 'trainer'}",
-        'max_staleness = 1 with compare = "trainer" needs correction.truncate',
-    ),
     "threads side by side": (
         "resources.rollout_threads = 2",
         "'improve': with several updates.*the trainer learns while.*its 1 threads and their 4 on 2 cores",
