@@ -211,14 +211,12 @@ def test_only_an_algorithm_that_compares_within_groups_drops_equal_ones(
 
 
 class Uneven:
-    """An engine in which every fifth group takes until `late` others are there; its tokens keep the version it began
-    with, or with `mixed` take on the present one halfway."""
+    """An engine in which every fifth group takes until `late` others are there, or in the last step nothing else is
+    under way; its tokens keep the version it began with, or with `mixed` take on the present one halfway."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, late: int, mixed: bool = False) -> None:
-        self.late, self.mixed = late, mixed
-        self.begun = self.ended = 0
-        self.changed = asyncio.Condition()
-        self.most = 0
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, late: int, steps: int, mixed: bool = False) -> None:
+        self.late, self.steps, self.mixed = late, steps, mixed
+        self.begun = self.ended = self.slow = self.most = 0
         generate = FakeEngine.generate
 
         async def slow(engine: FakeEngine, prompts: Any, sampling: Any) -> Any:
@@ -227,16 +225,22 @@ class Uneven:
             self.most = max(self.most, self.begun - self.ended)
             groups = await generate(engine, prompts, sampling)
             if number % 5 == 0:
-                async with self.changed:
-                    await asyncio.wait_for(self.changed.wait_for(lambda: self.ended >= number + self.late), 20)
+                self.slow += 1
+                await asyncio.wait_for(self._late(engine, number), 20)
+                self.slow -= 1
             else:
                 await asyncio.sleep(0)
-            async with self.changed:
-                self.ended += 1
-                self.changed.notify_all()
+            self.ended += 1
             return [self._dated(group, version, engine.version) for group in groups]
 
         monkeypatch.setattr(FakeEngine, "generate", slow)
+
+    async def _late(self, engine: FakeEngine, number: int) -> None:
+        def alone() -> bool:
+            return engine.version == self.steps - 1 and self.begun - self.ended == self.slow
+
+        while self.ended < number + self.late and not alone():  # noqa: ASYNC110 - nobody tells when versions change
+            await asyncio.sleep(0)
 
     def _dated(self, group: Any, first: int, last: int) -> Any:
         def versions(count: int) -> tuple[int, ...]:
@@ -256,7 +260,7 @@ def test_slow_groups_hold_nobody_up_and_are_at_most_so_stale(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With groups that take longer than a step's share of others: on the policy this would wait for ever."""
-    engine = Uneven(monkeypatch, late=12, mixed=True)
+    engine = Uneven(monkeypatch, late=12, steps=8, mixed=True)
     settings = "steps = 8, prompts_per_step = 4, refill_rounds = 0, max_staleness = 2"
     cast = improve(prepared, tmp_path / "run", settings)
     assert len(cast.trainer.batches) == 16
@@ -270,7 +274,7 @@ def test_slow_groups_hold_nobody_up_and_are_at_most_so_stale(
 def test_a_group_too_stale_is_dropped_and_counted(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Uneven(monkeypatch, late=12)
+    Uneven(monkeypatch, late=12, steps=8)
     settings = "steps = 8, prompts_per_step = 4, refill_rounds = 0, max_staleness = 1, group_size = 2"
     cast = improve(prepared, tmp_path / "run", settings + ", algorithm = 'reinforce++'")
     found = [line["metrics"] for line in lines(tmp_path / "run")]
