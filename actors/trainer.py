@@ -261,7 +261,8 @@ class _Stage:
         out = model(**inputs, use_cache=False, logits_to_keep=kept)
         targets = tensors.input_ids[:, 1:][tensors.completion]
         found, spread = processed_logprobs(
-            out.logits.flatten(0, 1)[predicting],
+            # looked up: rows that share a prompt add their gradients of its last token in one order
+            nn.functional.embedding(predicting, out.logits.flatten(0, 1)),
             targets,
             loss.temperature,
             loss.masked_ids,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import embedding, scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 NAME = "by_row"
@@ -48,7 +48,13 @@ def by_row(
     [1, N, heads, width]; row_places and row_owned [B, L] as in Packing."""
     if row_places is None or row_owned is None or attention_mask is not None:
         raise ValueError(f"{type(module).__name__} takes packed rows: give row_places and row_owned, and no mask")
-    q, k, v = (part[0].transpose(0, 1)[row_places].transpose(1, 2) for part in (query, key, value))
+    q, k, v = (_apart(part[0].transpose(0, 1), row_places) for part in (query, key, value))
     grouped = query.shape[1] != key.shape[1]
     out = scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped)
     return out.transpose(1, 2)[row_owned][None], None
+
+
+def _apart(packed: Tensor, places: Tensor) -> Tensor:
+    """[B, heads, L, width] of packed [N, heads, width]. Looked up, not indexed: rows add up their gradients of a token
+    that they share, and only a lookup's backward adds in one order whatever the number of threads."""
+    return embedding(places, packed.flatten(1)).unflatten(2, packed.shape[1:]).transpose(1, 2)
