@@ -212,9 +212,9 @@ class Ahead(Rollouts):
     again: list[Drawn] = field(default_factory=list)
     streams: set[asyncio.Task[None]] = field(default_factory=set)
 
-    async def __aexit__(self, *_: object) -> None:
+    async def __aexit__(self, *reason: object) -> None:
         await ended([*self.streams, *self.coming.values()])
-        await self.scorer.close()
+        await super().__aexit__(*reason)
 
     def state(self) -> dict[str, Any]:
         waiting = [self.drawn[number] for number in sorted(self.drawn)]
