@@ -240,8 +240,7 @@ class RolloutWorker:
         try:
             self._do(submit)
             while count:
-                deadline = time.monotonic() + self.settings.deadline
-                found = [call.ended.get(timeout=max(0.0, deadline - time.monotonic()))]
+                found = [call.ended.get(timeout=self.settings.deadline)]
                 while not call.ended.empty():
                     found.append(call.ended.get_nowait())
                 places = [place for place in found if isinstance(place, int)]
