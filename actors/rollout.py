@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 IDLE_SECONDS = 0.5
 DECODED_IMAGES = 1024
+PIXELS_GIB = 0.25  # of preprocessed pictures: both modes ask about the same, and a judge about a group's
 
 
 @dataclass(frozen=True)
@@ -357,8 +358,7 @@ class RolloutWorker:
                 async_scheduling=False,
                 enable_prefix_caching=True,
                 scheduling_policy="priority",
-                # a prompt is processed once for all its rollouts; a cache would only have to be emptied
-                mm_processor_cache_gb=0,
+                mm_processor_cache_gb=PIXELS_GIB,
                 generation_config="vllm",
                 weight_transfer_config=WeightTransferConfig(backend=self._transport.backend),
                 disable_log_stats=True,
@@ -456,7 +456,10 @@ class RolloutWorker:
                 digests = tuple(f"{digest}#{self._serial}.{place}" for place, digest in enumerate(digests))
             prompt["multi_modal_data"] = {"image": list(images)}
             prompt["multi_modal_uuids"] = {"image": list(digests)}
-        (rendered,) = self._engine.renderer.render_cmpl([parse_model_prompt(self._engine.model_config, prompt)])
+        # "skip": of vLLM's two caches the one that hands pixels out with every request; the other assumes that the
+        # engine has got whatever was ever rendered, which one refused prompt of a call makes untrue
+        parsed = parse_model_prompt(self._engine.model_config, prompt)
+        (rendered,) = self._engine.renderer.render_cmpl([parsed], skip_mm_cache=True)
         wanted = self._processor.expand(token_ids, [one.size for one in media])
         if list(rendered["prompt_token_ids"]) != list(wanted):
             raise ValueError(
