@@ -11,8 +11,10 @@ import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate, pairwise
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,9 +23,12 @@ from rlhf.types import Batch, Media, Sample
 # What one more forward and backward costs beside its tokens, as a share of the token budget: 128 tokens of 4,096. On
 # two CPU cores with a decoder of width 128 it was 80 on judge rows, 300 on short ones
 CALL_COST = 1 / 32
-# Attention takes packed rows apart: rows × longest of them, at most so many times the token budget
+# Attention takes packed rows apart, each with its prompt: so many times the token budget at most
 APART = 4
+# What one more run of rows costs attention, in tokens: on two CPU cores 32 to 128 were equally good on five mixes
+RUN_COST = 64
 
+Runs = tuple[tuple[int, int], ...]  # rows, and the length to which they are padded, of each run of them
 Unit = tuple[Sample, ...]  # samples that go into one micro-batch together
 Asked = tuple[tuple[int, ...], tuple[Media, ...]]
 
@@ -79,7 +84,7 @@ def _families(samples: Sequence[Sample], token_budget: int, share: int) -> list[
 
 
 def _fits(rows: Unit, tokens: int, token_budget: int) -> bool:
-    return tokens <= token_budget and len(rows) * max(map(_length, rows)) <= APART * token_budget
+    return tokens <= token_budget and sum(map(_length, rows)) <= APART * token_budget
 
 
 def asked(sample: Sample) -> Asked:
@@ -112,7 +117,7 @@ def _require_trainable(sample: Sample, token_budget: int) -> None:
 
 def _fill(units: Sequence[Unit], token_budget: int) -> list[tuple[Sample, ...]]:
     """Micro-batches of units already sorted longest first: each into the first that has room (within 11/9 of the
-    fewest, Johnson 1973)."""
+    fewest, Johnson 1973). Rows longest first: attention takes runs of like length."""
     parts: list[Unit] = []
     loads: list[int] = []
     for unit in units:
@@ -125,33 +130,32 @@ def _fill(units: Sequence[Unit], token_budget: int) -> list[tuple[Sample, ...]]:
         else:
             parts.append(unit)
             loads.append(needed)
-    return parts
+    return [tuple(sorted(part, key=_length, reverse=True)) for part in parts]
 
 
 def _cut(samples: Sequence[Sample], token_budget: int) -> list[tuple[Sample, ...]]:
-    """Micro-batches of samples already sorted longest first: the first row of each sets its padded length.
+    """Micro-batches of samples already sorted longest first: the first row of each sets its padded length."""
+    cut = _runs([_length(sample) for sample in samples], token_budget * CALL_COST, token_budget)
+    return [tuple(samples[start:end]) for start, end in pairwise((0, *accumulate(rows for rows, _ in cut)))]
 
-    Of all cuts within the budget, the one with the fewest padded tokens, a micro-batch more being as dear as
-    CALL_COST of the budget in padding; cheapest[end] is what the first `end` rows cost.
-    """
-    call = token_budget * CALL_COST
-    cheapest, starts = [0.0], [0]
-    for end in range(1, len(samples) + 1):
-        costs = []
-        for start in range(end - 1, -1, -1):
-            padded = (end - start) * _length(samples[start])
-            if padded > token_budget:
-                break
-            costs.append((cheapest[start] + padded + call, start))
-        cost, start = min(costs)
-        cheapest.append(cost)
-        starts.append(start)
-    cut: list[tuple[Sample, ...]] = []
-    end = len(samples)
+
+def _runs(lengths: Sequence[int], cost: float, most: float = math.inf) -> Runs:
+    """Rows in their order cut into runs, each padded to its longest and of at most `most` tokens, padding included: of
+    all such cuts the one with the fewest padded tokens, a run more being as dear as `cost` of them."""
+    cheapest = np.zeros(len(lengths) + 1)  # [end]: what the first `end` rows cost
+    starts = [0]
+    for end in range(1, len(lengths) + 1):
+        longest = np.maximum.accumulate(lengths[:end][::-1])[::-1]
+        padded = np.arange(end, 0, -1) * longest
+        costs = np.where(padded <= most, cheapest[:end] + padded + cost, math.inf)
+        starts.append(int(costs.argmin()))
+        cheapest[end] = costs[starts[end]]
+    runs: list[tuple[int, int]] = []
+    end = len(lengths)
     while end:
-        cut.append(tuple(samples[starts[end] : end]))
+        runs.append((end - starts[end], max(lengths[starts[end] : end])))
         end = starts[end]
-    return cut[::-1]
+    return tuple(runs[::-1])
 
 
 def _length(sample: Sample) -> int:
@@ -164,10 +168,23 @@ class Packing:
 
     places  [B, L] which of the N tokens stands there; 0 on padding
     owned   [B, L] True where the row brings the token; in row-major order these are the N
+    runs    rows in their order cut into runs of like length; attention pads a run to its longest
     """
 
     places: Tensor
     owned: Tensor
+    runs: Runs
+
+    def apart(self) -> dict[str, Any]:
+        """Keyword arguments of `by_row`: row_places [M] is `places` run after run, each up to its length; row_owned [N]
+        are those of the M that are owned; row_runs the runs."""
+        ends = tuple(accumulate(rows for rows, _ in self.runs))
+        cuts = [(slice(end - rows, end), slice(length)) for end, (rows, length) in zip(ends, self.runs, strict=True)]
+        places, owned = (torch.cat([part[cut].flatten() for cut in cuts]) for part in (self.places, self.owned))
+        return {"row_places": places, "row_owned": owned.nonzero()[:, 0], "row_runs": self.runs}
+
+    def to(self, device: str | torch.device) -> Packing:
+        return replace(self, places=self.places.to(device), owned=self.owned.to(device))
 
 
 @dataclass(frozen=True)
@@ -200,18 +217,17 @@ class Tensors:
     sampled: Tensor
     packing: Packing | None = None
 
-    def model_inputs(self) -> dict[str, Tensor]:
+    def model_inputs(self) -> dict[str, Any]:
         """Keyword arguments of the model's forward."""
         if self.packing is None:
-            inputs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask, **self.media}
+            inputs: dict[str, Any] = {"input_ids": self.input_ids, "attention_mask": self.attention_mask, **self.media}
             return inputs if self.position_ids is None else {**inputs, "position_ids": self.position_ids}
         assert self.position_ids is not None
         owned = self.packing.owned
         return {
             "input_ids": self.input_ids[owned][None],
             "position_ids": self.position_ids[owned][None],
-            "row_places": self.packing.places,
-            "row_owned": owned,
+            **self.packing.apart(),
             **self.media,
         }
 
@@ -243,7 +259,7 @@ class Tensors:
             if isinstance(value, Tensor):
                 moved[item.name] = value.to(device)
         if self.packing is not None:
-            moved["packing"] = Packing(self.packing.places.to(device), self.packing.owned.to(device))
+            moved["packing"] = self.packing.to(device)
         return replace(self, **moved, media={name: value.to(device) for name, value in self.media.items()})
 
 
@@ -386,7 +402,7 @@ def _pack(rows: Sequence[Sample], attention_mask: Tensor) -> tuple[Packing, Sequ
     for index, row in enumerate(rows):
         if bringer[index] != index:
             places[index, : row.prompt_length] = places[bringer[index], : row.prompt_length]
-    return Packing(places, owned), list(firsts.values())
+    return Packing(places, owned, _runs([_length(row) for row in rows], RUN_COST)), list(firsts.values())
 
 
 def _read(row: Sample, item: Media, visual: Visual) -> Mapping[str, Tensor]:

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
+
+from rlhf.batching import Runs
 
 NAME = "by_row"
 
@@ -42,19 +45,23 @@ def by_row(
     dropout: float = 0.0,
     row_places: Tensor | None = None,
     row_owned: Tensor | None = None,
+    row_runs: Runs = (),
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each row: query [1, heads, N, width], key and value [1, key heads, N, width] to
-    [1, N, heads, width]; row_places and row_owned [B, L] as in Packing."""
+    [1, N, heads, width]; row_places [M], row_owned [N] and row_runs as `Packing.apart` gives them."""
     if row_places is None or row_owned is None or attention_mask is not None:
         raise ValueError(f"{type(module).__name__} takes packed rows: give row_places and row_owned, and no mask")
-    q, k, v = (_apart(part[0].transpose(0, 1), row_places) for part in (query, key, value))
     grouped = query.shape[1] != key.shape[1]
-    out = scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped)
-    return out.transpose(1, 2)[row_owned][None], None
-
-
-def _apart(packed: Tensor, places: Tensor) -> Tensor:
-    """[B, heads, L, width] of packed [N, heads, width]. Looked up, not indexed: rows add up their gradients of a token
-    that they share, and only a lookup's backward adds in one order whatever the number of threads."""
-    return embedding(places, packed.flatten(1)).unflatten(2, packed.shape[1:]).transpose(1, 2)
+    # Looked up, not indexed: rows add up their gradients of a token that they share, and only a lookup's backward adds
+    # in one order whatever the number of threads
+    apart = (embedding(row_places, part[0].transpose(0, 1).flatten(1)) for part in (query, key, value))
+    runs = zip(row_runs, *(part.split([rows * length for rows, length in row_runs]) for part in apart), strict=True)
+    found = []
+    for (rows, length), *parts in runs:
+        q, k, v = (part.view(rows, length, -1, query.shape[-1]).transpose(1, 2) for part in parts)
+        out = scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped
+        )
+        found.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(found).index_select(0, row_owned)[None], None

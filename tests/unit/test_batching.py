@@ -79,13 +79,13 @@ def test_replies_to_one_prompt_stay_together_as_far_as_the_budget_goes():
     assert max(tokens(part) for part in tight.micro_batches[0]) <= 40
 
 
-def test_a_long_row_takes_few_short_ones_along():
-    """Attention sees rows × longest, which the tokens alone do not bound."""
-    samples = [Sample("long", (1,) * 100, 1), *(Sample(f"short/{i}", (2 + i, 3), 1) for i in range(40))]
+def test_attention_bounds_how_many_replies_to_a_long_prompt_stay_together():
+    """Apart, each of them has its prompt, which the tokens of the micro-batch count once."""
+    samples = [Sample(f"{reply}", (*range(100), reply), 100) for reply in range(40)]
     batch = make_batch(samples, 1, 200, packed=True)
     assert sorted(keys(batch)) == sorted(s.key for s in samples)
-    for part in batch.micro_batches[0]:
-        assert len(part) * max(len(s.token_ids) for s in part) <= APART * 200
+    assert [len(part) for part in batch.micro_batches[0]] == [7] * 5 + [5]
+    assert 7 * 101 <= APART * 200 < 8 * 101
 
 
 def test_no_rank_holds_a_family_of_several_shares():

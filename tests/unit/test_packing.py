@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from rlhf.agreement import probe_model
 from rlhf.algorithms.logprobs import processed_logprobs
-from rlhf.batching import BridgeVisual, Tensors, collate, make_batch
+from rlhf.batching import RUN_COST, BridgeVisual, Packing, Tensors, collate, make_batch
 from rlhf.packing import attend_by_row, by_row
 from rlhf.types import Media, Probe, Sample
 from tests.unit.test_bridge_build import MOE, picture, tiny
@@ -52,8 +52,11 @@ def logprobs(model, tensors: Tensors) -> torch.Tensor:
     return processed_logprobs(logits, tensors.input_ids[:, 1:][tensors.completion], 1.0, ())[0]
 
 
+@pytest.mark.parametrize("cost", [0, RUN_COST])
 @pytest.mark.parametrize("decoder", [{}, {"decoder": MOE}])
-def test_packed_rows_equal_the_rows_alone_and_padded(decoder):
+def test_packed_rows_equal_the_rows_alone_and_padded(decoder, cost, monkeypatch):
+    """In many runs of like length, and in one."""
+    monkeypatch.setattr("rlhf.batching.RUN_COST", cost)
     model, processor = tiny(**decoder)
     samples = rows(processor)
     alone = torch.cat([logprobs(model, collate([sample], BridgeVisual(processor))) for sample in samples])
@@ -63,7 +66,10 @@ def test_packed_rows_equal_the_rows_alone_and_padded(decoder):
     padded = logprobs(model, collate(samples, BridgeVisual(processor)))
     torch.testing.assert_close(padded, alone, atol=1e-5, rtol=0)
     attend_by_row(model.model.language_model)
-    packed = logprobs(model, collate(samples, BridgeVisual(processor, packs=True)))
+    tensors = collate(samples, BridgeVisual(processor, packs=True))
+    assert tensors.packing is not None
+    assert (len(tensors.packing.runs) > 1) == (cost == 0)
+    packed = logprobs(model, tensors)
     torch.testing.assert_close(packed, alone, atol=1e-5, rtol=0)
     packed.sum().backward()
     for name, parameter in model.named_parameters():
@@ -86,14 +92,16 @@ def test_a_row_sees_itself_alone():
     torch.testing.assert_close(before[mine:], after[mine:], atol=1e-6, rtol=0)
 
 
-def test_attention_against_row_after_row():
+@pytest.mark.parametrize("runs", [((3, 5),), ((1, 3), (2, 5)), ((1, 3), (1, 5), (1, 4))])
+def test_attention_against_row_after_row(runs):
     """Rows of 3, 5 and 4 tokens; the third begins with the first two tokens of the second."""
     torch.manual_seed(0)
     rows = [[0, 1, 2], [3, 4, 5, 6, 7], [3, 4, 8, 9]]
     places = torch.tensor([row + [0] * (5 - len(row)) for row in rows])
     owned = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 0, 1, 1, 0]]).bool()
     query, key, value = (torch.randn(1, heads, 10, 8) for heads in (4, 2, 2))
-    found, _ = by_row(torch.nn.Identity(), query, key, value, None, 0.3, row_places=places, row_owned=owned)
+    packing = Packing(places, owned, runs)
+    found, _ = by_row(torch.nn.Identity(), query, key, value, None, 0.3, **packing.apart())
     for row in rows:
         parts = (part[:, :, row].repeat_interleave(4 // part.shape[1], dim=1) for part in (query, key, value))
         alone = scaled_dot_product_attention(*parts, is_causal=True, scale=0.3)
