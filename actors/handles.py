@@ -279,6 +279,10 @@ class TrainerHandle:
         found = await self._all("divergences", "step", ray.put(batch), estimator)
         return {key: value for part in found for key, value in part.items()}
 
+    async def values(self, batch: Batch) -> Mapping[str, tuple[float, ...]]:
+        found = await self._all("values", "step", ray.put(batch))
+        return {key: values for part in found for key, values in part.items()}
+
     async def publish(self, engine: EngineHandle, version: int) -> SyncReport:  # type: ignore[override]
         started = time.perf_counter()
         publication = (await self._all("publication", "sync", version))[0]

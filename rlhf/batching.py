@@ -109,10 +109,9 @@ def _require_trainable(sample: Sample, token_budget: int) -> None:
             f"sample {sample.key} has a prompt of {sample.prompt_length} tokens out of {length}: "
             "both the prompt and the completion need at least one"
         )
-    if sample.logprobs and len(sample.logprobs) != sample.num_completion:
-        raise ValueError(
-            f"sample {sample.key} has {len(sample.logprobs)} log-probabilities for {sample.num_completion} tokens"
-        )
+    for name in ("logprobs", "advantages", "values", "returns"):
+        if (given := len(getattr(sample, name))) not in (0, sample.num_completion):
+            raise ValueError(f"sample {sample.key} has {given} {name} for {sample.num_completion} completion tokens")
 
 
 def _fill(units: Sequence[Unit], token_budget: int) -> list[tuple[Sample, ...]]:
@@ -198,7 +197,8 @@ class Tensors:
     media           what else the model's forward takes, by its own argument names (pixel_values, num_tiles, …)
     mask            [B, L − 1] the row's weight where token t + 1 is a completion token, 0 elsewhere
     old_logprobs    [B, L − 1] of token t + 1 under the sampling policy; 0 where unknown
-    advantages      [B]
+    advantages      [B, L − 1] of token t + 1
+    values, returns [B, L − 1] the critic's of token t + 1, and what it should have said; 0 where unknown
     weights         [B]
     completion      [B, L − 1] True where token t + 1 is a completion token, whatever the row's weight
     sampled         [B] True where the row came with log-probabilities, of the weights that the step starts from
@@ -212,6 +212,8 @@ class Tensors:
     mask: Tensor
     old_logprobs: Tensor
     advantages: Tensor
+    values: Tensor
+    returns: Tensor
     weights: Tensor
     completion: Tensor
     sampled: Tensor
@@ -361,14 +363,16 @@ def collate(samples: Sequence[Sample], visual: Visual) -> Tensors:
     input_ids = torch.full(shape, visual.pad_id, dtype=torch.long)
     attention_mask = torch.zeros(shape, dtype=torch.long)
     completion = torch.zeros((len(rows), length - 1), dtype=torch.bool)
-    old_logprobs = torch.zeros((len(rows), length - 1))
+    of_tokens = {name: torch.zeros((len(rows), length - 1)) for name in ("logprobs", "advantages", "values", "returns")}
+    of_tokens["advantages"] += torch.tensor([row.advantage for row in rows])[:, None]
     for index, row in enumerate(rows):
         end = len(row.token_ids)
         input_ids[index, :end] = torch.tensor(row.token_ids)
         attention_mask[index, :end] = 1
         completion[index, row.prompt_length - 1 : end - 1] = True
-        if row.logprobs:
-            old_logprobs[index, row.prompt_length - 1 : end - 1] = torch.tensor(row.logprobs)
+        for name, values in of_tokens.items():
+            if given := getattr(row, name):
+                values[index, row.prompt_length - 1 : end - 1] = torch.tensor(given)
     # rows added here are no part of the step: no completion token of theirs is measured
     completion[len(samples) :] = False
     weights = torch.tensor([row.weight for row in rows])
@@ -380,8 +384,8 @@ def collate(samples: Sequence[Sample], visual: Visual) -> Tensors:
         position_ids=positions,
         media=visual.join([_read(rows[i], item, visual) for i in bringers for item in rows[i].media], input_ids),
         mask=completion * weights[:, None],
-        old_logprobs=old_logprobs,
-        advantages=torch.tensor([row.advantage for row in rows]),
+        old_logprobs=of_tokens.pop("logprobs"),
+        **of_tokens,
         weights=weights,
         completion=completion,
         sampled=torch.tensor([bool(row.logprobs) and row.current for row in rows]),

@@ -65,6 +65,10 @@ class Trainer(Protocol):
         """Summed divergence of each sample's tokens from the reference, as sampled, in nats, by sample key."""
         ...
 
+    async def values(self, batch: Batch) -> Mapping[str, tuple[float, ...]]:
+        """What the critic says before each completion token of a sample, by sample key."""
+        ...
+
     async def publish(self, engine: Any, version: int) -> SyncReport:
         """Send the weights to an engine of the same cast as `version` and prove that they arrived. Raises
         SyncError."""

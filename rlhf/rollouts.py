@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Self
 
+from rlhf.algorithms.advantages import credited
 from rlhf.algorithms.shaping import changed, punish_length
 from rlhf.algorithms.table import estimator_of
 from rlhf.data.formatting import as_prompts
@@ -31,6 +32,7 @@ from rlhf.stage import Context, derive
 from rlhf.types import Batch, Group, Prompt, Sample, Sampling
 
 EXAMPLES = 4  # groups of a step that are kept for the report
+MOST = 0.75  # of a part's groups: when so many are sampled, the next part fills the engine beside the longest replies
 AT_ONCE = 2  # calls of the rewards: a judge goes on with one's while functions score the other's
 
 Drawn = tuple[str, int, Row]  # source, index in it, row
@@ -68,7 +70,8 @@ class Rollouts(ABC):
     scorer: Scorer = field(init=False)
 
     def __post_init__(self) -> None:
-        self.within_groups = estimator_of(self.stage).within_groups
+        estimator = estimator_of(self.stage)
+        self.within_groups = estimator is not None and estimator.within_groups
         self.scorer = Scorer(self.stage, self.context.actors.rewards, self.judges)
 
     async def __aenter__(self) -> Self:
@@ -102,7 +105,7 @@ class Rollouts(ABC):
         kl = self.stage.kl
         if kl is None or kl.place != "reward":
             return groups
-        batch = pack(self.stage, self.context, groups, version, index)
+        batch = self.context.batch(samples_of(groups, version), index)
         found = await self.context.actors.trainer.divergences(batch, kl.chosen)
         return [
             replace(
@@ -186,15 +189,38 @@ class OnPolicy(Rollouts):
         return Part(index, kept, seen)
 
     async def _together(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
-        """The prompts' groups in order, scored; the next part may sample as soon as all are sampled."""
+        """The prompts' groups in order, scored; the next part may sample as soon as most are sampled."""
         scored: dict[int, asyncio.Future[Group]] = {}
         try:
-            async with self.sampling, aclosing(self.engine.stream(prompts, sampling)) as sampled:
+            async with Turn(self.sampling) as turn, aclosing(self.engine.stream(prompts, sampling)) as sampled:
                 async for place, group in sampled:
                     scored[place] = self.scorer.add(group)
+                    if len(scored) >= MOST * len(prompts):
+                        turn.end()
             return [await scored[place] for place in range(len(prompts))]
         finally:
             await ended(scored.values())
+
+
+class Turn:
+    """A lock held while the context lasts, or until `end`."""
+
+    def __init__(self, lock: asyncio.Lock) -> None:
+        self._lock: asyncio.Lock = lock
+        self._held = False
+
+    async def __aenter__(self) -> Self:
+        await self._lock.acquire()
+        self._held = True
+        return self
+
+    def end(self) -> None:
+        if self._held:
+            self._lock.release()
+            self._held = False
+
+    async def __aexit__(self, *_: object) -> None:
+        self.end()
 
 
 @dataclass
@@ -362,25 +388,40 @@ def informative(group: Group) -> bool:
     return len(values) > 1
 
 
-def pack(stage: Rl, context: Context, groups: list[Group], version: int, index: int) -> Batch:
+async def pack(stage: Rl, context: Context, groups: list[Group], version: int, index: int) -> Batch:
     """Optimizer step `index`: groups with their advantages, cut into ranks and micro-batches. Failed scores weigh 0."""
-    samples = []
-    advantages = estimator_of(stage).estimate([[score.value for score in group.scores] for group in groups])
-    for place, (group, row) in enumerate(zip(groups, advantages, strict=True)):
-        for i, (rollout, advantage) in enumerate(zip(group.rollouts, row, strict=True)):
-            samples.append(
-                Sample(
-                    key=key(group, version, place, i),
-                    token_ids=group.prompt_ids + rollout.token_ids,
-                    prompt_length=len(group.prompt_ids),
-                    media=group.prompt.media,
-                    weight=float(group.scores[i].outcome == "scored"),
-                    advantage=advantage,
-                    logprobs=rollout.logprobs,
-                    current=set(rollout.versions) == {version},
-                )
-            )
+    samples, estimator, critic = samples_of(groups, version), estimator_of(stage), stage.foretelling
+    if estimator is not None:
+        found = estimator.estimate([[score.value for score in group.scores] for group in groups])
+        advantages = [advantage for row in found for advantage in row]
+        samples = [replace(one, advantage=advantage) for one, advantage in zip(samples, advantages, strict=True)]
+    elif critic is not None:
+        said = await context.actors.trainer.values(context.batch(samples, index))
+        values = [said[one.key] for one in samples]
+        scores = [score.value for group in groups for score in group.scores]
+        rows = zip(samples, values, *credited(scores, values, critic.discount, critic.smoothing), strict=True)
+        samples = [
+            replace(one, values=tuple(was), advantages=tuple(row), returns=tuple(returns))
+            for one, was, row, returns in rows
+        ]
     return context.batch(samples, index)
+
+
+def samples_of(groups: Sequence[Group], version: int) -> list[Sample]:
+    """A sample of each rollout, before anything is said of its advantage."""
+    return [
+        Sample(
+            key=key(group, version, place, i),
+            token_ids=group.prompt_ids + rollout.token_ids,
+            prompt_length=len(group.prompt_ids),
+            media=group.prompt.media,
+            weight=float(group.scores[i].outcome == "scored"),
+            logprobs=rollout.logprobs,
+            current=set(rollout.versions) == {version},
+        )
+        for place, group in enumerate(groups)
+        for i, rollout in enumerate(group.rollouts)
+    ]
 
 
 def key(group: Group, version: int, place: int, rollout: int) -> str:

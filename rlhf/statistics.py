@@ -16,7 +16,7 @@ EDGES = np.logspace(-9, 1, 201)
 # of float32; a larger difference is a top-k flip of a router near a tie, or a fault
 LARGE = 1e-4
 # what an optimizer step has one of; other metrics are means over its tokens
-ONCE = ("loss", "router_aux", "grad_norm")
+ONCE = ("loss", "router_aux", "grad_norm", "critic.loss", "critic.grad_norm")
 
 
 @dataclass

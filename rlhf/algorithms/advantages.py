@@ -93,6 +93,28 @@ def generalised(
     return advantages, [a + v for a, v in zip(advantages, values, strict=True)]
 
 
+def credited(
+    scores: Sequence[float | None], values: Sequence[Sequence[float]], discount: float = 1.0, smoothing: float = 0.95
+) -> tuple[list[list[float]], list[list[float]]]:
+    """Token by token, of a batch of rollouts whose only reward is their score, after the last token: advantages,
+    brought to mean 0 and std 1 over the batch's tokens, and the critic's returns (PPO, arXiv:1707.06347, §5;
+    normalised as in arXiv:2005.12729). A rollout without a score gets advantages 0, and its values back as returns."""
+    _known(scores)
+    found = [
+        ([0.0] * len(said), list(said))
+        if score is None
+        else generalised([0.0] * (len(said) - 1) + [score], said, discount, smoothing)
+        for score, said in zip(scores, values, strict=True)
+    ]
+    known = [a for (row, _), score in zip(found, scores, strict=True) if score is not None for a in row]
+    mean, std = (statistics.fmean(known), _std(known)) if known else (0.0, 0.0)
+    advantages = [
+        [0.0] * len(row) if score is None else _scaled([a - mean for a in row], std)
+        for (row, _), score in zip(found, scores, strict=True)
+    ]
+    return advantages, [returns for _, returns in found]
+
+
 def _known(scores: Sequence[float | None]) -> list[float]:
     for position, score in enumerate(scores):
         if score is not None and not math.isfinite(score):

@@ -14,14 +14,16 @@ class Algorithm:
     """What a name stands for; a recipe may change any part of it. clip_low and clip_high bound ratios to
     [1 − low, 1 + high]."""
 
-    advantage: str
+    advantage: str  # of ESTIMATORS, or GENERALISED
     objective: str
     normalise: Normalise
     clip_low: float = 0.2
     clip_high: float = 0.2
 
 
+GENERALISED = "generalised"  # token by token, from a critic: `rlhf.algorithms.advantages.credited`
 ALGORITHMS = {
+    "ppo": Algorithm(GENERALISED, "ppo", "token"),  # arXiv:1707.06347
     "grpo": Algorithm("group_normalised", "ppo", "row_mean"),  # arXiv:2402.03300
     "dr_grpo": Algorithm("group_centred", "ppo", "constant"),  # arXiv:2503.20783
     "dapo": Algorithm("group_normalised", "ppo", "token", clip_high=0.28),  # arXiv:2503.14476
@@ -34,10 +36,11 @@ ALGORITHMS = {
 }
 
 
-def estimator_of(stage: Rl) -> Estimator:
-    """The stage's advantage estimator: its own, or its algorithm's ("auto" is always one that compares in groups)."""
+def estimator_of(stage: Rl) -> Estimator | None:
+    """The stage's advantage estimator: its own, or its algorithm's ("auto" is always one that compares in groups); None
+    where a critic tells the tokens of a rollout apart."""
     named = ALGORITHMS["dapo" if stage.algorithm == "auto" else stage.algorithm]
-    return ESTIMATORS[stage.advantage or named.advantage]
+    return ESTIMATORS.get(stage.advantage or named.advantage)
 
 
 def method_of(stage: Rl, algorithm: str) -> Algorithm:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from rewards.base import file_of
-from rlhf.algorithms.table import method_of
+from rlhf.algorithms.table import estimator_of, method_of
 from rlhf.recipe import BUILDERS, Evaluate, Recipe, Rl, Sft, Stage, Synthesize
 
 ROW_FILES = (".parquet", ".jsonl", ".json")
@@ -220,6 +220,12 @@ def _rl(recipe: Recipe, stage: Rl) -> Iterator[str]:
             f"prompts_per_step × group_size = {prompts * stage.group_size} rollouts do not divide into "
             f"updates_per_step = {updates} times trainer_ranks = {ranks}; change prompts_per_step to a multiple of "
             f"{_multiple(stage, ranks)}"
+        )
+    estimator = estimator_of(stage)
+    if stage.group_size == 1 and estimator is not None and estimator.within_groups:
+        yield (
+            f'algorithm = "{stage.algorithm}" compares the rollouts of a group, and group_size = 1 leaves nothing to '
+            'compare; raise it, or take "ppo" or "reinforce++"'
         )
     if stage.max_staleness:
         objective = method_of(stage, "dapo" if stage.algorithm == "auto" else stage.algorithm).objective

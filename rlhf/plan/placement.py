@@ -47,8 +47,8 @@ def memory_of(recipe: Recipe, stages: Sequence[StagePlan]) -> Memory:
 
 
 def _trainer_bytes(recipe: Recipe, plan: StagePlan) -> int:
-    """Of one rank: weights, gradients, activations, a copy of the model as reference where the stage keeps one, and the
-    optimizer's state unless that is offloaded from a GPU."""
+    """Of one rank: weights, gradients, activations, a copy of the model as reference and a critic where the stage has
+    them, and the optimizer's state unless that is offloaded from a GPU."""
     r, (parameters, trainable) = recipe.resources, _parameters(recipe, plan)
     if not parameters:
         return 0
@@ -58,7 +58,11 @@ def _trainer_bytes(recipe: Recipe, plan: StagePlan) -> int:
     copied = isinstance(stage, Rl) and stage.kl is not None and stage.lora is None
     reference = parameters * (4 if r.precision == "float32" else 2) if copied else 0
     activations = activation_bytes(plan.architecture, min(r.token_budget, plan.tokens_per_update))
-    return held + optimizer + reference + activations
+    critic = 0
+    if isinstance(stage, Rl) and stage.foretelling is not None:  # all of a second model trains
+        critic = weight_bytes(parameters, parameters, r.precision, r.zero_stage, r.trainer_ranks)
+        critic += optimizer_bytes(parameters, r.precision, r.zero_stage, r.trainer_ranks)
+    return held + optimizer + reference + critic + activations
 
 
 def _optimizer_bytes(recipe: Recipe, plan: StagePlan) -> int:

@@ -300,6 +300,16 @@ class Divergence(Table):
         return self
 
 
+class Critic(Table):
+    """A second model, begun from the policy's, that learns at rate `lr` what rollouts are worth, its values moving by
+    at most `clip` a step. `discount` and `smoothing` (GAE's γ and λ) carry a reward back to earlier tokens."""
+
+    lr: Positive = 1e-5
+    clip: Positive | None = 0.2
+    discount: Annotated[float, Field(gt=0, le=1)] = 1.0
+    smoothing: Annotated[float, Field(ge=0, le=1)] = 0.95
+
+
 class Rl(Optimised):
     """Reinforcement learning on groups of rollouts. `algorithm` names an advantage, an objective, a normalisation and
     a clip range, each of which may be given apart. Each of a step's updates learns from prompts of its own, while the
@@ -308,6 +318,7 @@ class Rl(Optimised):
     compare      what the importance ratio divides by: the probabilities of the "sampler", or the "trainer"'s own before
                  the update, the rest being left to `correction`
     dual_clip    a bound on the ratio of tokens with negative advantage (3 is usual)
+    critic       of "ppo", and of any algorithm with advantage = "generalised": one advantage a token
     entropy      weight of a bonus for the policy's entropy
     overlong     tokens before max_tokens in which a soft punishment for length grows to −1 (DAPO)
     max_staleness  how many versions old the weights that sampled a token may be; above 0 engines sample while the
@@ -315,12 +326,20 @@ class Rl(Optimised):
 
     kind: Literal["rl"]
     algorithm: Literal[
-        "auto", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce++", "reinforce++_baseline"
+        "auto", "ppo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce++", "reinforce++_baseline"
     ] = "auto"
     advantage: (
-        Literal["group_normalised", "group_centred", "leave_one_out", "batch_normalised", "baseline_batch_normalised"]
+        Literal[
+            "group_normalised",
+            "group_centred",
+            "leave_one_out",
+            "batch_normalised",
+            "baseline_batch_normalised",
+            "generalised",
+        ]
         | None
     ) = None
+    critic: Critic | None = None
     objective: Literal["reinforce", "ppo", "gspo", "cispo"] | None = None
     normalise: Literal["token", "row", "row_mean", "constant"] | None = None
     clip_low: Positive | None = None
@@ -332,7 +351,7 @@ class Rl(Optimised):
     overlong: PositiveInt | None = None
     kl: Divergence | None = None
     prompts_per_step: PositiveInt
-    group_size: Annotated[int, Field(ge=2)] = 8
+    group_size: PositiveInt = 8
     updates_per_step: PositiveInt = 1
     temperature: Positive = 1.0
     max_tokens: PositiveInt = 96
@@ -344,6 +363,21 @@ class Rl(Optimised):
     @property
     def judges(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(part.judge for part in self.rewards.values() if part.judge))
+
+    @property
+    def foretelling(self) -> Critic | None:
+        """The critic of a stage that has one."""
+        needed = self.advantage == "generalised" or (self.advantage is None and self.algorithm == "ppo")
+        return (self.critic or Critic()) if needed else None
+
+    @model_validator(mode="after")
+    def _critic_is_heard(self) -> Rl:
+        if self.critic is not None and self.foretelling is None:
+            raise ValueError(
+                f'`critic` does nothing with algorithm = "{self.algorithm}" and its advantage: take "ppo", or '
+                'advantage = "generalised", or remove it'
+            )
+        return self
 
     @property
     def pipelined(self) -> bool:

@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rlhf import bridge
 from rlhf.batching import make_batch
-from rlhf.types import Batch, Loss, Media, Sample, TrainSpec
+from rlhf.types import Batch, Critic, Loss, Media, Sample, TrainSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE = 240.0  # of a call; the first waits for the process to import its vendors
@@ -397,6 +397,54 @@ def test_gap_is_the_distance_to_the_engine_where_it_is_asked_for(one, sparse, tm
     processor.save_pretrained(tmp_path)
     one.begin(spec_of(tmp_path, loss=Loss("ppo", masked_ids=(0, IMAGE), temperature=0.7)))
     assert one.step(batch, True).tied == [True] * batch.num_tokens
+
+
+def foreseen(batch: Batch) -> Batch:
+    """The same rows with returns of 1 where they have a picture, 0 elsewhere, and nothing for the policy to learn."""
+
+    def returns(sample: Sample) -> Sample:
+        count = sample.num_completion
+        worth = float(bool(sample.media))
+        return dataclasses.replace(
+            sample, logprobs=(0.0,) * count, advantage=0.0, values=(0.0,) * count, returns=(worth,) * count
+        )
+
+    parts = tuple(tuple(tuple(map(returns, part)) for part in mine) for mine in batch.micro_batches)
+    return dataclasses.replace(batch, micro_batches=parts)
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_a_critic_learns_what_rollouts_are_worth(one, two, sparse, tmp_path, zero_stage):
+    changes = {"loss": Loss("ppo"), "critic": Critic(3e-3, None), "warmup": 0.0, "schedule": "constant"}
+    one.begin(spec_of(sparse, zero_stage=0, packed=False, **changes))
+    two.begin(spec_of(sparse, zero_stage=zero_stage, **changes))
+    split, together = map(foreseen, lopsided(0))
+
+    def values(ranks: Ranks, batch: Batch) -> dict[str, tuple[float, ...]]:
+        answers = ranks.all("values", batch)
+        assert all(ok for ok, _ in answers), answers
+        return {key: found for _, part in answers for key, found in part.items()}
+
+    assert {value for found in values(one, together).values() for value in found} == {0.0}
+    before = dict(pair for bucket in one.weights(1 << 20) for pair in bucket)
+    for step in range(5):
+        expected, found = one.step(together).metrics, two.step(split).metrics
+        for name in ("critic.loss", "critic.value", "critic.return", "critic.explained_variance"):
+            assert found[name] == pytest.approx(expected[name], abs=1e-4), (step, name)
+    ours, theirs = values(one, together), values(two, split)
+    assert ours.keys() == theirs.keys() == {sample.key for sample in together.micro_batches[0][0]}
+    for key, row in ours.items():
+        assert theirs[key] == pytest.approx(row, abs=2e-3)
+    two.save(tmp_path / "checkpoint")
+    kept = values(two, split)
+    for _ in range(25):
+        metrics = two.step(split).metrics
+    assert metrics["critic.explained_variance"] > 0.9
+    assert metrics["grad_norm"] == 0.0  # an advantage of 0 teaches the policy nothing
+    after = dict(pair for bucket in two.weights(1 << 20) for pair in bucket)
+    assert all(np.array_equal(before[name], value) for name, value in after.items())
+    two.restore(tmp_path / "checkpoint")
+    assert values(two, split) == kept
 
 
 @pytest.mark.parametrize("lora", [None, (4, 8.0, ("q_proj", "v_proj"))])

@@ -102,6 +102,10 @@ class FakeTrainer:
         """As many nats as a sample has completion tokens."""
         return {sample.key: float(sample.num_completion) for part in batch.micro_batches[0] for sample in part}
 
+    async def values(self, batch: Batch) -> Mapping[str, tuple[float, ...]]:
+        """Half a point before every token."""
+        return {s.key: (0.5,) * s.num_completion for part in batch.micro_batches[0] for s in part}
+
     async def publish(self, engine: Any, version: int) -> SyncReport:
         engine.version = version
         return SyncReport(version, 0.01, 0.01, {"sync_probe.max": 1e-6})

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from rlhf.algorithms.advantages import ESTIMATORS, generalised
+from rlhf.algorithms.advantages import ESTIMATORS, credited, generalised
 from rlhf.algorithms.shaping import overlong, punish_length
 from rlhf.types import Group, Prompt, Rollout, Score
 
@@ -119,6 +119,27 @@ def test_generalised_advantages_by_hand() -> None:
     assert generalised([0, 0, 1], [0.5, 0.5, 0.5], 1.0, 0.0)[0] == [0.0, 0.0, 0.5]
     with pytest.raises(ValueError, match="3 rewards and 2 values"):
         generalised([0, 0, 1], [0.5, 0.5])
+
+
+def test_a_batch_is_credited_token_by_token() -> None:
+    """Against the estimate of each rollout, normalised over the tokens of those that have a score."""
+    pick = random.Random(1)
+    scores = [1.0, None, 0.0, 0.5]
+    values = [[pick.gauss(0, 1) for _ in range(length)] for length in (3, 2, 1, 4)]
+    advantages, returns = credited(scores, values, 0.9, 0.8)
+    plain = {
+        i: generalised([0.0] * (len(values[i]) - 1) + [score], values[i], 0.9, 0.8)
+        for i, score in enumerate(scores)
+        if score is not None
+    }
+    tokens = [a for row, _ in plain.values() for a in row]
+    for i, (row, targets) in plain.items():
+        assert advantages[i] == pytest.approx([(a - mean(tokens)) / (std(tokens) + EPS) for a in row])
+        assert returns[i] == pytest.approx(targets)
+    assert (advantages[1], returns[1]) == ([0.0, 0.0], values[1])
+    assert credited([None], [[1.0]]) == ([[0.0]], [[1.0]])
+    with pytest.raises(ValueError, match=r"rollout 1 .*must be finite"):
+        credited([0.0, math.inf], [[0.0], [0.0]])
 
 
 def test_the_soft_punishment_of_length_by_hand() -> None:

@@ -14,8 +14,9 @@ import torch
 from rlhf.algorithms.divergence import DIVERGENCES
 from rlhf.algorithms.logprobs import processed_logprobs
 from rlhf.algorithms.losses import OBJECTIVES, Tokens, policy_loss
-from rlhf.algorithms.table import ALGORITHMS, method_of
+from rlhf.algorithms.table import ALGORITHMS, GENERALISED, method_of
 from rlhf.recipe import Rl
+from rlhf.recipe.schema import Critic
 from rlhf.types import Correction, Loss, Normalise
 
 POLICIES = [name for name in OBJECTIVES if name != "nll"]
@@ -368,11 +369,11 @@ def test_the_recipe_names_every_algorithm_and_every_part() -> None:
         return {name for option in found for name in (get_args(option) or (option,)) if isinstance(name, str)}
 
     assert options("algorithm") == {"auto", *ALGORITHMS}
-    assert options("advantage") == set(ESTIMATORS)
+    assert options("advantage") == {*ESTIMATORS, GENERALISED}
     assert options("objective") == set(POLICIES)
     assert options("normalise") == set(get_args(Normalise))
     for method in ALGORITHMS.values():
-        assert method.advantage in ESTIMATORS
+        assert method.advantage in {*ESTIMATORS, GENERALISED}
         assert method.objective in POLICIES
 
 
@@ -380,6 +381,16 @@ def test_a_recipe_may_change_a_part_of_an_algorithm() -> None:
     assert method_of(rl(), "dapo") == ALGORITHMS["dapo"]
     changed = method_of(rl(advantage="leave_one_out", clip_high=0.5, normalise="constant"), "dapo")
     assert changed == replace(ALGORITHMS["dapo"], advantage="leave_one_out", clip_high=0.5, normalise="constant")
+
+
+def test_a_critic_goes_with_an_advantage_for_every_token() -> None:
+    assert rl(algorithm="ppo").foretelling == Critic()
+    assert rl(algorithm="cispo", advantage="generalised", critic={"lr": 0.1}).foretelling == Critic(lr=0.1)
+    assert rl(algorithm="ppo", advantage="group_centred").foretelling is None
+    assert rl().foretelling is None
+    for changes in ({}, {"algorithm": "ppo", "advantage": "batch_normalised"}):
+        with pytest.raises(ValueError, match="`critic` does nothing with algorithm = "):
+            rl(critic={"lr": 0.1}, **changes)
 
 
 def test_a_correction_must_keep_tokens_on_which_both_agree() -> None:

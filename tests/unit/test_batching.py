@@ -128,7 +128,7 @@ def test_errors_name_the_sample():
         make_batch([*good, Sample("row/long", (1,) * 70, 3)], 1, 60)
     with pytest.raises(ValueError, match="row/bare"):
         make_batch([*good, Sample("row/bare", (1, 2, 3), 3)], 1, 60)
-    with pytest.raises(ValueError, match="row/odd has 1 log-probabilities for 2"):
+    with pytest.raises(ValueError, match="row/odd has 1 logprobs for 2 completion tokens"):
         make_batch([*good, Sample("row/odd", (1, 2, 3), 1, logprobs=(-1.0,))], 1, 60)
     with pytest.raises(ValueError, match="at least one rank and one sample, got 1 and 0"):
         make_batch([], 1, 60)
@@ -174,7 +174,7 @@ def test_collate_by_hand():
     assert found.mask.tolist() == [[0, 0, 0.5, 0.5], [1, 0, 0, 0]]
     assert found.completion.tolist() == [[False, False, True, True], [True, False, False, False]]
     assert found.old_logprobs[0].tolist() == pytest.approx([0, 0, -0.1, -0.2])
-    assert found.advantages.tolist() == [-2.0, 1.0]
+    assert found.advantages[:, 0].tolist() == [-2.0, 1.0]
     assert found.sampled.tolist() == [True, False]
     assert found.media["pixel_values"].tolist() == [10, 20, 30]
     assert set(found.model_inputs()) == {"input_ids", "attention_mask", "position_ids", "pixel_values"}

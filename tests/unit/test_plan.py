@@ -299,6 +299,7 @@ REFUSALS = {
         "stages.improve = {prompts_per_step = 1, group_size = 2, updates_per_step = 4}",
         "prompts_per_step = 1 does not divide into updates_per_step = 4.*multiple of 4",
     ),
+    "groups of one": ("stages.improve.group_size = 1", r'"auto" compares.*group_size = 1 leaves nothing.*take "ppo"'),
     "updates over ranks": (
         "resources = {trainer_ranks = 2, trainer_threads = 1}\nstages.improve = {prompts_per_step = 6, group_size = 3}",
         "18 rollouts do not divide into updates_per_step = 2 times trainer_ranks = 2.*multiple of 4",

@@ -1,0 +1,69 @@
+"""The critic: a copy of the policy's model with one output, that learns what rollouts are worth."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from actors.learner import Learner, Totals
+from rlhf.algorithms.values import explained, value_loss
+from rlhf.batching import Tensors, collate
+from rlhf.types import Batch, Loss, TrainSpec
+
+
+class Critic(Learner):
+    """Begun from the policy's artifact, whole and by AdamW, whatever trains of the policy. Says 0 at first."""
+
+    def __init__(self, deepspeed: Any, spec: TrainSpec, rank: int, world_size: int, device: torch.device) -> None:
+        assert spec.critic is not None
+        own = replace(spec, loss=Loss(), train={"*": spec.critic.lr}, lora=None, muon=None, reference=False)
+        super().__init__(deepspeed, own, rank, world_size, device)
+
+    def shaped(self, model: nn.Module) -> nn.Module:
+        text = model.config.get_text_config()  # type: ignore[operator,union-attr]
+        head = nn.Linear(text.hidden_size, 1).to(next(model.parameters()).dtype)
+        nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.bias)
+        model.set_output_embeddings(head)  # type: ignore[operator]
+        return model
+
+    def step(self, batch: Batch) -> dict[str, float]:
+        """One optimizer step towards the samples' returns; its metrics."""
+        assert self.spec.critic is not None
+        totals, rows = Totals(), batch.micro_batches[self.rank]
+        self.engine.train()
+        for index, samples in enumerate(rows):
+            tensors = collate(samples, self.visual).to(self.device)
+            values, out = self._values(tensors)
+            loss, metrics = value_loss(
+                values, tensors.values, tensors.returns, tensors.mask, max(1, batch.num_tokens), self.spec.critic.clip
+            )
+            # every rank must run backward through the whole model, also for a dummy row without a completion
+            loss = loss + 0.0 * out.sum() if not bool(tensors.completion.any()) else loss
+            totals.collect(metrics)
+            self.backward(loss, samples, totals, last=index == len(rows) - 1)
+        found = explained(self.learn(batch, totals))
+        del found["tokens"]  # the policy's
+        return found
+
+    def values(self, batch: Batch) -> dict[str, tuple[float, ...]]:
+        """Of this rank's samples, by key: what the critic says before each completion token."""
+        found: dict[str, tuple[float, ...]] = {}
+        with self.evaluating(), torch.no_grad():
+            for samples in batch.micro_batches[self.rank]:
+                tensors = collate(samples, self.visual).to(self.device)
+                said, _ = self._values(tensors)
+                for row, sample in enumerate(samples):
+                    found[sample.key] = tuple(said[row][tensors.completion[row]].tolist())
+        return found
+
+    def _values(self, tensors: Tensors) -> tuple[Tensor, Tensor]:
+        """[B, L − 1] before token t + 1, 0 outside completions, and the model's output at every kept position."""
+        kept, predicting = tensors.predictions()
+        out = self.engine(**tensors.model_inputs(), use_cache=False, logits_to_keep=kept).logits
+        # looked up, as the policy's logits are
+        found = nn.functional.embedding(predicting, out.flatten(0, 1))[:, 0].float()
+        return found.new_zeros(tensors.completion.shape).masked_scatter(tensors.completion, found), out

@@ -1,0 +1,163 @@
+"""The policy: what supervised stages and reinforcement learning train."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from actors.learner import Learner, Totals, prepare
+from rlhf.agreement import NEAR_TIE, Routed, lowest_margins, routers
+from rlhf.algorithms.divergence import DIVERGENCES
+from rlhf.algorithms.logprobs import processed_logprobs
+from rlhf.algorithms.losses import OBJECTIVES, Tokens, policy_loss
+from rlhf.batching import Tensors, collate
+from rlhf.types import Batch, Loss, StepStats, TrainSpec
+
+
+class Policy(Learner):
+    """A model whose tokens' probabilities change, as one of `rlhf.algorithms` wants it."""
+
+    def __init__(self, deepspeed: Any, spec: TrainSpec, rank: int, world_size: int, device: torch.device) -> None:
+        if spec.loss.kind not in OBJECTIVES:
+            raise ValueError(f"unknown loss {spec.loss.kind!r}: choose one of {', '.join(OBJECTIVES)}")
+        super().__init__(deepspeed, spec, rank, world_size, device)
+        # with LoRA the base is the reference; without, every rank holds a copy of its own, whole
+        needed = spec.reference and spec.lora is None
+        self.reference = prepare(spec)[0].to(device).eval().requires_grad_(False) if needed else None
+
+    def shaped(self, model: nn.Module) -> nn.Module:
+        return model if self.spec.lora is None else _adapt(model, self.spec)
+
+    def free(self) -> None:
+        self.reference = None
+        super().free()
+
+    def step(self, batch: Batch, fresh: bool) -> StepStats:
+        totals = Totals()
+        differences = self.accumulate(batch, totals, fresh)
+        gap, tied = self._gather(differences) if fresh else ([], [])
+        return StepStats(self.learn(batch, totals), gap, tied)
+
+    def accumulate(self, batch: Batch, totals: Totals, fresh: bool) -> list[Tensor]:
+        """Gradients of one batch on this rank, reduced over ranks by DeepSpeed; of its sampled tokens, a micro-batch
+        each, [2, N]: |trainer − engine| log-probability difference in nats, and 1 where a router was at a tie;
+        none unless `fresh`."""
+        loss_spec = self.spec.loss
+        rows = batch.micro_batches[self.rank]
+        length = sum(len(s.token_ids) for mine in batch.micro_batches for part in mine for s in part)
+        differences: list[Tensor] = []
+        self.engine.train()
+        for index, samples in enumerate(rows):
+            tensors = collate(samples, self.visual).to(self.device)
+            unheard: AbstractContextManager[Routed] = nullcontext({})
+            with routers(self.model) if fresh else unheard as routed:
+                logprobs, entropy, out = self._forward(tensors, loss_spec)
+            own = loss_spec.compare == "trainer"
+            counted = Tokens(
+                logprobs,
+                # one update a batch: the policy before it is the policy now
+                logprobs.detach() if own else tensors.old_logprobs,
+                tensors.advantages,
+                tensors.mask,
+                max(1, batch.num_tokens),
+                max(1, batch.num_rows),
+                entropy=entropy,
+                sampled=tensors.old_logprobs if own else None,
+                reference=self._reference_logprobs(tensors) if loss_spec.kl is not None else None,
+            )
+            loss, metrics = policy_loss(counted, loss_spec)
+            if loss_spec.router_aux and self.moe and samples:
+                # a mean over the micro-batch's tokens, a prompt that rows share being there once; by its share of the
+                # rows' tokens the step's micro-batches add up to a mean
+                share = int(tensors.attention_mask.sum()) / length
+                totals.sums["router_aux"] += float(out.aux_loss.detach()) * share
+                loss = loss + loss_spec.router_aux * share * out.aux_loss
+            # every rank must run backward through the whole model, also for a dummy row without a completion
+            loss = loss + 0.0 * out.logits.sum() if not bool(tensors.completion.any()) else loss
+            totals.sums["entropy"] += float((entropy.detach().double() * (tensors.mask > 0)).sum())
+            totals.collect(metrics)
+            if fresh:
+                sampled = tensors.completion & tensors.sampled[:, None]
+                gap = (logprobs.detach() - tensors.old_logprobs).abs()
+                margins = lowest_margins(routed, tensors)[:, :-1]
+                tied = torch.from_numpy(margins < NEAR_TIE).to(gap)
+                differences.append(torch.stack((gap[sampled], tied[sampled])))
+            self.backward(loss, samples, totals, last=index == len(rows) - 1)
+        return differences
+
+    def divergences(self, batch: Batch, estimator: str) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for samples in batch.micro_batches[self.rank]:
+            tensors = collate(samples, self.visual).to(self.device)
+            each = DIVERGENCES[estimator](tensors.old_logprobs, self._reference_logprobs(tensors))
+            sums = torch.where(tensors.completion, each, 0.0).double().sum(1)
+            found |= {sample.key: float(value) for sample, value in zip(samples, sums[: len(samples)], strict=True)}
+        return found
+
+    def _reference_logprobs(self, tensors: Tensors) -> Tensor:
+        """[B, L − 1] under the model the stage began with, 0 outside completions."""
+        if self.reference is not None:
+            with torch.no_grad():
+                return self._forward(tensors, self.spec.loss, self.reference)[0]
+        if self.spec.lora is None:
+            raise RuntimeError("this stage keeps no reference: its spec has reference = False")
+        with self.evaluating(), self.model.disable_adapter(), torch.no_grad():
+            return self._forward(tensors, self.spec.loss)[0]
+
+    def _forward(self, tensors: Tensors, loss: Loss, model: Any = None) -> tuple[Tensor, Tensor, Any]:
+        """Log-probabilities and entropies [B, L − 1], 0 outside completions, and the output of `model` (the policy)."""
+        inputs: dict[str, Any] = tensors.model_inputs()
+        if loss.router_aux and self.moe:
+            inputs["output_router_logits"] = True
+        kept, predicting = tensors.predictions()  # prompts take no logits
+        model = self.engine if model is None else model
+        out = model(**inputs, use_cache=False, logits_to_keep=kept)
+        targets = tensors.input_ids[:, 1:][tensors.completion]
+        found, spread = processed_logprobs(
+            # looked up: rows that share a prompt add their gradients of its last token in one order
+            nn.functional.embedding(predicting, out.logits.flatten(0, 1)),
+            targets,
+            loss.temperature,
+            loss.masked_ids,
+            entropy_gradient=loss.entropy > 0,
+        )
+        shape = tensors.completion.shape
+        logprobs = found.new_zeros(shape).masked_scatter(tensors.completion, found)
+        entropy = spread.new_zeros(shape).masked_scatter(tensors.completion, spread)
+        return logprobs, entropy, out
+
+    def _gather(self, differences: list[Tensor]) -> tuple[list[float], list[bool]]:
+        """[N] each, ranks in order: |trainer − engine| in nats, and whether a router was at a tie."""
+        parts: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(parts, torch.cat(differences, dim=1).cpu().numpy())
+        gap, tied = np.concatenate(parts, axis=1)
+        return gap.tolist(), (tied > 0).tolist()
+
+    def losses(self, batch: Batch) -> dict[str, float]:
+        totals = Totals()
+        with self.evaluating(), torch.no_grad():
+            for samples in batch.micro_batches[self.rank]:
+                tensors = collate(samples, self.visual).to(self.device)
+                logprobs, _, _ = self._forward(tensors, Loss())
+                counted = Tokens(logprobs, tensors.old_logprobs, tensors.advantages, tensors.mask)
+                _, metrics = policy_loss(counted, Loss())
+                totals.collect(metrics)
+        reduced = totals.reduce(self.world_size)
+        return {"loss": reduced["nll"], "tokens": reduced["tokens"]}
+
+
+def _adapt(model: nn.Module, spec: TrainSpec) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    assert spec.lora is not None
+    rank, alpha, targets = spec.lora
+    adapted = get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets)))
+    # the adapter names its base; a folder by its whole path, so that it opens from anywhere
+    base = Path(spec.model)
+    adapted.peft_config["default"].base_model_name_or_path = str(base.resolve()) if base.exists() else spec.model
+    return adapted
