@@ -17,9 +17,12 @@ from rlhf.types import Batch, Loss, TrainSpec
 class Critic(Learner):
     """Begun from the policy's artifact, whole and by AdamW, whatever trains of the policy. Says 0 at first."""
 
+    role = "the critic of"
+    advice = "lower critic.lr"
+
     def __init__(self, deepspeed: Any, spec: TrainSpec, rank: int, world_size: int, device: torch.device) -> None:
         assert spec.critic is not None
-        own = replace(spec, loss=Loss(), train={"*": spec.critic.lr}, lora=None, muon=None, reference=False)
+        own = replace(spec, loss=Loss(), train={"*": spec.critic}, lora=None, muon=None, reference=False)
         super().__init__(deepspeed, own, rank, world_size, device)
 
     def shaped(self, model: nn.Module) -> nn.Module:
@@ -28,26 +31,25 @@ class Critic(Learner):
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)
         model.set_output_embeddings(head)  # type: ignore[operator]
+        if model.get_output_embeddings() is not head:  # type: ignore[operator]
+            raise ValueError(f"{self.spec.model} is a {type(model).__name__}, whose head cannot be a critic's")
         return model
 
     def step(self, batch: Batch) -> dict[str, float]:
-        """One optimizer step towards the samples' returns; its metrics."""
-        assert self.spec.critic is not None
+        """One optimizer step towards the samples' returns; its metrics, named critic.*."""
         totals, rows = Totals(), batch.micro_batches[self.rank]
         self.engine.train()
         for index, samples in enumerate(rows):
             tensors = collate(samples, self.visual).to(self.device)
             values, out = self._values(tensors)
-            loss, metrics = value_loss(
-                values, tensors.values, tensors.returns, tensors.mask, max(1, batch.num_tokens), self.spec.critic.clip
-            )
+            loss, metrics = value_loss(values, tensors.returns, tensors.mask, max(1, batch.num_tokens))
             # every rank must run backward through the whole model, also for a dummy row without a completion
             loss = loss + 0.0 * out.sum() if not bool(tensors.completion.any()) else loss
             totals.collect(metrics)
             self.backward(loss, samples, totals, last=index == len(rows) - 1)
         found = explained(self.learn(batch, totals))
-        del found["tokens"]  # the policy's
-        return found
+        # the policy's tokens, and its schedule
+        return {f"critic.{name}": value for name, value in found.items() if name not in ("tokens", "lr")}
 
     def values(self, batch: Batch) -> dict[str, tuple[float, ...]]:
         """Of this rank's samples, by key: what the critic says before each completion token."""

@@ -279,8 +279,8 @@ class TrainerHandle:
         found = await self._all("divergences", "step", ray.put(batch), estimator)
         return {key: value for part in found for key, value in part.items()}
 
-    async def values(self, batch: Batch) -> Mapping[str, tuple[float, ...]]:
-        found = await self._all("values", "step", ray.put(batch))
+    async def values(self, batch: Batch, alone: bool = True) -> Mapping[str, tuple[float, ...]]:
+        found = await self._all("values", "step", ray.put(batch), alone)
         return {key: values for part in found for key, values in part.items()}
 
     async def publish(self, engine: EngineHandle, version: int) -> SyncReport:  # type: ignore[override]

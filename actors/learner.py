@@ -31,7 +31,10 @@ class TrainInfo:
 
 
 class Learner(ABC):
-    """Model, engine and counters of one stage."""
+    """Model, engine and counters of one stage. role and advice: for errors."""
+
+    role: str
+    advice: str
 
     def __init__(self, deepspeed: Any, spec: TrainSpec, rank: int, world_size: int, device: torch.device) -> None:
         from rlhf.foreign import mixes_experts
@@ -88,16 +91,17 @@ class Learner(ABC):
         keys = [key for part in lists for key in part]
         self.engine.optimizer.zero_grad()
         raise FloatingPointError(
-            f"the loss of optimizer step {batch.index} of {self.spec.model} is not finite in the micro-batches of "
-            f"{', '.join(keys[:8])}{' …' if len(keys) > 8 else ''}; look at these rows and lower the learning rate"
+            f"the loss of optimizer step {batch.index} of {self.role} {self.spec.model} is not finite in the "
+            f"micro-batches of {', '.join(keys[:8])}{' …' if len(keys) > 8 else ''}; look at these rows and "
+            f"{self.advice}"
         )
 
     def _require_finite_gradient(self, norm: float, index: int) -> None:
         """A ratio that overflows on its clipped side has a finite loss and no finite gradient."""
         if not math.isfinite(norm):
             raise FloatingPointError(
-                f"the gradient of optimizer step {index} of {self.spec.model} has norm {norm}, though its loss is "
-                "finite: policy and rollouts are too far apart; lower the learning rate or updates_per_step"
+                f"the gradient of optimizer step {index} of {self.role} {self.spec.model} has norm {norm}, though its "
+                f"loss is finite: {self.advice} (a ratio of policy and rollouts too far apart has no finite gradient)"
             )
 
     def _apply(self, index: int) -> tuple[float, float]:

@@ -22,6 +22,9 @@ from rlhf.types import Batch, Loss, StepStats, TrainSpec
 class Policy(Learner):
     """A model whose tokens' probabilities change, as one of `rlhf.algorithms` wants it."""
 
+    role = "the policy"
+    advice = "lower the learning rate or updates_per_step"
+
     def __init__(self, deepspeed: Any, spec: TrainSpec, rank: int, world_size: int, device: torch.device) -> None:
         if spec.loss.kind not in OBJECTIVES:
             raise ValueError(f"unknown loss {spec.loss.kind!r}: choose one of {', '.join(OBJECTIVES)}")

@@ -1,5 +1,5 @@
-"""One DeepSpeed rank: the optimizer steps, the weights to publish, the checkpoints. With `actors.optimizer` the home of
-deepspeed.
+"""One DeepSpeed rank: the optimizer steps, the weights to publish, the checkpoints. With `actors.learner` and
+`actors.optimizer` the home of deepspeed.
 
 Every method of TrainerRank is collective: the driver calls it on all ranks at once with equal arguments. A loss that is
 not finite is raised on all of them; any other error on its own rank, while the others may wait for it in a collective.
@@ -10,7 +10,8 @@ from __future__ import annotations
 import gc
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -55,17 +56,11 @@ class TrainerRank:
     def step(self, batch: Batch, fresh: bool = False, alone: bool = True) -> StepStats:
         """One optimizer step; `fresh`: the weights are those that sampled the batch's current rows, whose
         log-probabilities are compared with the engine's; not `alone`: on spec.beside threads. Raises FloatingPointError
-        naming step and samples if a loss is not finite; the model is then as before."""
-        stage = self._begun
-        torch.set_num_threads(self._threads if alone else stage.spec.beside or self._threads)
-        try:
-            stats = stage.step(batch, fresh)
-            if self._critic is None:
-                return stats
-            learned = {f"critic.{name}": value for name, value in self._critic.step(batch).items()}
+        naming step and samples if a loss is not finite; the policy is then as before."""
+        with self._threaded(alone):
+            learned = {} if self._critic is None else self._critic.step(batch)
+            stats = self._begun.step(batch, fresh)
             return replace(stats, metrics={**stats.metrics, **learned})
-        finally:
-            torch.set_num_threads(self._threads)
 
     def losses(self, batch: Batch) -> dict[str, float]:
         """{"loss": mean negative log-likelihood of the completion tokens in nats, "tokens": their number};
@@ -77,12 +72,13 @@ class TrainerRank:
         that sampled them, summed, in nats. Needs a spec with `reference`."""
         return self._begun.divergences(batch, estimator)
 
-    def values(self, batch: Batch) -> dict[str, tuple[float, ...]]:
-        """Of this rank's samples, by key: what the critic says before each completion token. Needs a spec with
-        `critic`."""
+    def values(self, batch: Batch, alone: bool = True) -> dict[str, tuple[float, ...]]:
+        """Of this rank's samples, by key: what the critic says before each completion token; `alone` as for `step`.
+        Needs a spec with `critic`."""
         if self._critic is None:
             raise RuntimeError("this stage has no critic: its spec has critic = None")
-        return self._critic.values(batch)
+        with self._threaded(alone):
+            return self._critic.values(batch)
 
     def probe(self, probes: Sequence[Probe]) -> ProbeScores:
         """The trainer's log-probabilities on fixed sequences."""
@@ -137,6 +133,15 @@ class TrainerRank:
         self.end()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+    @contextmanager
+    def _threaded(self, alone: bool) -> Iterator[None]:
+        """On as many threads as there are, or those of spec.beside."""
+        torch.set_num_threads(self._threads if alone else self._begun.spec.beside or self._threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(self._threads)
 
     @property
     def _begun(self) -> Policy:

@@ -23,8 +23,10 @@ from rlhf.types import Batch, Media, Sample
 # What one more forward and backward costs beside its tokens, as a share of the token budget: 128 tokens of 4,096. On
 # two CPU cores with a decoder of width 128 it was 80 on judge rows, 300 on short ones
 CALL_COST = 1 / 32
-# Attention takes packed rows apart, each with its prompt: so many times the token budget at most
+# Attention takes packed rows apart, each with its prompt: so many times the token budget at most, without padding
 APART = 4
+# What losses see are rows padded to the longest: so many times the token budget at most
+PADDED = 16
 # What one more run of rows costs attention, in tokens: on two CPU cores 32 to 128 were equally good on five mixes
 RUN_COST = 64
 
@@ -84,7 +86,9 @@ def _families(samples: Sequence[Sample], token_budget: int, share: int) -> list[
 
 
 def _fits(rows: Unit, tokens: int, token_budget: int) -> bool:
-    return tokens <= token_budget and sum(map(_length, rows)) <= APART * token_budget
+    lengths = [_length(row) for row in rows]
+    padded = len(rows) * max(lengths)
+    return tokens <= token_budget and sum(lengths) <= APART * token_budget and padded <= PADDED * token_budget
 
 
 def asked(sample: Sample) -> Asked:
@@ -109,7 +113,7 @@ def _require_trainable(sample: Sample, token_budget: int) -> None:
             f"sample {sample.key} has a prompt of {sample.prompt_length} tokens out of {length}: "
             "both the prompt and the completion need at least one"
         )
-    for name in ("logprobs", "advantages", "values", "returns"):
+    for name in ("logprobs", "advantages", "returns"):
         if (given := len(getattr(sample, name))) not in (0, sample.num_completion):
             raise ValueError(f"sample {sample.key} has {given} {name} for {sample.num_completion} completion tokens")
 
@@ -141,14 +145,16 @@ def _cut(samples: Sequence[Sample], token_budget: int) -> list[tuple[Sample, ...
 def _runs(lengths: Sequence[int], cost: float, most: float = math.inf) -> Runs:
     """Rows in their order cut into runs, each padded to its longest and of at most `most` tokens, padding included: of
     all such cuts the one with the fewest padded tokens, a run more being as dear as `cost` of them."""
+    found = np.asarray(lengths)
     cheapest = np.zeros(len(lengths) + 1)  # [end]: what the first `end` rows cost
     starts = [0]
     for end in range(1, len(lengths) + 1):
-        longest = np.maximum.accumulate(lengths[:end][::-1])[::-1]
-        padded = np.arange(end, 0, -1) * longest
-        costs = np.where(padded <= most, cheapest[:end] + padded + cost, math.inf)
-        starts.append(int(costs.argmin()))
-        cheapest[end] = costs[starts[end]]
+        first = max(0, end - int(min(end, most / found[end - 1])))  # more rows as long as the last do not fit
+        longest = np.maximum.accumulate(found[first:end][::-1])[::-1]
+        padded = np.arange(end - first, 0, -1) * longest
+        costs = np.where(padded <= most, cheapest[first:end] + padded + cost, math.inf)
+        starts.append(first + int(costs.argmin()))
+        cheapest[end] = costs[starts[end] - first]
     runs: list[tuple[int, int]] = []
     end = len(lengths)
     while end:
@@ -198,7 +204,7 @@ class Tensors:
     mask            [B, L − 1] the row's weight where token t + 1 is a completion token, 0 elsewhere
     old_logprobs    [B, L − 1] of token t + 1 under the sampling policy; 0 where unknown
     advantages      [B, L − 1] of token t + 1
-    values, returns [B, L − 1] the critic's of token t + 1, and what it should have said; 0 where unknown
+    returns         [B, L − 1] what a critic should say of token t + 1; 0 where unknown
     weights         [B]
     completion      [B, L − 1] True where token t + 1 is a completion token, whatever the row's weight
     sampled         [B] True where the row came with log-probabilities, of the weights that the step starts from
@@ -212,7 +218,6 @@ class Tensors:
     mask: Tensor
     old_logprobs: Tensor
     advantages: Tensor
-    values: Tensor
     returns: Tensor
     weights: Tensor
     completion: Tensor
@@ -363,7 +368,7 @@ def collate(samples: Sequence[Sample], visual: Visual) -> Tensors:
     input_ids = torch.full(shape, visual.pad_id, dtype=torch.long)
     attention_mask = torch.zeros(shape, dtype=torch.long)
     completion = torch.zeros((len(rows), length - 1), dtype=torch.bool)
-    of_tokens = {name: torch.zeros((len(rows), length - 1)) for name in ("logprobs", "advantages", "values", "returns")}
+    of_tokens = {name: torch.zeros((len(rows), length - 1)) for name in ("logprobs", "advantages", "returns")}
     of_tokens["advantages"] += torch.tensor([row.advantage for row in rows])[:, None]
     for index, row in enumerate(rows):
         end = len(row.token_ids)

@@ -41,7 +41,7 @@ from rlhf.roles import ActorLostError, Actors, Engine
 from rlhf.scoring import Judge
 from rlhf.stage import Context, derive, packs
 from rlhf.tracking import Tracker, stage_folder
-from rlhf.types import Correction, Critic, Loss, Media, TrainSpec
+from rlhf.types import Correction, Loss, Media, TrainSpec
 
 NUM_PROBES, PROBE_LENGTH = 12, 48
 PROBE_ROWS = 1000  # of a source, in which to look for pictures
@@ -424,7 +424,7 @@ def train_spec(recipe: Recipe, stage: Sft | Rl, model: Path, masked: tuple[int, 
         beside=resources.trainer_threads_beside,
         packed=packs(recipe, model),
         reference=isinstance(stage, Rl) and stage.kl is not None,
-        critic=Critic(found.lr, found.clip) if isinstance(stage, Rl) and (found := stage.foretelling) else None,
+        critic=stage.foretelling.lr if isinstance(stage, Rl) and stage.foretelling else None,
     )
 
 

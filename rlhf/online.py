@@ -40,8 +40,7 @@ async def run(stage: Rl, context: Context, engine: Engine, judges: Mapping[str, 
             async with aclosing(groups.take(version)) as parts:
                 async for part in clock.waiting("rollout", parts):
                     with clock("train"):
-                        index = version * stage.updates_per_step + part.index
-                        batch = await pack(stage, context, part.kept, version, index)
+                        batch = await pack(stage, context, part, version)
                         learned.append(await trainer.step(batch, fresh=not learned, alone=part.alone))
             stats = merged(learned)
             sync = await trainer.publish(engine, version + 1)

@@ -59,7 +59,10 @@ def by_row(
     runs = zip(row_runs, *(part.split([rows * length for rows, length in row_runs]) for part in apart), strict=True)
     found = []
     for (rows, length), *parts in runs:
-        q, k, v = (part.view(rows, length, -1, query.shape[-1]).transpose(1, 2) for part in parts)
+        q, k, v = (
+            part.view(rows, length, whole.shape[1], -1).transpose(1, 2)
+            for part, whole in zip(parts, (query, key, value), strict=True)
+        )
         out = scaled_dot_product_attention(
             q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped
         )

@@ -65,7 +65,7 @@ class Trainer(Protocol):
         """Summed divergence of each sample's tokens from the reference, as sampled, in nats, by sample key."""
         ...
 
-    async def values(self, batch: Batch) -> Mapping[str, tuple[float, ...]]:
+    async def values(self, batch: Batch, alone: bool = True) -> Mapping[str, tuple[float, ...]]:
         """What the critic says before each completion token of a sample, by sample key."""
         ...
 

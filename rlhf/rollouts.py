@@ -32,7 +32,6 @@ from rlhf.stage import Context, derive
 from rlhf.types import Batch, Group, Prompt, Sample, Sampling
 
 EXAMPLES = 4  # groups of a step that are kept for the report
-MOST = 0.75  # of a part's groups: when so many are sampled, the next part fills the engine beside the longest replies
 AT_ONCE = 2  # calls of the rewards: a judge goes on with one's while functions score the other's
 
 Drawn = tuple[str, int, Row]  # source, index in it, row
@@ -176,7 +175,7 @@ class OnPolicy(Rollouts):
     async def _part(self, version: int, index: int, before: asyncio.Task[Part] | None) -> Part:
         stage, kept, seen = self.stage, list[Group](), list[Group]()
         share = stage.prompts_per_step // stage.updates_per_step
-        if before is not None and stage.refill_rounds:
+        if before is not None and stage.refill_rounds and self.within_groups:
             await asyncio.wait([before])  # prompts are drawn in one order, however long replies take
         for refill in range(stage.refill_rounds + 1):
             prompts = self._prompts(self.stream.take(share - len(kept)))
@@ -189,38 +188,15 @@ class OnPolicy(Rollouts):
         return Part(index, kept, seen)
 
     async def _together(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
-        """The prompts' groups in order, scored; the next part may sample as soon as most are sampled."""
+        """The prompts' groups in order, scored; the next part may sample as soon as all are sampled."""
         scored: dict[int, asyncio.Future[Group]] = {}
         try:
-            async with Turn(self.sampling) as turn, aclosing(self.engine.stream(prompts, sampling)) as sampled:
+            async with self.sampling, aclosing(self.engine.stream(prompts, sampling)) as sampled:
                 async for place, group in sampled:
                     scored[place] = self.scorer.add(group)
-                    if len(scored) >= MOST * len(prompts):
-                        turn.end()
             return [await scored[place] for place in range(len(prompts))]
         finally:
             await ended(scored.values())
-
-
-class Turn:
-    """A lock held while the context lasts, or until `end`."""
-
-    def __init__(self, lock: asyncio.Lock) -> None:
-        self._lock: asyncio.Lock = lock
-        self._held = False
-
-    async def __aenter__(self) -> Self:
-        await self._lock.acquire()
-        self._held = True
-        return self
-
-    def end(self) -> None:
-        if self._held:
-            self._lock.release()
-            self._held = False
-
-    async def __aexit__(self, *_: object) -> None:
-        self.end()
 
 
 @dataclass
@@ -388,22 +364,23 @@ def informative(group: Group) -> bool:
     return len(values) > 1
 
 
-async def pack(stage: Rl, context: Context, groups: list[Group], version: int, index: int) -> Batch:
-    """Optimizer step `index`: groups with their advantages, cut into ranks and micro-batches. Failed scores weigh 0."""
-    samples, estimator, critic = samples_of(groups, version), estimator_of(stage), stage.foretelling
+async def pack(stage: Rl, context: Context, part: Part, version: int) -> Batch:
+    """The optimizer step that learns from `part`: its groups with their advantages, cut into ranks and micro-batches.
+    Failed scores weigh 0."""
+    groups, index = part.kept, version * stage.updates_per_step + part.index
+    samples, estimator = samples_of(groups, version), estimator_of(stage)
     if estimator is not None:
         found = estimator.estimate([[score.value for score in group.scores] for group in groups])
         advantages = [advantage for row in found for advantage in row]
         samples = [replace(one, advantage=advantage) for one, advantage in zip(samples, advantages, strict=True)]
-    elif critic is not None:
-        said = await context.actors.trainer.values(context.batch(samples, index))
+    else:
+        critic = stage.foretelling
+        assert critic is not None
+        said = await context.actors.trainer.values(context.batch(samples, index), part.alone)
         values = [said[one.key] for one in samples]
         scores = [score.value for group in groups for score in group.scores]
-        rows = zip(samples, values, *credited(scores, values, critic.discount, critic.smoothing), strict=True)
-        samples = [
-            replace(one, values=tuple(was), advantages=tuple(row), returns=tuple(returns))
-            for one, was, row, returns in rows
-        ]
+        rows = zip(samples, *credited(scores, values, critic.discount, critic.smoothing), strict=True)
+        samples = [replace(one, advantages=tuple(row), returns=tuple(returns)) for one, row, returns in rows]
     return context.batch(samples, index)
 
 

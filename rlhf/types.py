@@ -119,7 +119,7 @@ class Sample:
     logprobs       [T] of the policy that sampled the row; empty for supervised rows
     current        whether the weights that its step starts from sampled every token
     advantages     [T] of each completion token, where a critic tells them apart; empty: `advantage`
-    values         [T] the critic's, before this step; returns [T] what it should have said; empty without one
+    returns        [T] what a critic should have said before each; empty without one
     """
 
     key: str
@@ -131,7 +131,6 @@ class Sample:
     logprobs: tuple[float, ...] = ()
     current: bool = True
     advantages: tuple[float, ...] = ()
-    values: tuple[float, ...] = ()
     returns: tuple[float, ...] = ()
 
     @property
@@ -247,14 +246,6 @@ class Loss:
 
 
 @dataclass(frozen=True)
-class Critic:
-    """How a critic learns beside the policy: at the rate `lr`, values moving by at most `clip` a step; None: freely."""
-
-    lr: float
-    clip: float | None = 0.2
-
-
-@dataclass(frozen=True)
 class TrainSpec:
     """One stage's training, as a trainer rank needs it.
 
@@ -266,7 +257,7 @@ class TrainSpec:
     beside   OpenMP threads of each rank in steps while engines sample; else as many as it was started with
     packed   rows of a micro-batch lie end to end, a shared prompt once, without padding; for bridges only
     reference  keep a frozen copy of `model` to measure divergences from; with LoRA the base is that
-    critic   a second model, begun from `model`, learns to foretell the rewards
+    critic   the learning rate of a second model, begun from `model`, that foretells the rewards; None: there is none
     """
 
     model: str
@@ -289,4 +280,4 @@ class TrainSpec:
     beside: int | None = None
     packed: bool = False
     reference: bool = False
-    critic: Critic | None = None
+    critic: float | None = None

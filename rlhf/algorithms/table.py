@@ -37,8 +37,8 @@ ALGORITHMS = {
 
 
 def estimator_of(stage: Rl) -> Estimator | None:
-    """The stage's advantage estimator: its own, or its algorithm's ("auto" is always one that compares in groups); None
-    where a critic tells the tokens of a rollout apart."""
+    """The stage's advantage estimator: its own, or its algorithm's (each that "auto" may mean compares in groups); None
+    where a critic tells the tokens of a rollout apart, as `Rl.foretelling` has it."""
     named = ALGORITHMS["dapo" if stage.algorithm == "auto" else stage.algorithm]
     return ESTIMATORS.get(stage.advantage or named.advantage)
 

@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 
-def value_loss(
-    values: Tensor, old: Tensor, returns: Tensor, mask: Tensor, num_tokens: int, clip: float | None
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """½ Σ max((v − R)², (v_old + clip(v − v_old, ±clip) − R)²) / num_tokens over completion tokens, each at its row's
-    weight (PPO's clipped value loss, arXiv:2005.12729, §3), and sums over this micro-batch's tokens for the metrics of
-    `rlhf.algorithms.losses`.
+def value_loss(values: Tensor, returns: Tensor, mask: Tensor, num_tokens: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """½ Σ (v − R)² / num_tokens over completion tokens, each at its row's weight (PPO, arXiv:1707.06347, eq. 9), and
+    sums over this micro-batch's tokens for the metrics of `rlhf.algorithms.losses`. Its clipped form would be the same:
+    a batch is one optimizer step, whose values are those it starts from.
 
-    values [B, T] (with gradient), old [B, T] the critic's before this step, returns [B, T], mask [B, T] weights.
+    values [B, T] (with gradient), returns [B, T], mask [B, T] weights.
     num_tokens: completion tokens of the whole step, over all ranks and micro-batches.
     """
     present = mask > 0
-    error = (values - returns).square()
-    clipped = torch.zeros_like(present)
-    if clip is not None:
-        held = (old + (values - old).clamp(-clip, clip) - returns).square()
-        clipped = held > error
-        error = torch.maximum(error, held)
-    value = 0.5 * (error * mask).sum() / num_tokens
+    value = 0.5 * ((values - returns).square() * mask).sum() / num_tokens
     known, missed = returns[present].double(), (returns - values.detach())[present].double()
     return value, {
         "tokens": present.sum(),
-        "clip_fraction": (clipped & present).sum(),
         "value": values.detach()[present].double().sum(),
         "return": known.sum(),
         "return_squared": known.square().sum(),

@@ -223,9 +223,11 @@ def _rl(recipe: Recipe, stage: Rl) -> Iterator[str]:
         )
     estimator = estimator_of(stage)
     if stage.group_size == 1 and estimator is not None and estimator.within_groups:
+        named = "advantage" if stage.advantage is not None else "algorithm"
+        other = '"generalised" or "batch_normalised"' if stage.advantage is not None else '"ppo" or "reinforce++"'
         yield (
-            f'algorithm = "{stage.algorithm}" compares the rollouts of a group, and group_size = 1 leaves nothing to '
-            'compare; raise it, or take "ppo" or "reinforce++"'
+            f'{named} = "{getattr(stage, named)}" compares the rollouts of a group, and group_size = 1 leaves nothing '
+            f"to compare; raise it, or take {other}"
         )
     if stage.max_staleness:
         objective = method_of(stage, "dapo" if stage.algorithm == "auto" else stage.algorithm).objective

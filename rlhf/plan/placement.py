@@ -59,15 +59,20 @@ def _trainer_bytes(recipe: Recipe, plan: StagePlan) -> int:
     reference = parameters * (4 if r.precision == "float32" else 2) if copied else 0
     activations = activation_bytes(plan.architecture, min(r.token_budget, plan.tokens_per_update))
     critic = 0
-    if isinstance(stage, Rl) and stage.foretelling is not None:  # all of a second model trains
+    if _has_critic(stage):
         critic = weight_bytes(parameters, parameters, r.precision, r.zero_stage, r.trainer_ranks)
-        critic += optimizer_bytes(parameters, r.precision, r.zero_stage, r.trainer_ranks)
     return held + optimizer + reference + critic + activations
 
 
 def _optimizer_bytes(recipe: Recipe, plan: StagePlan) -> int:
-    r = recipe.resources
-    return optimizer_bytes(_parameters(recipe, plan)[1], r.precision, r.zero_stage, r.trainer_ranks)
+    r, (parameters, trainable) = recipe.resources, _parameters(recipe, plan)
+    moved = trainable + (parameters if _has_critic(_stage_of(recipe, plan)) else 0)
+    return optimizer_bytes(moved, r.precision, r.zero_stage, r.trainer_ranks)
+
+
+def _has_critic(stage: Stage) -> bool:
+    """Whether a second model trains beside the stage's, all of it."""
+    return isinstance(stage, Rl) and stage.foretelling is not None
 
 
 def _stage_of(recipe: Recipe, plan: StagePlan) -> Stage:

@@ -301,11 +301,11 @@ class Divergence(Table):
 
 
 class Critic(Table):
-    """A second model, begun from the policy's, that learns at rate `lr` what rollouts are worth, its values moving by
-    at most `clip` a step. `discount` and `smoothing` (GAE's γ and λ) carry a reward back to earlier tokens."""
+    """A second model, begun from the policy's, that learns at rate `lr` what rollouts are worth; whole and by AdamW,
+    with the stage's schedule, warm-up, betas, weight decay and clip_grad. `discount` and `smoothing` (GAE's γ and λ)
+    carry a reward back to earlier tokens."""
 
     lr: Positive = 1e-5
-    clip: Positive | None = 0.2
     discount: Annotated[float, Field(gt=0, le=1)] = 1.0
     smoothing: Annotated[float, Field(ge=0, le=1)] = 0.95
 

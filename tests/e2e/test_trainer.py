@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rlhf import bridge
 from rlhf.batching import make_batch
-from rlhf.types import Batch, Critic, Loss, Media, Sample, TrainSpec
+from rlhf.types import Batch, Loss, Media, Sample, TrainSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE = 240.0  # of a call; the first waits for the process to import its vendors
@@ -405,17 +405,22 @@ def foreseen(batch: Batch) -> Batch:
     def returns(sample: Sample) -> Sample:
         count = sample.num_completion
         worth = float(bool(sample.media))
-        return dataclasses.replace(
-            sample, logprobs=(0.0,) * count, advantage=0.0, values=(0.0,) * count, returns=(worth,) * count
-        )
+        return dataclasses.replace(sample, logprobs=(0.0,) * count, advantage=0.0, returns=(worth,) * count)
 
     parts = tuple(tuple(tuple(map(returns, part)) for part in mine) for mine in batch.micro_batches)
     return dataclasses.replace(batch, micro_batches=parts)
 
 
+def spoiled(batch: Batch) -> Batch:
+    """The same with a return that is not finite."""
+    (first, *others), *parts = batch.micro_batches[0]
+    first = dataclasses.replace(first, returns=(float("nan"),) * first.num_completion)
+    return dataclasses.replace(batch, micro_batches=(((first, *others), *parts), *batch.micro_batches[1:]))
+
+
 @pytest.mark.parametrize("zero_stage", [2, 3])
 def test_a_critic_learns_what_rollouts_are_worth(one, two, sparse, tmp_path, zero_stage):
-    changes = {"loss": Loss("ppo"), "critic": Critic(3e-3, None), "warmup": 0.0, "schedule": "constant"}
+    changes = {"loss": Loss("ppo"), "critic": 3e-3, "warmup": 0.0, "schedule": "constant"}
     one.begin(spec_of(sparse, zero_stage=0, packed=False, **changes))
     two.begin(spec_of(sparse, zero_stage=zero_stage, **changes))
     split, together = map(foreseen, lopsided(0))
@@ -436,15 +441,19 @@ def test_a_critic_learns_what_rollouts_are_worth(one, two, sparse, tmp_path, zer
     for key, row in ours.items():
         assert theirs[key] == pytest.approx(row, abs=2e-3)
     two.save(tmp_path / "checkpoint")
-    kept = values(two, split)
+    kept, following = values(two, split), two.step(split).metrics
     for _ in range(25):
         metrics = two.step(split).metrics
     assert metrics["critic.explained_variance"] > 0.9
     assert metrics["grad_norm"] == 0.0  # an advantage of 0 teaches the policy nothing
     after = dict(pair for bucket in two.weights(1 << 20) for pair in bucket)
     assert all(np.array_equal(before[name], value) for name, value in after.items())
+    two.begin(spec_of(sparse, zero_stage=zero_stage, **changes))
     two.restore(tmp_path / "checkpoint")
     assert values(two, split) == kept
+    assert two.step(split).metrics == following
+    with pytest.raises(AssertionError, match=r"FloatingPointError: .*the critic of .*lower critic\.lr"):
+        two.step(spoiled(split))
 
 
 @pytest.mark.parametrize("lora", [None, (4, 8.0, ("q_proj", "v_proj"))])

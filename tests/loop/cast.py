@@ -102,7 +102,7 @@ class FakeTrainer:
         """As many nats as a sample has completion tokens."""
         return {sample.key: float(sample.num_completion) for part in batch.micro_batches[0] for sample in part}
 
-    async def values(self, batch: Batch) -> Mapping[str, tuple[float, ...]]:
+    async def values(self, batch: Batch, alone: bool = True) -> Mapping[str, tuple[float, ...]]:
         """Half a point before every token."""
         return {s.key: (0.5,) * s.num_completion for part in batch.micro_batches[0] for s in part}
 

@@ -14,7 +14,7 @@ import torch
 from rlhf.algorithms.divergence import DIVERGENCES
 from rlhf.algorithms.logprobs import processed_logprobs
 from rlhf.algorithms.losses import OBJECTIVES, Tokens, policy_loss
-from rlhf.algorithms.table import ALGORITHMS, GENERALISED, method_of
+from rlhf.algorithms.table import ALGORITHMS, GENERALISED, estimator_of, method_of
 from rlhf.recipe import Rl
 from rlhf.recipe.schema import Critic
 from rlhf.types import Correction, Loss, Normalise
@@ -384,6 +384,10 @@ def test_a_recipe_may_change_a_part_of_an_algorithm() -> None:
 
 
 def test_a_critic_goes_with_an_advantage_for_every_token() -> None:
+    for name in ("auto", *ALGORITHMS):
+        for part in (None, GENERALISED, "group_centred"):
+            stage = rl(algorithm=name, advantage=part)
+            assert (estimator_of(stage) is None) == (stage.foretelling is not None)
     assert rl(algorithm="ppo").foretelling == Critic()
     assert rl(algorithm="cispo", advantage="generalised", critic={"lr": 0.1}).foretelling == Critic(lr=0.1)
     assert rl(algorithm="ppo", advantage="group_centred").foretelling is None

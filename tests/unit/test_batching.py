@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from rlhf.batching import APART, CALL_COST, Cached, collate, concatenate, make_batch
+from rlhf.batching import APART, CALL_COST, PADDED, Cached, collate, concatenate, make_batch
 from rlhf.types import Media, Sample
 
 
@@ -86,6 +86,14 @@ def test_attention_bounds_how_many_replies_to_a_long_prompt_stay_together():
     assert sorted(keys(batch)) == sorted(s.key for s in samples)
     assert [len(part) for part in batch.micro_batches[0]] == [7] * 5 + [5]
     assert 7 * 101 <= APART * 200 < 8 * 101
+
+
+def test_a_long_row_takes_few_short_ones_along():
+    """Losses see rows × longest, which the tokens alone do not bound."""
+    samples = [Sample("long", (1,) * 100, 1), *(Sample(f"short/{i}", (2 + i, 3), 1) for i in range(40))]
+    batch = make_batch(samples, 1, 150, packed=True)
+    assert sorted(keys(batch)) == sorted(s.key for s in samples)
+    assert [len(part) for part in batch.micro_batches[0]] == [PADDED * 150 // 100, 41 - PADDED * 150 // 100]
 
 
 def test_no_rank_holds_a_family_of_several_shares():

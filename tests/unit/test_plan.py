@@ -300,6 +300,10 @@ REFUSALS = {
         "prompts_per_step = 1 does not divide into updates_per_step = 4.*multiple of 4",
     ),
     "groups of one": ("stages.improve.group_size = 1", r'"auto" compares.*group_size = 1 leaves nothing.*take "ppo"'),
+    "groups of one by a part": (
+        "stages.improve = {group_size = 1, algorithm = 'ppo', advantage = 'leave_one_out'}",
+        'advantage = "leave_one_out" compares.*or take "generalised" or "batch_normalised"',
+    ),
     "updates over ranks": (
         "resources = {trainer_ranks = 2, trainer_threads = 1}\nstages.improve = {prompts_per_step = 6, group_size = 3}",
         "18 rollouts do not divide into updates_per_step = 2 times trainer_ranks = 2.*multiple of 4",
@@ -420,6 +424,16 @@ def test_offloaded_states_lie_in_host_memory() -> None:
     moved = held.memory.trainer - offloaded.memory.trainer
     assert moved > 0
     assert offloaded.memory.together - held.memory.together == pytest.approx(moved)
+
+
+def test_a_critic_is_a_second_model_to_hold() -> None:
+    """Weights and gradients with the trainer, its optimizer's state where the policy's is."""
+    cluster = Cluster(16, 128, gpus=2, gpu_memory_gib=80)
+    cuda = ("resources.device = 'cuda'", "resources.zero_stage = 2", "resources.offload = true")
+    ppo = "stages.improve.algorithm = 'ppo'"
+    without, beside = (plan(*cuda, *more, cluster=cluster).memory for more in ((), (ppo,)))
+    assert beside.trainer > without.trainer
+    assert beside.together - without.together > beside.trainer - without.trainer
 
 
 def test_held_out_rows_under_a_second_name_are_still_held_out(tmp_path: Path) -> None:
