@@ -276,12 +276,10 @@ class TrainerHandle:
         return losses
 
     async def divergences(self, batch: Batch, estimator: str) -> Mapping[str, float]:
-        found = await self._all("divergences", "step", ray.put(batch), estimator)
-        return {key: value for part in found for key, value in part.items()}
+        return await self._by_key("divergences", batch, estimator)
 
     async def values(self, batch: Batch, alone: bool = True) -> Mapping[str, tuple[float, ...]]:
-        found = await self._all("values", "step", ray.put(batch), alone)
-        return {key: values for part in found for key, values in part.items()}
+        return await self._by_key("values", batch, alone)
 
     async def publish(self, engine: EngineHandle, version: int) -> SyncReport:  # type: ignore[override]
         started = time.perf_counter()
@@ -326,6 +324,11 @@ class TrainerHandle:
             "sync_probe.skipped": float(agreement.skipped),
             "sync_probe.unreached_experts": float(len(agreement.unreached)),
         }
+
+    async def _by_key(self, method: str, batch: Batch, *arguments: Any) -> dict[str, Any]:
+        """What each rank says of its own samples, by their keys."""
+        parts = await self._all(method, "step", ray.put(batch), *arguments)
+        return {key: value for part in parts for key, value in part.items()}
 
     async def _all(self, method: str, deadline: str, *arguments: Any) -> list[Any]:
         """Call every rank; the first failure ends the wait, since the others may be stuck in a collective.

@@ -1,4 +1,4 @@
-"""A model that learns on this rank: its DeepSpeed engine, optimizer steps, weights and checkpoints."""
+"""A model that learns on this rank: its DeepSpeed engine, optimizer steps and checkpoints."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from actors.optimizer import base_name, make_optimizer, rate
+from actors.optimizer import make_optimizer, rate
 from rlhf.batching import BridgeVisual, Cached, Visual
 from rlhf.packing import attend_by_row
 from rlhf.types import Batch, Sample, TrainSpec
@@ -52,8 +52,8 @@ class Learner(ABC):
         self.engine = deepspeed.initialize(model=self.model, optimizer=self._optimizer, config=_config(spec))[0]
         parameters = list(self.model.parameters())
         self.info = TrainInfo(
-            num_parameters=sum(_numel(p) for p in parameters),
-            num_trainable=sum(_numel(p) for p in parameters if p.requires_grad),
+            num_parameters=sum(numel(p) for p in parameters),
+            num_trainable=sum(numel(p) for p in parameters if p.requires_grad),
         )
 
     @abstractmethod
@@ -134,48 +134,6 @@ class Learner(ABC):
         finally:
             self.engine.train()
 
-    def parts(self, bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
-        """(name, copy) of every parameter under the base model's names, in parts of about bucket_bytes; empty parts
-        on ranks other than 0. Collective under ZeRO-3."""
-        for names in _chunks(self._sources(), bucket_bytes):
-            parameters = [p for _, needed in names for p in needed]
-            with self._gathered(parameters):
-                part = [(name, self._whole(name)) for name, _ in names] if self.rank == 0 else []
-            yield part
-
-    def _sources(self) -> Iterator[tuple[str, list[nn.Parameter]]]:
-        """Base name of every parameter, and the parameters needed to compute it."""
-        for name, parameter in self.model.named_parameters():
-            if ".lora_" in name:
-                continue
-            needed = [parameter]
-            if ".base_layer." in name:
-                layer = self.model.get_submodule(name.partition(".base_layer.")[0])
-                needed += [p for key, p in layer.named_parameters() if key.startswith("lora_")]
-            yield base_name(name), needed
-
-    def _whole(self, name: str) -> Tensor:
-        if self.spec.lora is None:
-            value = self.model.get_parameter(name)
-        else:
-            module, _, leaf = name.rpartition(".")
-            layer = self.model.get_base_model().get_submodule(module)
-            if hasattr(layer, "base_layer"):
-                value = layer.base_layer.get_parameter(leaf)
-                if leaf == "weight":
-                    value = value.detach() + layer.get_delta_weight("default")
-            else:
-                value = layer.get_parameter(leaf)
-        return value.detach().to("cpu", copy=True)
-
-    @contextmanager
-    def _gathered(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-        if self.spec.zero_stage < 3:
-            yield
-            return
-        with self._deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=None):
-            yield
-
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
@@ -197,24 +155,6 @@ class Learner(ABC):
         if found is None:
             raise ValueError(f"{folder} holds no DeepSpeed checkpoint")
         torch.set_rng_state(own["random"])
-
-    def export(self, folder: Path) -> None:
-        if self.spec.lora is None:
-            tensors = {name: value for part in self.parts(1 << 30) for name, value in part}
-        else:
-            tensors = self._adapter()
-        if self.rank == 0:
-            self.model.save_pretrained(folder, state_dict=tensors, safe_serialization=True)
-            self.processor.save_pretrained(folder)
-        torch.distributed.barrier()
-
-    def _adapter(self) -> dict[str, Tensor]:
-        tensors = {}
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                with self._gathered([parameter]):
-                    tensors[name] = parameter.detach().cpu().clone()
-        return tensors
 
     def free(self) -> None:
         self.engine.destroy()
@@ -302,23 +242,6 @@ def _config(spec: TrainSpec) -> dict[str, Any]:
     }
 
 
-def _chunks(
-    sources: Iterator[tuple[str, list[nn.Parameter]]], limit: int
-) -> Iterator[list[tuple[str, list[nn.Parameter]]]]:
-    """Runs of parameters of about `limit` bytes, each at least one parameter."""
-    chunk: list[tuple[str, list[nn.Parameter]]] = []
-    size = 0
-    for name, needed in sources:
-        weight = sum(4 * _numel(p) for p in needed)
-        if chunk and size + weight > limit:
-            yield chunk
-            chunk, size = [], 0
-        chunk.append((name, needed))
-        size += weight
-    if chunk:
-        yield chunk
-
-
-def _numel(parameter: nn.Parameter) -> int:
-    """Elements of the whole parameter; ZeRO-3 leaves an empty tensor and the number in ds_numel."""
-    return int(parameter.ds_numel) if hasattr(parameter, "ds_numel") else parameter.numel()
+def numel(parameter: nn.Parameter) -> int:
+    """Elements of the whole parameter; ZeRO-3 leaves an empty tensor and the number in dsnumel."""
+    return int(parameter.dsnumel) if hasattr(parameter, "dsnumel") else parameter.numel()

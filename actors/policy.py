@@ -1,8 +1,9 @@
-"""The policy: what supervised stages and reinforcement learning train."""
+"""The policy: what supervised stages and reinforcement learning train, publish and export."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from actors.learner import Learner, Totals, prepare
+from actors.learner import Learner, Totals, numel, prepare
+from actors.optimizer import base_name
 from rlhf.agreement import NEAR_TIE, Routed, lowest_margins, routers
 from rlhf.algorithms.divergence import DIVERGENCES
 from rlhf.algorithms.logprobs import processed_logprobs
@@ -152,6 +154,83 @@ class Policy(Learner):
                 totals.collect(metrics)
         reduced = totals.reduce(self.world_size)
         return {"loss": reduced["nll"], "tokens": reduced["tokens"]}
+
+    def parts(self, bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
+        """(name, copy) of every parameter under the base model's names, in parts of about bucket_bytes; empty parts
+        on ranks other than 0. Collective under ZeRO-3."""
+        for names in _chunks(self._sources(), bucket_bytes):
+            parameters = [p for _, needed in names for p in needed]
+            with self._gathered(parameters):
+                part = [(name, self._whole(name)) for name, _ in names] if self.rank == 0 else []
+            yield part
+
+    def _sources(self) -> Iterator[tuple[str, list[nn.Parameter]]]:
+        """Base name of every parameter, and the parameters needed to compute it."""
+        for name, parameter in self.model.named_parameters():
+            if ".lora_" in name:
+                continue
+            needed = [parameter]
+            if ".base_layer." in name:
+                layer = self.model.get_submodule(name.partition(".base_layer.")[0])
+                needed += [p for key, p in layer.named_parameters() if key.startswith("lora_")]
+            yield base_name(name), needed
+
+    def _whole(self, name: str) -> Tensor:
+        if self.spec.lora is None:
+            value = self.model.get_parameter(name)
+        else:
+            module, _, leaf = name.rpartition(".")
+            layer = self.model.get_base_model().get_submodule(module)
+            if hasattr(layer, "base_layer"):
+                value = layer.base_layer.get_parameter(leaf)
+                if leaf == "weight":
+                    value = value.detach() + layer.get_delta_weight("default")
+            else:
+                value = layer.get_parameter(leaf)
+        return value.detach().to("cpu", copy=True)
+
+    @contextmanager
+    def _gathered(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+        if self.spec.zero_stage < 3:
+            yield
+            return
+        with self._deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=None):
+            yield
+
+    def export(self, folder: Path) -> None:
+        if self.spec.lora is None:
+            tensors = {name: value for part in self.parts(1 << 30) for name, value in part}
+        else:
+            tensors = self._adapter()
+        if self.rank == 0:
+            self.model.save_pretrained(folder, state_dict=tensors, safe_serialization=True)
+            self.processor.save_pretrained(folder)
+        torch.distributed.barrier()
+
+    def _adapter(self) -> dict[str, Tensor]:
+        tensors = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                with self._gathered([parameter]):
+                    tensors[name] = parameter.detach().cpu().clone()
+        return tensors
+
+
+def _chunks(
+    sources: Iterator[tuple[str, list[nn.Parameter]]], limit: int
+) -> Iterator[list[tuple[str, list[nn.Parameter]]]]:
+    """Runs of parameters of about `limit` bytes, each at least one parameter."""
+    chunk: list[tuple[str, list[nn.Parameter]]] = []
+    size = 0
+    for name, needed in sources:
+        weight = sum(4 * numel(p) for p in needed)
+        if chunk and size + weight > limit:
+            yield chunk
+            chunk, size = [], 0
+        chunk.append((name, needed))
+        size += weight
+    if chunk:
+        yield chunk
 
 
 def _adapt(model: nn.Module, spec: TrainSpec) -> Any:

@@ -15,14 +15,13 @@ def value_loss(values: Tensor, returns: Tensor, mask: Tensor, num_tokens: int) -
     """
     present = mask > 0
     value = 0.5 * ((values - returns).square() * mask).sum() / num_tokens
-    known, missed = returns[present].double(), (returns - values.detach())[present].double()
+    known, said = returns[present].double(), values.detach()[present].double()
     return value, {
         "tokens": present.sum(),
-        "value": values.detach()[present].double().sum(),
+        "value": said.sum(),
         "return": known.sum(),
         "return_squared": known.square().sum(),
-        "missed": missed.sum(),
-        "missed_squared": missed.square().sum(),
+        "missed_squared": (known - said).square().sum(),
     }
 
 
@@ -31,8 +30,7 @@ def explained(metrics: dict[str, float]) -> dict[str, float]:
     v) / Var(R), below 0 where a constant would do better; left out where the returns do not vary."""
     kept = dict(metrics)
     squares, misses = kept.pop("return_squared"), kept.pop("missed_squared")
-    missed = kept.pop("missed")
     variance = squares - kept["return"] ** 2
     if variance > 1e-12:
-        kept["explained_variance"] = 1 - (misses - missed**2) / variance
+        kept["explained_variance"] = 1 - (misses - (kept["return"] - kept["value"]) ** 2) / variance
     return kept

@@ -34,5 +34,5 @@ def test_explained_variance_by_hand() -> None:
     assert share(2.0, 0.0)["explained_variance"] < 0
     assert share(0.5, 1.5)["return"] == 1.0
     assert set(share(0.5, 1.5)) == {"tokens", "value", "return", "explained_variance"}
-    equal = {"return": 1.0, "return_squared": 1.0, "missed": 0.5, "missed_squared": 0.25}
-    assert explained(equal) == {"return": 1.0}
+    equal = {"return": 1.0, "return_squared": 1.0, "value": 0.5, "missed_squared": 0.25}
+    assert explained(equal) == {"return": 1.0, "value": 0.5}
