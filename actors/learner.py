@@ -137,8 +137,7 @@ class Learner(ABC):
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
-        own = {"random": torch.get_rng_state(), "world_size": self.world_size}
-        torch.save(own, folder / f"rank-{self.rank}.pt")
+        torch.save(self.state(), folder / f"rank-{self.rank}.pt")
         torch.distributed.barrier()
 
     def restore(self, folder: Path) -> None:
@@ -154,7 +153,15 @@ class Learner(ABC):
         found, _ = self.engine.load_checkpoint(str(folder), tag=_TAG)
         if found is None:
             raise ValueError(f"{folder} holds no DeepSpeed checkpoint")
-        torch.set_rng_state(own["random"])
+        self.take(own)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds besides weights and optimizer."""
+        return {"random": torch.get_rng_state(), "world_size": self.world_size}
+
+    def take(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state` gave."""
+        torch.set_rng_state(state["random"])
 
     def free(self) -> None:
         self.engine.destroy()
@@ -177,7 +184,7 @@ class Totals:
                 self.sums[name] += float(value)
 
     def reduce(self, world_size: int) -> dict[str, float]:
-        """Over all ranks: means over tokens, but for the loss and router_aux, whose parts add up to them."""
+        """Over all ranks: means over tokens, but for the loss, whose parts add up to it."""
         sums, maxima = dict(self.sums), dict(self.maxima)
         if world_size > 1:
             parts: list[Any] = [None] * world_size
@@ -186,7 +193,7 @@ class Totals:
             maxima = {name: max(part[1].get(name, 0.0) for part in parts) for name in _keys(parts, 1)}
         tokens = sums.pop("tokens", 0.0)
         result = {name: value / max(1.0, tokens) for name, value in sums.items()}
-        result |= {name: sums[name] for name in ("loss", "router_aux") if name in sums}
+        result |= {"loss": sums["loss"]} if "loss" in sums else {}
         return {**result, **maxima, "tokens": tokens}
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from actors.learner import Learner, Totals, numel, prepare
 from actors.optimizer import base_name
-from rlhf.agreement import NEAR_TIE, Routed, lowest_margins, routers
+from rlhf.agreement import NEAR_TIE
 from rlhf.algorithms.divergence import DIVERGENCES
-from rlhf.algorithms.logprobs import processed_logprobs
+from rlhf.algorithms.logprobs import logprobs_of
 from rlhf.algorithms.losses import OBJECTIVES, Tokens, policy_loss
 from rlhf.batching import Tensors, collate
+from rlhf.routing import Usage, lowest_margins, routers
 from rlhf.types import Batch, Loss, StepStats, TrainSpec
 
 
@@ -34,6 +35,8 @@ class Policy(Learner):
         # with LoRA the base is the reference; without, every rank holds a copy of its own, whole
         needed = spec.reference and spec.lora is None
         self.reference = prepare(spec)[0].to(device).eval().requires_grad_(False) if needed else None
+        # of the step before: this step's are known after its last micro-batch; none, as if uniform, pull nowhere
+        self._shares: Tensor | None = None
 
     def shaped(self, model: nn.Module) -> nn.Module:
         return model if self.spec.lora is None else _adapt(model, self.spec)
@@ -44,23 +47,27 @@ class Policy(Learner):
 
     def step(self, batch: Batch, fresh: bool) -> StepStats:
         totals = Totals()
-        differences = self.accumulate(batch, totals, fresh)
+        differences, usage = self.accumulate(batch, totals, fresh)
         gap, tied = self._gather(differences) if fresh else ([], [])
-        return StepStats(self.learn(batch, totals), gap, tied)
+        metrics = self.learn(batch, totals)
+        if usage is not None:
+            summed = usage.over_ranks()
+            self._shares = summed.shares()
+            metrics |= summed.metrics()
+        return StepStats(metrics, gap, tied)
 
-    def accumulate(self, batch: Batch, totals: Totals, fresh: bool) -> list[Tensor]:
+    def accumulate(self, batch: Batch, totals: Totals, fresh: bool) -> tuple[list[Tensor], Usage | None]:
         """Gradients of one batch on this rank, reduced over ranks by DeepSpeed; of its sampled tokens, a micro-batch
         each, [2, N]: |trainer − engine| log-probability difference in nats, and 1 where a router was at a tie;
-        none unless `fresh`."""
+        none unless `fresh`; and what this rank's tokens make of a mixture's experts."""
         loss_spec = self.spec.loss
         rows = batch.micro_batches[self.rank]
-        length = sum(len(s.token_ids) for mine in batch.micro_batches for part in mine for s in part)
-        differences: list[Tensor] = []
+        length = sum(len(s.token_ids) for mine in batch.micro_batches for part in mine for s in part if s.weight > 0)
+        differences, usage = list[Tensor](), None
         self.engine.train()
         for index, samples in enumerate(rows):
             tensors = collate(samples, self.visual).to(self.device)
-            unheard: AbstractContextManager[Routed] = nullcontext({})
-            with routers(self.model) if fresh else unheard as routed:
+            with routers(self.model) as routed:
                 logprobs, entropy, out = self._forward(tensors, loss_spec)
             own = loss_spec.compare == "trainer"
             counted = Tokens(
@@ -76,12 +83,11 @@ class Policy(Learner):
                 reference=self._reference_logprobs(tensors) if loss_spec.kl is not None else None,
             )
             loss, metrics = policy_loss(counted, loss_spec)
-            if loss_spec.router_aux and self.moe and samples:
-                # a mean over the micro-batch's tokens, a prompt that rows share being there once; by its share of the
-                # rows' tokens the step's micro-batches add up to a mean
-                share = int(tensors.attention_mask.sum()) / length
-                totals.sums["router_aux"] += float(out.aux_loss.detach()) * share
-                loss = loss + loss_spec.router_aux * share * out.aux_loss
+            if routed:
+                used = Usage.of(routed, tensors, self.processor.image_token_id)
+                if loss_spec.router_aux and self._shares is not None:
+                    loss = loss + loss_spec.router_aux * used.imbalance(self._shares, length)
+                usage = used.detach() if usage is None else usage + used.detach()
             # every rank must run backward through the whole model, also for a dummy row without a completion
             loss = loss + 0.0 * out.logits.sum() if not bool(tensors.completion.any()) else loss
             totals.sums["entropy"] += float((entropy.detach().double() * (tensors.mask > 0)).sum())
@@ -89,11 +95,11 @@ class Policy(Learner):
             if fresh:
                 sampled = tensors.completion & tensors.sampled[:, None]
                 gap = (logprobs.detach() - tensors.old_logprobs).abs()
-                margins = lowest_margins(routed, tensors)[:, :-1]
+                margins = lowest_margins((routing.margin() for routing in routed.values()), tensors)[:, :-1]
                 tied = torch.from_numpy(margins < NEAR_TIE).to(gap)
                 differences.append(torch.stack((gap[sampled], tied[sampled])))
             self.backward(loss, samples, totals, last=index == len(rows) - 1)
-        return differences
+        return differences, usage
 
     def divergences(self, batch: Batch, estimator: str) -> dict[str, float]:
         found: dict[str, float] = {}
@@ -116,21 +122,19 @@ class Policy(Learner):
 
     def _forward(self, tensors: Tensors, loss: Loss, model: Any = None) -> tuple[Tensor, Tensor, Any]:
         """Log-probabilities and entropies [B, L − 1], 0 outside completions, and the output of `model` (the policy)."""
-        inputs: dict[str, Any] = tensors.model_inputs()
-        if loss.router_aux and self.moe:
-            inputs["output_router_logits"] = True
         kept, predicting = tensors.predictions()  # prompts take no logits
-        model = self.engine if model is None else model
-        out = model(**inputs, use_cache=False, logits_to_keep=kept)
         targets = tensors.input_ids[:, 1:][tensors.completion]
-        found, spread = processed_logprobs(
-            # looked up: rows that share a prompt add their gradients of its last token in one order
-            nn.functional.embedding(predicting, out.logits.flatten(0, 1)),
-            targets,
-            loss.temperature,
-            loss.masked_ids,
-            entropy_gradient=loss.entropy > 0,
-        )
+        with _scoring(self.model if model is None else model, predicting, targets, loss) as scored:
+            out = (self.engine if model is None else model)(
+                **tensors.model_inputs(), use_cache=False, logits_to_keep=kept
+            )
+        (given,) = scored
+        if out.logits.shape != given.shape or not torch.allclose(out.logits, given, rtol=0, atol=0, equal_nan=True):
+            raise ValueError(
+                f"{self.spec.model} is a {type(self.model).__name__}, which changes its logits after its head: the "
+                "trainer cannot take the log-probabilities of its tokens"
+            )
+        found, spread = out.logits.unbind()
         shape = tensors.completion.shape
         logprobs = found.new_zeros(shape).masked_scatter(tensors.completion, found)
         entropy = spread.new_zeros(shape).masked_scatter(tensors.completion, spread)
@@ -142,6 +146,13 @@ class Policy(Learner):
         torch.distributed.all_gather_object(parts, torch.cat(differences, dim=1).cpu().numpy())
         gap, tied = np.concatenate(parts, axis=1)
         return gap.tolist(), (tied > 0).tolist()
+
+    def state(self) -> dict[str, Any]:
+        return {**super().state(), "shares": self._shares}
+
+    def take(self, state: Mapping[str, Any]) -> None:
+        super().take(state)
+        self._shares = state["shares"]
 
     def losses(self, batch: Batch) -> dict[str, float]:
         totals = Totals()
@@ -214,6 +225,28 @@ class Policy(Learner):
                 with self._gathered([parameter]):
                     tensors[name] = parameter.detach().cpu().clone()
         return tensors
+
+
+@contextmanager
+def _scoring(model: Any, predicting: Tensor, targets: Tensor, loss: Loss) -> Iterator[list[Tensor]]:
+    """Meanwhile the model's "logits" are log-probabilities and entropies [2, N] of `targets` [N], each predicted at the
+    place `predicting` [N] of the head's input, so that a forward never holds all the logits; what the head gave is put
+    into the list."""
+    head, scored = model.get_output_embeddings(), list[Tensor]()
+    plain, vocabulary = head.forward, model.config.get_text_config().vocab_size
+
+    def forward(hidden: Tensor) -> Tensor:
+        # looked up: rows that share a prompt add their gradients of its last token in one order
+        found = nn.functional.embedding(predicting, hidden.flatten(0, -2))
+        settings = (loss.temperature, loss.masked_ids, loss.entropy > 0, vocabulary)
+        scored.append(torch.stack(logprobs_of(plain, found, targets, *settings)))
+        return scored[0]
+
+    head.forward = forward  # inside of the hooks that gather the head's weight under ZeRO-3
+    try:
+        yield scored
+    finally:
+        del head.forward
 
 
 def _chunks(

@@ -568,7 +568,7 @@ def stop_ids(tokenizer: Any, config: Any) -> list[int]:
 
 def fused_parts(model: nn.Module) -> Callable[[str, nn.Module], Parts]:
     """Which output columns of vLLM's fused linears (q, k, v; gate, up) are which of the trainer's modules."""
-    from rlhf.agreement import group_name
+    from rlhf.routing import group_name
 
     fused: dict[str, dict[Any, str]] = {}
     mapper = cast(Any, model).hf_to_vllm_mapper

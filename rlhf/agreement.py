@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from rlhf.batching import Tensors, Visual, collate
+from rlhf.routing import group_name, is_experts, lowest_margins, routers
 from rlhf.types import Media, Probe, ProbeScores, Sample
 
 SKETCH_WIDTH = 8
@@ -145,8 +146,8 @@ def probe_model(model: nn.Module, processor: ProbeProcessor, visual: Visual, pro
         expanded, tensors, logits = _forward(model, processor, visual, probes)
     logprobs, margins = [], []
     reached: dict[str, set[int]] = {name: set() for name in routed}
-    lowest = lowest_margins(routed, tensors)
-    chosen = {name: tensors.in_rows(torch.from_numpy(choice)) for name, (choice, _, _) in routed.items()}
+    lowest = lowest_margins((routing.margin() for routing in routed.values()), tensors)
+    chosen = {name: tensors.in_rows(routing.choice().cpu()) for name, routing in routed.items()}
     for index, ids in enumerate(expanded):
         values = logits[index, : len(ids) - 1].float().log_softmax(-1)
         targets = torch.tensor(ids[1:], device=logits.device)[:, None]
@@ -155,7 +156,7 @@ def probe_model(model: nn.Module, processor: ProbeProcessor, visual: Visual, pro
             reached[name].update(experts[index, : len(ids)].flatten().tolist())
         margins.append(tuple(lowest[index, : len(ids) - 1].tolist()))
     visited = {name: tuple(sorted(experts)) for name, experts in reached.items()}
-    total = max((count for _, _, count in routed.values()), default=0)
+    total = max((routing.logits.shape[-1] for routing in routed.values()), default=0)
     return ProbeScores(tuple(map(tuple, expanded)), tuple(logprobs), tuple(margins), visited, total)
 
 
@@ -169,9 +170,9 @@ def fingerprint_model(
         for probe in probes:
             with routers(model) as routed:
                 _forward(model, processor, visual, [probe])
-            for name, (choice, margin, _) in routed.items():
-                routing.setdefault(name, []).append(choice)
-                margins.setdefault(name, []).append(margin)
+            for name, said in routed.items():
+                routing.setdefault(name, []).append(said.choice().cpu().numpy())
+                margins.setdefault(name, []).append(said.margin().cpu().numpy())
     return Fingerprints(
         prints(),
         {name: np.concatenate(rows) for name, rows in routing.items()},
@@ -196,59 +197,6 @@ def _forward(
         return expanded, tensors, tensors.in_rows(logits.flatten(0, 1))
     finally:
         model.train(training)
-
-
-Routed = dict[str, tuple[NDArray[np.int64], Floats, int]]
-
-
-@contextmanager
-def routers(model: nn.Module) -> Iterator[Routed]:
-    """Collect, for every experts module, (experts [rows, top_k], margin [rows], number of experts) of one forward."""
-    found: Routed = {}
-    handles = []
-
-    def listen(name: str, router: nn.Module) -> None:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            logits, top_k = output[0], output[-1].shape[-1]
-            ranked = logits.detach().float().softmax(-1).sort(-1, descending=True)
-            count = logits.shape[-1]
-            margin = ranked.values[:, top_k - 1] - ranked.values[:, min(top_k, count - 1)]
-            if top_k == count:
-                margin = torch.full_like(margin, float("inf"))
-            found[name] = ranked.indices[:, :top_k].cpu().numpy(), margin.cpu().numpy(), count
-
-        handles.append(router.register_forward_hook(hook))
-
-    for name, _ in model.named_modules():
-        if _is_experts(name):
-            block = model.get_submodule(name.rpartition(".")[0])
-            router = next(getattr(block, known) for known in ("gate", "router") if hasattr(block, known))
-            listen(group_name(name), router)
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def lowest_margins(routed: Routed, tensors: Tensors) -> Floats:
-    """[rows, length] of one forward of these: the smallest margin of any router there or earlier in the row, since
-    attention carries the other expert's result on; infinite without routers."""
-    lowest = np.full(tensors.input_ids.shape, np.inf, dtype=np.float32)
-    for _, margin, _ in routed.values():
-        lowest = np.minimum(lowest, tensors.in_rows(torch.from_numpy(margin), np.inf).numpy())
-    return np.asarray(np.minimum.accumulate(lowest, axis=1))
-
-
-def group_name(module_name: str) -> str:
-    """The name both sides give a parameter group: the trainer's module name without the leading "model."."""
-    name = module_name.removeprefix("module.").removeprefix("model.")
-    # vLLM runs the router inside its experts module
-    return name.removesuffix(".experts.gate") + ".gate" if name.endswith(".experts.gate") else name
-
-
-def _is_experts(module_name: str) -> bool:
-    return module_name.endswith(".experts")
 
 
 def _whole(name: str, _module: nn.Module) -> Parts:
@@ -285,8 +233,8 @@ def recording(
 
     for name, module in model.named_modules():
         own = next(module.parameters(recurse=False), None) is not None
-        inside = any(_is_experts(".".join(name.split(".")[:cut])) for cut in range(1, name.count(".") + 1))
-        if _is_experts(name) or (own and (not inside or name.endswith(".experts.gate"))):
+        inside = any(is_experts(".".join(name.split(".")[:cut])) for cut in range(1, name.count(".") + 1))
+        if is_experts(name) or (own and (not inside or name.endswith(".experts.gate"))):
             listen(name, module)
     try:
         yield lambda: {name: Print(np.concatenate(i), np.concatenate(o)) for name, (i, o) in seen.items()}

@@ -238,6 +238,13 @@ class Tensors:
             **self.media,
         }
 
+    def seen(self) -> Tensor:
+        """[N or B · L] how many rows of weight see each token that the model gets; 0 on padding."""
+        sees = (self.attention_mask > 0) & (self.weights > 0)[:, None]
+        if self.packing is None:
+            return sees.long().flatten()
+        return torch.bincount(self.packing.places[sees], minlength=int(self.packing.owned.sum()))
+
     def predictions(self) -> tuple[Tensor, Tensor]:
         """Which positions of the model's input need logits [kept], at least one, and for every completion token, in
         the order of `completion`'s Trues, which of those logits predicts it, rows end to end."""

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from rewards.base import file_of
-from rlhf import evaluation, offline, online, synthesis
+from rlhf import evaluation, offline, online, replay, synthesis
 from rlhf.agreement import make_probes
 from rlhf.algorithms.table import method_of
 from rlhf.architecture import algorithm_of, from_folder
@@ -36,7 +36,7 @@ from rlhf.data.rows import Rows, read, write
 from rlhf.data.sources import open_source, open_sources
 from rlhf.footprint import Footprint
 from rlhf.models import build_model, load_processor, local_folder, masked_ids
-from rlhf.recipe import Evaluate, Gate, Recipe, Rl, Sft, Stage, Synthesize
+from rlhf.recipe import Evaluate, Gate, Recipe, Rl, Sft, Stage, Synthesize, makes_model
 from rlhf.roles import ActorLostError, Actors, Engine
 from rlhf.scoring import Judge
 from rlhf.stage import Context, derive, packs
@@ -179,10 +179,14 @@ class Curriculum:
             facts = await self.begin(stage)
             metrics = await offline.run(stage, context)
         elif isinstance(stage, Rl):
-            facts = await self.begin(stage)
-            judges = {reward.judge: self.artifact(reward.judge) for reward in stage.rewards.values() if reward.judge}
-            async with self.actors.serving({"policy": context.model, **judges}) as engines:
-                metrics = await online.run(stage, context, engines["policy"], self._judges(engines, judges))
+            facts = await self.begin(stage) if stage.learn else {}
+            judges = {name: self.artifact(name) for name in stage.judges}
+            models = judges if stage.replay is not None else {"policy": context.model, **judges}
+            async with self.actors.serving(models) as engines:
+                loop = online.run if stage.learn else replay.gather
+                metrics = await loop(stage, context, engines.get("policy"), self._judges(engines, judges))
+            if not stage.learn:
+                return metrics
         elif isinstance(stage, Synthesize):
             judges = {stage.judge: self.artifact(stage.judge)} if stage.judge else {}
             async with self.actors.serving({"policy": context.model, **judges}) as engines:
@@ -230,7 +234,7 @@ class Curriculum:
         if stage.evaluate in ("none", "loss"):  # a loss is measured while the trainer still holds the model
             return evaluation.Report({})
         artifact = context.folder / "artifact"
-        model = artifact if isinstance(stage, Sft | Rl) else context.model
+        model = artifact if makes_model(stage) else context.model
         async with self.actors.serving({"policy": model}) as engines:
             engine = engines["policy"]
             if stage.evaluate == "judge":
@@ -331,6 +335,7 @@ class Curriculum:
             "parent": self.results[parent]["artifact"]["digest"] if parent else self._model_digest(),
             "recipe_digest": _digest(
                 {"stage": config, "shared": shared, "judges": judges, "code": _code(functions_of(stage))}
+                | ({"record": digest(Path(stage.replay))} if isinstance(stage, Rl) and stage.replay else {})
             ),
             "data_digest": _digest({name: self.rows(name).digest for name in trained_on(stage)}),
             "evaluation_digest": _digest([measure, {n: self.rows(n).digest for n in measured_on(stage, self.recipe)}]),

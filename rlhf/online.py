@@ -15,8 +15,9 @@ from typing import TypeVar
 from rlhf.checkpoint import Restorable, latest, resume, save
 from rlhf.evaluation import record
 from rlhf.recipe import Rl
+from rlhf.replay import groups_of
 from rlhf.roles import Engine
-from rlhf.rollouts import pack, rollouts
+from rlhf.rollouts import pack
 from rlhf.scoring import Judge
 from rlhf.stage import Context
 from rlhf.statistics import Totals, gap_metrics, merged
@@ -25,16 +26,16 @@ from rlhf.types import StepStats
 T = TypeVar("T")
 
 
-async def run(stage: Rl, context: Context, engine: Engine, judges: Mapping[str, Judge]) -> dict[str, float]:
+async def run(stage: Rl, context: Context, engine: Engine | None, judges: Mapping[str, Judge]) -> dict[str, float]:
     """Improve the policy for `stage.steps` versions, from the latest checkpoint if there is one."""
     trainer, stream = context.actors.trainer, context.stream(stage.data, stage.name)
     checkpoints, totals = context.folder / "checkpoints", Totals()
     judge = next((name for name, part in stage.rewards.items() if part.judge is not None), None)
     saving: dict[str, float] = {}  # of the step before: a line comes before its checkpoint, or a kill could lose it
-    async with rollouts(stage, context, engine, judges, stream) as groups:
+    async with groups_of(stage, context, engine, judges, stream) as groups:
         lasting: dict[str, Restorable] = {"stream": stream, "rollouts": groups, "totals": totals}
         version = await resume(trainer, lasting, latest(checkpoints))
-        await trainer.publish(engine, version)
+        await groups.renew(trainer, version)
         while version < stage.steps:
             clock, learned = Clock(), list[StepStats]()
             async with aclosing(groups.take(version)) as parts:
@@ -43,7 +44,7 @@ async def run(stage: Rl, context: Context, engine: Engine, judges: Mapping[str, 
                         batch = await pack(stage, context, part, version)
                         learned.append(await trainer.step(batch, fresh=not learned, alone=part.alone))
             stats = merged(learned)
-            sync = await trainer.publish(engine, version + 1)
+            sync = await groups.renew(trainer, version + 1)
             version += 1
             metrics = groups.metrics | dict(stats.metrics)
             totals.add(metrics, stats, sync)

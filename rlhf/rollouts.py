@@ -26,7 +26,7 @@ from rlhf.data.formatting import as_prompts
 from rlhf.data.rows import Row
 from rlhf.data.stream import Stream
 from rlhf.recipe import Rl
-from rlhf.roles import Engine, Rewards
+from rlhf.roles import Engine, Rewards, SyncReport, Trainer
 from rlhf.scoring import Judge, failure_rate, part_means, score
 from rlhf.stage import Context, derive
 from rlhf.types import Batch, Group, Prompt, Sample, Sampling
@@ -48,21 +48,16 @@ class Part:
     alone: bool = False
 
 
-def rollouts(stage: Rl, context: Context, engine: Engine, judges: Mapping[str, Judge], stream: Stream) -> Rollouts:
-    """The stage's source of groups."""
-    kind = Ahead if stage.max_staleness else OnPolicy
-    return kind(stage, context, engine, judges, stream)
-
-
 @dataclass
 class Rollouts(ABC):
     """The groups of a stage, part by part. Leaving the context ends what is under way."""
 
     stage: Rl
     context: Context
-    engine: Engine
+    engine: Engine | None  # None: nothing is sampled
     judges: Mapping[str, Judge]
     stream: Stream
+    serving: int = 0  # the version that the engine has
     metrics: dict[str, float] = field(default_factory=dict)
     examples: list[Group] = field(default_factory=list)
     within_groups: bool = field(init=False)
@@ -84,6 +79,12 @@ class Rollouts(ABC):
         """The parts of the step after `version`, an equal share of its prompts each, fewer groups when refills did not
         suffice; a part that has none is left out."""
 
+    async def renew(self, trainer: Trainer, version: int) -> SyncReport:
+        """Sample from the trainer's weights, as `version`, from now on."""
+        report = await trainer.publish(self.engine, version)
+        self.serving = version
+        return report
+
     def state(self) -> dict[str, Any]:
         """JSON-able; see `restore`."""
         return {}
@@ -98,6 +99,10 @@ class Rollouts(ABC):
         stage = self.stage
         seed = derive(self.context.recipe.seed, stage.name, "rollout", *place)
         return Sampling(stage.group_size, stage.temperature, stage.max_tokens, seed)
+
+    def _asked(self, prompts: Sequence[Prompt], sampling: Sampling) -> AsyncGenerator[tuple[int, Group]]:
+        assert self.engine is not None
+        return self.engine.stream(prompts, sampling)
 
     async def _held_back(self, groups: list[Group], version: int, index: int) -> list[Group]:
         """The groups with what their divergence from the reference costs taken off their scores."""
@@ -180,7 +185,7 @@ class OnPolicy(Rollouts):
         for refill in range(stage.refill_rounds + 1):
             prompts = self._prompts(self.stream.take(share - len(kept)))
             groups = await self._together(prompts, self._sampling(version, index, refill))
-            _require_version(groups, version)
+            _require_version(groups, self.serving)
             seen += await self._held_back(groups, version, index)
             kept = [group for group in seen if self._teaches(group)]
             if len(kept) >= share:
@@ -191,7 +196,7 @@ class OnPolicy(Rollouts):
         """The prompts' groups in order, scored; the next part may sample as soon as all are sampled."""
         scored: dict[int, asyncio.Future[Group]] = {}
         try:
-            async with self.sampling, aclosing(self.engine.stream(prompts, sampling)) as sampled:
+            async with self.sampling, aclosing(self._asked(prompts, sampling)) as sampled:
                 async for place, group in sampled:
                     scored[place] = self.scorer.add(group)
             return [await scored[place] for place in range(len(prompts))]
@@ -275,7 +280,7 @@ class Ahead(Rollouts):
     async def _stream(self, numbers: Sequence[int], prompts: Sequence[Prompt], sampling: Sampling) -> None:
         scored: dict[int, asyncio.Future[Group]] = {}
         try:
-            async with aclosing(self.engine.stream(prompts, sampling)) as sampled:
+            async with aclosing(self._asked(prompts, sampling)) as sampled:
                 async for place, group in sampled:
                     scored[numbers[place]] = self.scorer.add(group)
                     scored[numbers[place]].add_done_callback(partial(_hand_on, self.coming[numbers[place]]))

@@ -2,11 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+LOGITS = 2**25  # at once, of tokens times vocabulary: 128 MiB in float32
+
+
+def logprobs_of(
+    head: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    targets: Tensor,
+    temperature: float = 1.0,
+    masked_ids: Sequence[int] = (),
+    entropy_gradient: bool = False,
+    vocab_size: int = 1,
+    logits: int = LOGITS,
+) -> tuple[Tensor, Tensor]:
+    """`processed_logprobs` of the logits that `head` makes of hidden states [N, width], without ever holding more than
+    about `logits` of the N · vocab_size: where there are more, `head` runs over few tokens at a time, and once again
+    in backward."""
+
+    def processed(part: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        return processed_logprobs(head(part), wanted, temperature, masked_ids, entropy_gradient)
+
+    at_once = max(1, logits // vocab_size)
+    if len(targets) <= at_once:
+        return processed(hidden, targets)
+    parts = zip(hidden.split(at_once), targets.split(at_once), strict=True)
+    found = [checkpoint(processed, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+    logprobs, entropies = zip(*found, strict=True)
+    return torch.cat(logprobs), torch.cat(entropies)
 
 
 def processed_logprobs(

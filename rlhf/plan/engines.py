@@ -35,7 +35,7 @@ def engine_uses(
 
 def _serving(stage: Stage, architectures: dict[str, Architecture]) -> Iterator[list[tuple[str, Architecture]]]:
     """The sets of (role, architecture) that must serve at once: during the stage, then in its evaluation."""
-    if isinstance(stage, Rl | Synthesize):
+    if isinstance(stage, Rl | Synthesize) and not (isinstance(stage, Rl) and stage.replay is not None):
         policy = ("policy", architectures[stage.name])
         yield [policy, *((f"judge {name}", architectures[name]) for name in stage.judges)]
     if stage.evaluate in ("modes", "judge"):

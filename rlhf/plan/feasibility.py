@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rewards.base import file_of
 from rlhf.algorithms.table import estimator_of, method_of
-from rlhf.recipe import BUILDERS, Evaluate, Recipe, Rl, Sft, Stage, Synthesize
+from rlhf.recipe import BUILDERS, Evaluate, Recipe, Rl, Sft, Stage, Synthesize, makes_model
 
 ROW_FILES = (".parquet", ".jsonl", ".json")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -144,7 +144,7 @@ def _stage(recipe: Recipe, stage: Stage) -> Iterator[str]:
 
 def _links(recipe: Recipe, stage: Stage, earlier: list[Stage]) -> Iterator[str]:
     kinds = {other.name: other.kind for other in recipe.stages}
-    made = [other.name for other in earlier if isinstance(other, Sft | Rl)]
+    made = [other.name for other in earlier if makes_model(other)]
     for role, name in (("start", stage.start), *(("judge", judge) for judge in stage.judges)):
         if name is None or name in made:
             continue
@@ -152,6 +152,8 @@ def _links(recipe: Recipe, stage: Stage, earlier: list[Stage]) -> Iterator[str]:
             yield f"{role} = {name!r} is no stage; {nearest(name, made)}"
         elif kinds[name] not in ("sft", "rl"):
             yield f"{role} = {name!r} is a {kinds[name]} stage, which makes no model; name an sft or rl stage"
+        elif any(name == other.name and not makes_model(other) for other in earlier):
+            yield f"{role} = {name!r} only samples (learn = false), and leaves no model; name another"
         elif name == stage.name:
             yield f"{role} = {name!r} is the stage itself; name an earlier one"
         else:
@@ -236,6 +238,15 @@ def _rl(recipe: Recipe, stage: Rl) -> Iterator[str]:
                 f"max_staleness = {stage.max_staleness} lets tokens come from older weights, which the objective "
                 '"reinforce" does not correct; use another, or compare = "trainer"'
             )
+    if stage.replay is not None:
+        steps = len(list(Path(stage.replay).glob("step-*.json")))
+        if steps < stage.steps:
+            yield (
+                f"replay = {stage.replay!r} holds {steps} of the stage's {stage.steps} steps; name the folder that a "
+                "stage's `record` named, and lower `steps` to what it holds"
+            )
+    if not stage.learn and stage.evaluate == "loss":
+        yield 'evaluate = "loss" needs the trainer, which a stage with learn = false does not use'
     if not stage.rewards:
         yield "rewards is empty: there is nothing to learn from; add [stages.rewards.NAME] with a function or a judge"
     for name, part in stage.rewards.items():

@@ -32,6 +32,7 @@ from rlhf.recipe.schema import (
     Tokenizer,
     Tracking,
     Upcycle,
+    makes_model,
 )
 
 __all__ = [
@@ -58,5 +59,6 @@ __all__ = [
     "Tracking",
     "Upcycle",
     "load",
+    "makes_model",
     "validate",
 ]

@@ -321,6 +321,9 @@ class Rl(Optimised):
     critic       of "ppo", and of any algorithm with advantage = "generalised": one advantage a token
     entropy      weight of a bonus for the policy's entropy
     overlong     tokens before max_tokens in which a soft punishment for length grows to −1 (DAPO)
+    record       a folder that gets the groups of every step, with their scores
+    replay       such a folder, whose groups the stage learns from: no engine starts, nothing is sampled or scored
+    learn        false: only sample, score and record; the policy stays as it is, and the stage leaves no model
     max_staleness  how many versions old the weights that sampled a token may be; above 0 engines sample while the
                  trainer learns, up to so many steps ahead"""
 
@@ -358,11 +361,26 @@ class Rl(Optimised):
     refill_rounds: Annotated[int, Field(ge=0)] = 2
     max_staleness: Annotated[int, Field(ge=0)] = 0
     max_failed_rewards: Fraction = 0.05
+    record: UserPath | None = None
+    replay: UserPath | None = None
+    learn: bool = True
     rewards: dict[Name, Reward]
 
     @property
     def judges(self) -> tuple[str, ...]:
+        if self.replay is not None:  # the record has what they said
+            return ()
         return tuple(dict.fromkeys(part.judge for part in self.rewards.values() if part.judge))
+
+    @model_validator(mode="after")
+    def _one_half_or_both(self) -> Rl:
+        if self.replay is not None and (self.record is not None or not self.learn):
+            raise ValueError("`replay` learns from a record that is there: remove `record` and `learn`, or `replay`")
+        if not self.learn and self.record is None:
+            raise ValueError("`learn = false` only samples: give `record`, the folder that gets the groups")
+        if not self.learn and self.kl is not None and self.kl.place == "reward":
+            raise ValueError("`learn = false` has no trainer that could tell the divergence `kl`: remove one of them")
+        return self
 
     @property
     def foretelling(self) -> Critic | None:
@@ -424,6 +442,11 @@ class Evaluate(StageBase):
     temperatures: list[Positive] = []
 
 
+def makes_model(stage: StageBase) -> bool:
+    """Whether the stage leaves a model that others may continue."""
+    return isinstance(stage, Sft) or (isinstance(stage, Rl) and stage.learn)
+
+
 Stage = Annotated[Sft | Rl | Synthesize | Evaluate, Field(discriminator="kind")]
 
 
@@ -452,7 +475,7 @@ class Recipe(Table):
         """Name of the stage whose model `stage` continues; None for [model]. A judge is nobody's default parent."""
         if stage.start is not None:
             return stage.start
-        made = [other for other in self.before(stage) if isinstance(other, Sft | Rl) and other.evaluate != "judge"]
+        made = [other for other in self.before(stage) if makes_model(other) and other.evaluate != "judge"]
         return made[-1].name if made else None
 
     def longest_replies(self, stage: Stage) -> dict[str, int]:

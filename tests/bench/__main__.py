@@ -9,7 +9,6 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,13 +17,15 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from tests.bench import ours
+from tests.bench import ours, sft, sync
 from tests.bench.workload import FIXED, NATURAL, Workload, make
 
-PEER_DEADLINE = 1800.0
 STEPS, SKIP = 14, 3  # ours: steps, of which the first are not counted
 PEER_STEPS, PEER_SKIP = 5, 1
 SYNC, ASYNC = 0, 2  # staleness
+LOOP_GROUPS = 100_000
+
+Side = Callable[[Path, int], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -46,25 +47,49 @@ def ours_at(workload: Workload, folder: Path, staleness: int, seed: int) -> dict
 
 
 def peer(workload: Workload, folder: Path, seed: int) -> dict[str, Any]:
-    model, rows = make(workload, folder)
-    numbers = [workload.max_tokens, PEER_STEPS, PEER_SKIP, seed]
-    command = [sys.executable, "-m", "tests.bench.peer_trl", str(model), str(rows), *map(str, numbers)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PEER_DEADLINE)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr[-3000:]}")
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
+    return ours.last_line("peer_trl", *make(workload, folder), workload.max_tokens, PEER_STEPS, PEER_SKIP, seed)
+
+
+def in_turn(seed: int, mine: Side, theirs: Side, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Both sides; which goes first alternates."""
+    if seed % 2:
+        last = theirs(folder, seed)
+        return mine(folder, seed), last
+    return mine(folder, seed), theirs(folder, seed)
 
 
 def against_peer(workload: Workload, staleness: int) -> Callable[[Path, int], Pair]:
     def pair(folder: Path, seed: int) -> Pair:
-        if seed % 2:
-            theirs = peer(workload, folder, seed)
-            return rates(ours_at(workload, folder, staleness, seed), theirs)
-        mine = ours_at(workload, folder, staleness, seed)
-        return rates(mine, peer(workload, folder, seed))
+        def mine(folder: Path, seed: int) -> dict[str, Any]:
+            return ours_at(workload, folder, staleness, seed)
+
+        return rates(*in_turn(seed, mine, lambda folder, seed: peer(workload, folder, seed), folder))
 
     return pair
+
+
+def sft_packed(folder: Path, seed: int) -> Pair:
+    """The same rows on both sides, so the ratio of tokens a second is that of the seconds."""
+    mine, theirs = in_turn(seed, sft.ours, sft.peer, folder)
+    return Pair(mine["tokens_per_second"], mine["tokens"] / theirs["seconds"], (mine, theirs))
+
+
+def sync_reload(folder: Path, seed: int) -> Pair:
+    mine, theirs = in_turn(seed, sync.ours, sync.peer, folder)
+    return Pair(mine["sync"], theirs["seconds"], (mine, theirs))
+
+
+def logprob_memory(folder: Path, seed: int) -> Pair:
+    mine, theirs = (ours.last_line("memory", side, seed) for side in ("chunked", "whole"))
+    return Pair(mine["bytes"], theirs["bytes"], (mine, theirs))
+
+
+def loop_512(folder: Path, seed: int) -> Pair:
+    def at(workers: int) -> Side:
+        return lambda folder, _: ours.last_line("loop", workers, LOOP_GROUPS, folder)
+
+    many, few = in_turn(seed, at(512), at(8), folder)
+    return Pair(many["cpu"], few["cpu"], (many, few))
 
 
 def async_over_sync(folder: Path, seed: int) -> Pair:
@@ -96,6 +121,10 @@ ROWS = {
     "rl_fixed64_sync": Row(against_peer(FIXED, SYNC), 0.9),
     "async_over_sync": Row(async_over_sync, 1.25),
     "overhead": Row(overhead, 0.05, at_most=True),
+    "sft_packed": Row(sft_packed, 1.5),
+    "sync_reload": Row(sync_reload, 1.3, at_most=True),
+    "logprob_memory": Row(logprob_memory, 0.35, at_most=True),
+    "loop_512": Row(loop_512, 1.2, at_most=True),
 }
 
 

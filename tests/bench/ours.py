@@ -11,7 +11,7 @@ from typing import Any
 
 from tests.bench.workload import GROUP, PROMPTS, Workload, make
 
-DEADLINE = 900.0
+DEADLINE, PEER_DEADLINE = 900.0, 1800.0
 RECIPE = """
 name = "{name}"
 seed = {seed}
@@ -69,34 +69,8 @@ def measure(
     """Useful completion tokens a second over the steps after the first `skip`, end to end, and where the time went."""
     model, rows = make(workload, folder)
     name = f"{workload.name}-s{staleness}-u{updates}-{seed}"
-    reward = folder / "random_reward.py"
-    reward.write_text(REWARD)
-    shutil.rmtree(folder / "runs" / name, ignore_errors=True)  # a finished run would not run again
-    recipe = folder / f"{name}.toml"
-    recipe.write_text(
-        RECIPE.format(
-            name=name,
-            seed=seed,
-            model=model,
-            rows=rows,
-            steps=steps,
-            prompts=PROMPTS,
-            group=GROUP,
-            updates=updates,
-            staleness=staleness,
-            max_tokens=workload.max_tokens,
-            reward=reward,
-        )
-    )
-    command = [sys.executable, "-m", "rlhf.cli", "run", str(recipe), "--runs", str(folder / "runs")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)
-    if done.returncode:
-        raise RuntimeError(
-            f"{' '.join(command)} ended with {done.returncode}: {done.stdout[-2000:]} {done.stderr[-2000:]}"
-        )
-    lines = [
-        json.loads(line) for line in (folder / "runs" / name / "stages/01-rl/steps.jsonl").read_text().splitlines()
-    ]
+    shape = {"prompts": PROMPTS, "group": GROUP, "max_tokens": workload.max_tokens}
+    lines = run_stage(folder, name, seed, model, rows, steps=steps, updates=updates, staleness=staleness, **shape)
     counted = lines[skip:]
     tokens = sum(line["metrics"]["tokens.mean"] * line["metrics"]["rollouts"] for line in counted)
     seconds = lines[-1]["time"] - lines[skip - 1]["time"]
@@ -115,3 +89,37 @@ def measure(
         "staleness": [line["metrics"].get("staleness", 0.0) for line in counted],
         "dropped": sum(line["metrics"].get("stale_dropped", 0.0) for line in counted),
     }
+
+
+def run_stage(folder: Path, name: str, seed: int, model: Path, rows: Path, **shape: int) -> list[dict[str, Any]]:
+    """The lines of every step of a recipe with one stage of reinforcement learning, run by the command line."""
+    reward = folder / "random_reward.py"
+    reward.write_text(REWARD)
+    return run_recipe(folder, name, RECIPE.format(name=name, seed=seed, model=model, rows=rows, reward=reward, **shape))
+
+
+def run_recipe(folder: Path, name: str, text: str) -> list[dict[str, Any]]:
+    """The lines of every step of a recipe's only stage."""
+    shutil.rmtree(folder / "runs" / name, ignore_errors=True)  # a finished run would not run again
+    recipe = folder / f"{name}.toml"
+    recipe.write_text(text)
+    output([sys.executable, "-m", "rlhf.cli", "run", str(recipe), "--runs", str(folder / "runs")], DEADLINE)
+    (steps,) = (folder / "runs" / name / "stages").glob("01-*/steps.jsonl")
+    return [json.loads(line) for line in steps.read_text().splitlines()]
+
+
+def last_line(module: str, *arguments: object) -> dict[str, Any]:
+    """The line of JSON with which a module of the bench ends, run in a process of its own."""
+    found: dict[str, Any] = json.loads(
+        output([sys.executable, "-m", f"tests.bench.{module}", *map(str, arguments)], PEER_DEADLINE).splitlines()[-1]
+    )
+    return found
+
+
+def output(command: list[str], deadline: float) -> str:
+    """What a command prints. Raises RuntimeError with its last words if it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=deadline)
+    if done.returncode:
+        said = f"{done.stdout[-2000:]} {done.stderr[-3000:]}"
+        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {said}")
+    return done.stdout.strip()

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +22,7 @@ from rlhf import bridge
 from rlhf.data.tokenizer import train_tokenizer
 from rlhf.recipe import Chat
 
-ROWS, SIDE = 256, 32
+ROWS, SIDE, VOCABULARY = 256, 32, 300
 PROMPTS, GROUP = 16, 8  # a step: 128 completions
 SPEC = {
     "vision": {
@@ -67,7 +69,15 @@ FIXED = Workload("fixed64", None, 64)
 
 def make(workload: Workload, folder: Path) -> tuple[Path, Path]:
     """(model folder, rows) of a workload, made once."""
-    model_folder, rows = folder / f"model-{workload.name}", folder / "rows.jsonl"
+    model_folder, rows = folder / f"model-{workload.name}", make_rows(folder)
+    if not model_folder.exists():
+        save_model(SPEC, model_folder, VOCABULARY, 0.0 if workload.mean_length is None else 1 / workload.mean_length)
+    return model_folder, rows
+
+
+def make_rows(folder: Path) -> Path:
+    """Questions with pictures, made once."""
+    rows = folder / "rows.jsonl"
     if not rows.exists():
         folder.mkdir(parents=True, exist_ok=True)
         draw = np.random.default_rng(0)
@@ -78,13 +88,17 @@ def make(workload: Workload, folder: Path) -> tuple[Path, Path]:
             content = [{"type": "image"}, {"type": "text", "text": f"how many red {index}"}]
             lines.append({"messages": [{"role": "user", "content": content}], "image": f"{index}.png"})
         rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    if not model_folder.exists():
-        tokenizer = train_tokenizer([f"how many red {index}" for index in range(ROWS)], 300, Chat())
-        model, processor = bridge.build(SPEC, tokenizer, seed=0)
-        _end_with(model, tokenizer.eos_token_id, 0.0 if workload.mean_length is None else 1 / workload.mean_length)
-        model.save_pretrained(model_folder)
-        processor.save_pretrained(model_folder)
-    return model_folder, rows
+    return rows
+
+
+def save_model(spec: Mapping[str, Any], folder: Path, vocabulary: int, end: float | None = None) -> None:
+    """A bridge with random weights; `end`: how probable its end of text is at every position, where that is given."""
+    tokenizer = train_tokenizer([f"how many red {index}" for index in range(ROWS)], vocabulary, Chat())
+    model, processor = bridge.build(spec, tokenizer, seed=0)
+    if end is not None:
+        _end_with(model, tokenizer.eos_token_id, end)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
 
 
 def _end_with(model: bridge.BridgeForConditionalGeneration, end: int, probability: float) -> None:

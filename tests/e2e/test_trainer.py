@@ -255,11 +255,14 @@ def spec_of(model: str, **changes: Any) -> TrainSpec:
 @pytest.mark.parametrize("zero_stage", [2, 3])
 def test_two_ranks_train_as_one(one, two, sparse, zero_stage):
     """On packed rows as on padded ones."""
-    one.begin(spec_of(sparse, packed=False))
-    two.begin(spec_of(sparse, zero_stage=zero_stage))
+    one.begin(spec_of(sparse, packed=False, loss=Loss(router_aux=0.1)))
+    two.begin(spec_of(sparse, zero_stage=zero_stage, loss=Loss(router_aux=0.1)))
     for step in range(10):
         split, together = lopsided(step)
         expected, found = one.step(together).metrics, two.step(split).metrics
+        routed = {name: value for name, value in found.items() if name.startswith("router")}
+        assert len(routed) == 3 + 2 * 2  # two layers, text and images
+        assert routed == pytest.approx({name: expected[name] for name in routed}, abs=1e-5), step
         assert found["loss"] == pytest.approx(expected["loss"], abs=1e-5)
         assert found["tokens"] == expected["tokens"]
         assert found["grad_norm"] == pytest.approx(expected["grad_norm"], abs=1e-4)
@@ -306,7 +309,7 @@ def test_muon_moves_hidden_matrices_by_their_rate_and_the_rest_by_adam(one, spar
 
 @pytest.mark.parametrize(("zero_stage", "muon"), [(2, None), (3, None), (2, (20.0, 0.9)), (0, (20.0, 0.9))])
 def test_resume_is_bit_exact(two, sparse, tmp_path, zero_stage, muon):
-    spec = spec_of(sparse, zero_stage=zero_stage, loss=Loss("gspo"), muon=muon)
+    spec = spec_of(sparse, zero_stage=zero_stage, loss=Loss("gspo", router_aux=0.1), muon=muon)
     batches = [make_batch(rows(6, True, i, True) + rows(2, False, i, True), 2, 40) for i in range(3)]
     two.begin(spec)
     two.step(batches[0])

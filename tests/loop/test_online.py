@@ -19,16 +19,13 @@ NAME = "rl-verifiable"
 STAGE = f"stages.{NAME}"
 
 
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run up to the stage before, to copy."""
-    folder = tmp_path_factory.mktemp("prepared") / "run"
-    run(recipe(), folder, until="difficulty")
-    return folder
-
-
 def improve(prepared: Path, folder: Path, settings: str, lost_at: int | None = None) -> FakeCast:
     shutil.copytree(prepared, folder)
+    return go_on(folder, settings, lost_at)
+
+
+def go_on(folder: Path, settings: str, lost_at: int | None = None) -> FakeCast:
+    """The same in a folder that is there."""
     wanted = recipe(f"{STAGE} = {{updates_per_step = 2, evaluate = 'none'}}", f"{STAGE} = {{{settings}}}")
     return run(wanted, folder, until=NAME, lost_at=lost_at)
 

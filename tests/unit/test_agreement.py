@@ -15,9 +15,7 @@ from torch import nn
 from rlhf.agreement import (
     Fingerprints,
     compare,
-    group_name,
     localise,
-    lowest_margins,
     make_probes,
     probe_model,
     recording,
@@ -25,6 +23,7 @@ from rlhf.agreement import (
 )
 from rlhf.batching import collate
 from rlhf.roles import SyncReport
+from rlhf.routing import group_name, lowest_margins
 from rlhf.statistics import Totals
 from rlhf.types import Media, Probe, ProbeScores, Sample, StepStats
 
@@ -88,18 +87,15 @@ class Text:
 
 
 def test_the_lowest_margin_is_that_of_any_router_there_or_before() -> None:
-    choice = np.zeros((6, 1), dtype=np.int64)
-    one = np.array([5, 4, 9, 1, 7, 7], dtype=np.float32)
-    two = np.array([8, 8, 3, 2, 0.5, 8], dtype=np.float32)
-    routed = {"one": (choice, one, 4), "two": (choice, two, 4)}
+    margins = torch.tensor([[5, 4, 9, 1, 7, 7], [8, 8, 3, 2, 0.5, 8]])
     full = [Sample("a", (1, 2, 3), 1), Sample("b", (1, 2, 3), 1)]
-    assert lowest_margins(routed, collate(full, Text())).tolist() == [[5, 4, 3], [1, 0.5, 0.5]]
-    assert lowest_margins({}, collate([Sample("a", (1, 2), 1)], Text())).tolist() == [[math.inf, math.inf]]
+    assert lowest_margins(margins, collate(full, Text())).tolist() == [[5, 4, 3], [1, 0.5, 0.5]]
+    assert lowest_margins([], collate([Sample("a", (1, 2), 1)], Text())).tolist() == [[math.inf, math.inf]]
     uneven = [Sample("a", (1, 2), 1), Sample("b", (9, 2, 3, 4), 1)]
-    found = lowest_margins(routed, collate(uneven, Text(packs=True)))
+    found = lowest_margins(margins, collate(uneven, Text(packs=True)))
     assert found.tolist() == [[5, 4, 4, 4], [3, 1, 0.5, 0.5]]
     shared = [Sample("a", (9, 1, 2, 3), 2), Sample("b", (9, 1, 4, 5), 2)]
-    found = lowest_margins(routed, collate(shared, Text(packs=True)))
+    found = lowest_margins(margins, collate(shared, Text(packs=True)))
     assert found.tolist() == [[5, 4, 3, 1], [5, 4, 0.5, 0.5]]
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from rlhf.algorithms.divergence import DIVERGENCES
-from rlhf.algorithms.logprobs import processed_logprobs
+from rlhf.algorithms.logprobs import logprobs_of, processed_logprobs
 from rlhf.algorithms.losses import OBJECTIVES, Tokens, policy_loss
 from rlhf.algorithms.table import ALGORITHMS, GENERALISED, estimator_of, method_of
 from rlhf.recipe import Rl
@@ -354,6 +354,32 @@ def test_entropy_has_the_gradient_of_finite_differences_when_asked(masked) -> No
             moved[1][row, i] -= 1e-2
             up, down = (float(processed_logprobs(m, targets, 0.7, masked)[1].sum()) for m in moved)
             assert float(logits.grad[row, i]) == pytest.approx((up - down) / 2e-2, abs=2e-3)
+
+
+def test_logprobs_over_few_tokens_at_a_time_equal_those_over_all() -> None:
+    torch.manual_seed(0)
+    head, hidden = torch.nn.Linear(5, 11, bias=False), torch.randn(7, 5, requires_grad=True)
+    targets, held = torch.tensor([1, 2, 4, 5, 8, 10, 1]), list[int]()
+
+    def counting(part: torch.Tensor) -> torch.Tensor:
+        held.append(len(part))
+        return head(part)
+
+    def outcome(logits: int) -> list[torch.Tensor]:
+        found = logprobs_of(counting, hidden, targets, 0.7, (0, 3), True, 11, logits)
+        (found[0].sum() + 0.1 * found[1].sum()).backward()
+        gradients = [part.grad.clone() for part in (hidden, head.weight)]
+        hidden.grad = head.weight.grad = None
+        return [*found, *gradients]
+
+    whole = outcome(7 * 11)
+    assert held == [7]
+    held.clear()
+    for mine, theirs in zip(outcome(3 * 11 + 5), whole, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-6)
+    assert held[:3] == [3, 3, 1]
+    assert max(held) == 3  # in backward too
+    assert [len(part) for part in logprobs_of(counting, hidden[:0], targets[:0], vocab_size=11)] == [0, 0]
 
 
 def rl(**changes) -> Rl:

@@ -1,0 +1,164 @@
+"""What routers of a mixture of experts do with the tokens of a forward: choices, ties, balance."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from rlhf.batching import Tensors
+
+KINDS = ("text", "image")  # of tokens
+
+
+@dataclass(frozen=True)
+class Routing:
+    """One router's say in one forward: logits [tokens, experts], with their gradient, and how many experts of each
+    token it took."""
+
+    logits: Tensor
+    top_k: int
+
+    def choice(self) -> Tensor:
+        """[tokens, top_k] experts, best first."""
+        return self.logits.detach().float().softmax(-1).sort(-1, descending=True).indices[:, : self.top_k]
+
+    def margin(self) -> Tensor:
+        """[tokens] between the probabilities of the last expert taken and the first not taken; infinite if all are."""
+        ranked = self.logits.detach().float().softmax(-1).sort(-1, descending=True).values
+        if self.top_k == ranked.shape[-1]:
+            return torch.full_like(ranked[:, 0], torch.inf)
+        return ranked[:, self.top_k - 1] - ranked[:, self.top_k]
+
+
+Routed = dict[str, Routing]
+
+
+@contextmanager
+def routers(model: nn.Module) -> Iterator[Routed]:
+    """Collect what every router says in one forward, under the name of its experts module; nothing of a dense model."""
+    found: Routed = {}
+    handles = []
+
+    def listen(name: str, router: nn.Module) -> None:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            found[name] = Routing(output[0], output[-1].shape[-1])
+
+        handles.append(router.register_forward_hook(hook))
+
+    for name, _ in model.named_modules():
+        if is_experts(name):
+            block = model.get_submodule(name.rpartition(".")[0])
+            router = next(getattr(block, known) for known in ("gate", "router") if hasattr(block, known))
+            listen(group_name(name), router)
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def lowest_margins(margins: Iterable[Tensor], tensors: Tensors) -> NDArray[np.float32]:
+    """[rows, length] of one forward of these: the smallest margin of any router there or earlier in the row, since
+    attention carries the other expert's result on; infinite without routers."""
+    lowest = torch.full(tensors.input_ids.shape, torch.inf)
+    for margin in margins:
+        lowest = torch.minimum(lowest, tensors.in_rows(margin.cpu(), torch.inf))
+    return np.asarray(np.minimum.accumulate(lowest.numpy(), axis=1))
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What tokens make of each expert of each layer. A token counts once for every row of weight that sees it, so sums
+    do not depend on how rows are packed, or cut into micro-batches and ranks.
+
+    chosen    [layers, 2, experts] how often text and image tokens choose it
+    probable  [layers, experts] their router probabilities, summed; with a gradient
+    """
+
+    chosen: Tensor
+    probable: Tensor
+
+    @staticmethod
+    def of(routed: Routed, tensors: Tensors, image_id: int) -> Usage:
+        """Of one forward of these, `image_id` being the token that stands for features of a picture."""
+        seen = tensors.seen()
+        pictured = tensors.model_inputs()["input_ids"].flatten() == image_id
+        chosen = [
+            torch.stack([_counts(routing.choice(), seen * kind, routing.logits) for kind in (~pictured, pictured)])
+            for routing in routed.values()
+        ]
+        weights = seen.float()
+        probable = [weights @ routing.logits.float().softmax(-1) for routing in routed.values()]
+        return Usage(torch.stack(chosen), torch.stack(probable))
+
+    def detach(self) -> Usage:
+        """Without the gradient, in float64."""
+        return Usage(self.chosen, self.probable.detach().double())
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(self.chosen + other.chosen, self.probable + other.probable)
+
+    def over_ranks(self) -> Usage:
+        """The sum over all ranks of the process group; collective."""
+        both = torch.cat((self.chosen, self.probable[:, None]), dim=1)
+        torch.distributed.all_reduce(both)
+        return Usage(both[:, :2], both[:, 2])
+
+    def shares(self) -> Tensor:
+        """[layers, experts] of all choices."""
+        total = self.chosen.sum(1)
+        return total / total.sum(-1, keepdim=True).clamp(min=1)
+
+    def imbalance(self, shares: Tensor, tokens: float) -> Tensor:
+        """E · Σ_e f_e · P_e, the mean over layers: f are `shares`, P these probabilities over `tokens`. 1 where either
+        is uniform, E where one expert has all (Fedus 2021, eq. 4)."""
+        each = (shares.to(self.probable) * self.probable).sum(-1) / tokens
+        return each.mean() * shares.shape[-1]
+
+    def metrics(self) -> dict[str, float]:
+        """router_aux: `imbalance` by its own shares; router_dead: experts of all layers that no token chose;
+        router_entropy: log E-th part of the entropy of a layer's choices, 1 where they are uniform, the least of all
+        layers; and by layer, of text and of image tokens."""
+        shares, tokens = self.shares(), float(self.probable.sum(-1).max())
+        found = {
+            "router_aux": float(self.imbalance(shares, max(tokens, 1.0))),
+            "router_dead": float((self.chosen.sum(1) == 0).sum()),
+            "router_entropy": float(_spread(self.chosen.sum(1)).min()),
+        }
+        for place, kind in enumerate(KINDS):
+            if self.chosen[:, place].any():
+                each = _spread(self.chosen[:, place]).tolist()
+                found |= {f"router_entropy.{kind}.{layer}": value for layer, value in enumerate(each)}
+        return found
+
+
+def group_name(module_name: str) -> str:
+    """The name both sides give a parameter group: the trainer's module name without the leading "model."."""
+    name = module_name.removeprefix("module.").removeprefix("model.")
+    # vLLM runs the router inside its experts module
+    return name.removesuffix(".experts.gate") + ".gate" if name.endswith(".experts.gate") else name
+
+
+def is_experts(module_name: str) -> bool:
+    """Whether a module of that name holds the experts of a layer."""
+    return module_name.endswith(".experts")
+
+
+def _counts(choice: Tensor, weights: Tensor, logits: Tensor) -> Tensor:
+    """[experts] how often each is chosen [tokens, top_k], a token counting as often as `weights` [tokens] say."""
+    repeated = weights.double().repeat_interleave(choice.shape[-1])
+    return torch.bincount(choice.flatten(), repeated, minlength=logits.shape[-1])
+
+
+def _spread(counts: Tensor) -> Tensor:
+    """[layers] normalised entropies of counts [layers, experts]."""
+    shares = counts / counts.sum(-1, keepdim=True).clamp(min=1)
+    return torch.special.entr(shares).sum(-1) / math.log(max(shares.shape[-1], 2))
