@@ -6,12 +6,14 @@ A handle owns the liveness of its actors: a rollout or reward worker that dies o
 from __future__ import annotations
 
 import asyncio
+import heapq
 import itertools
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -70,19 +72,36 @@ async def _next_of(call: Any) -> Any:
     return await (await anext(call))
 
 
-async def _taken(found: asyncio.Queue[T], makers: Sequence[asyncio.Task[None]]) -> T:
-    """The next of what `makers` put into the queue; raises what one of them does."""
-    taking = asyncio.ensure_future(found.get())
-    try:
-        while not taking.done():
-            busy = [maker for maker in makers if not maker.done()]
-            await asyncio.wait([taking, *busy], return_when=asyncio.FIRST_COMPLETED)
-            for maker in makers:
-                if maker.done():
-                    maker.result()
-        return taking.result()
-    finally:
-        taking.cancel()
+class Loads:
+    """How many prompts each worker has been asked and has not answered; which has the fewest, in time that hardly grows
+    with their number."""
+
+    def __init__(self, workers: int) -> None:
+        self._loads = [0] * workers
+        self._heap = [(0, index) for index in range(workers)]  # with entries of before, left out when they come up
+
+    def add(self) -> int:
+        """One prompt more, for the worker with the fewest; the first of several."""
+        load, index = heapq.heappop(self._heap)
+        while load != self._loads[index]:
+            load, index = heapq.heappop(self._heap)
+        self._set(index, load + 1)
+        return index
+
+    def remove(self, index: int, prompts: int = 1) -> None:
+        """Of this worker so many prompts fewer."""
+        if prompts:
+            self._set(index, self._loads[index] - prompts)
+
+    def total(self) -> int:
+        return sum(self._loads)
+
+    def _set(self, index: int, load: int) -> None:
+        self._loads[index] = load
+        heapq.heappush(self._heap, (load, index))
+        if len(self._heap) > 64 + 4 * len(self._loads):
+            self._heap = [(load, index) for index, load in enumerate(self._loads)]
+            heapq.heapify(self._heap)
 
 
 @dataclass
@@ -100,8 +119,11 @@ class EngineHandle:
     expected: tuple[Sequence[Probe], ProbeScores] | None = None  # what the weights it was given last compute
     restarts: int = 0
     restarting: asyncio.Lock = field(default_factory=asyncio.Lock)
-    waiting: Counter[int] = field(default_factory=Counter)  # prompts asked of each worker and not answered
     calls: defaultdict[int, asyncio.Semaphore] = field(default_factory=lambda: defaultdict(_calls))
+
+    @cached_property
+    def waiting(self) -> Loads:
+        return Loads(len(self.workers))
 
     async def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
         """Sample every prompt; the groups in the order of the prompts."""
@@ -114,17 +136,18 @@ class EngineHandle:
         worker that has the fewest."""
         shares: defaultdict[int, list[int]] = defaultdict(list)
         for place in range(len(prompts)):
-            worker = min(range(len(self.workers)), key=lambda index: (self.waiting[index], index))
-            self.waiting[worker] += 1
-            shares[worker].append(place)
-        found: asyncio.Queue[tuple[int, Group]] = asyncio.Queue()
+            shares[self.waiting.add()].append(place)
+        found: asyncio.Queue[tuple[int, Group] | Exception] = asyncio.Queue()
         asking = [
             asyncio.create_task(self._ask(worker, {place: prompts[place] for place in places}, sampling, found))
             for worker, places in shares.items()
         ]
         try:
             for _ in prompts:
-                yield await _taken(found, asking)
+                item = await found.get()
+                if isinstance(item, Exception):
+                    raise item
+                yield item
         finally:
             for task in asking:
                 task.cancel()
@@ -193,10 +216,9 @@ class EngineHandle:
             except LOST:
                 await self._restart(index, worker)
 
-    async def _ask(
-        self, index: int, prompts: dict[int, Prompt], sampling: Sampling, found: asyncio.Queue[tuple[int, Group]]
-    ) -> None:
-        """Put a worker's groups into `found` as they come; when it is lost, its replacement is asked for the rest."""
+    async def _ask(self, index: int, prompts: dict[int, Prompt], sampling: Sampling, found: asyncio.Queue[Any]) -> None:
+        """Put a worker's groups into `found` as they come, or what went wrong; when it is lost, its replacement is
+        asked for the rest."""
 
         asked: list[tuple[Any, str]] = []
 
@@ -208,7 +230,7 @@ class EngineHandle:
             while prompts:
                 for place, group in await within(self.deadlines.generate, "generate", what, _next_of(call)):
                     del prompts[places[place]]
-                    self.waiting[index] -= 1
+                    self.waiting.remove(index)
                     found.put_nowait((places[place], group))
 
         try:
@@ -219,8 +241,10 @@ class EngineHandle:
                 worker, name = asked[-1]
                 worker.abort.remote(name)
             raise
+        except Exception as error:  # noqa: BLE001 - handed to whoever takes the groups
+            found.put_nowait(error)
         finally:
-            self.waiting[index] -= len(prompts)
+            self.waiting.remove(index, len(prompts))
 
     async def _call(self, index: int, call: Callable[[Any], Awaitable[T]]) -> T:
         """What a worker answers; one that is lost is replaced and its replacement asked, twice at most."""

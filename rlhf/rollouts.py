@@ -208,19 +208,19 @@ class OnPolicy(Rollouts):
 class Ahead(Rollouts):
     """Staleness above 0. Groups have numbers, in the order they are asked for.
 
-    coming  those that are under way, or finished and not taken
-    drawn   their rows
-    again   rows that were drawn before an interruption, and not learned from
+    drawn     rows of those that are under way, or finished and not taken
+    finished  (number, group or what went wrong), the one asked for first at the front
+    again     rows that were drawn before an interruption, and not learned from
     """
 
     asked: int = 0
-    coming: dict[int, asyncio.Future[Group]] = field(default_factory=dict)
     drawn: dict[int, Drawn] = field(default_factory=dict)
+    finished: asyncio.PriorityQueue[tuple[int, Group | BaseException]] = field(default_factory=asyncio.PriorityQueue)
     again: list[Drawn] = field(default_factory=list)
     streams: set[asyncio.Task[None]] = field(default_factory=set)
 
     async def __aexit__(self, *reason: object) -> None:
-        await ended([*self.streams, *self.coming.values()])
+        await ended(self.streams)
         await super().__aexit__(*reason)
 
     def state(self) -> dict[str, Any]:
@@ -271,30 +271,33 @@ class Ahead(Rollouts):
         del self.again[:missing]
         numbers = range(self.asked, self.asked + missing)
         self.drawn |= dict(zip(numbers, rows, strict=True))
-        self.coming |= {number: asyncio.get_running_loop().create_future() for number in numbers}
         stream = asyncio.create_task(self._stream(numbers, self._prompts(rows), self._sampling(self.asked)))
         self.streams.add(stream)
         stream.add_done_callback(self.streams.discard)
         self.asked += missing
 
     async def _stream(self, numbers: Sequence[int], prompts: Sequence[Prompt], sampling: Sampling) -> None:
-        scored: dict[int, asyncio.Future[Group]] = {}
+        unanswered = set(numbers)
         try:
             async with aclosing(self._asked(prompts, sampling)) as sampled:
                 async for place, group in sampled:
-                    scored[numbers[place]] = self.scorer.add(group)
-                    scored[numbers[place]].add_done_callback(partial(_hand_on, self.coming[numbers[place]]))
+                    unanswered.discard(numbers[place])
+                    self.scorer.add(group).add_done_callback(partial(self._finish, numbers[place]))
         except Exception as error:  # noqa: BLE001 - handed to whoever waits for these
-            for number in numbers:
-                if number not in scored:
-                    self.coming[number].set_exception(error)
+            for number in unanswered:
+                self.finished.put_nowait((number, error))
+
+    def _finish(self, number: int, scored: asyncio.Future[Group]) -> None:
+        if not scored.cancelled():
+            self.finished.put_nowait((number, scored.exception() or scored.result()))
 
     async def _oldest(self) -> Group:
         """Of the groups that are finished, the one asked for first; when there is none, the next to finish."""
-        await asyncio.wait(self.coming.values(), return_when=asyncio.FIRST_COMPLETED)
-        number = min(number for number, group in self.coming.items() if group.done())
+        number, found = await self.finished.get()
         del self.drawn[number]
-        return self.coming.pop(number).result()
+        if isinstance(found, BaseException):
+            raise found
+        return found
 
 
 @dataclass
@@ -336,16 +339,6 @@ class Scorer:
                         found.set_result(group)
         # here, not in a callback later: whatever is added from now on needs a new call
         self.under_way.discard(asyncio.current_task())
-
-
-def _hand_on(to: asyncio.Future[Group], found: asyncio.Future[Group]) -> None:
-    error = None if found.cancelled() else found.exception()
-    if to.done() or found.cancelled():
-        return
-    if error is not None:
-        to.set_exception(error)
-    else:
-        to.set_result(found.result())
 
 
 async def ended(tasks: Iterable[asyncio.Future[Any]]) -> None:

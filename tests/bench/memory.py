@@ -58,7 +58,7 @@ def main(which: str, seed: int) -> None:
 
     pick = random.Random(seed)
     rows = tuple(
-        Sample(f"row/{i}", tuple(pick.randrange(300) for _ in range(LENGTH)), prompt_length=LENGTH // 2)
+        Sample(f"row/{i}", tuple(pick.randrange(20, 250) for _ in range(LENGTH)), prompt_length=LENGTH // 2)
         for i in range(ROWS)
     )
     batch = Batch(((rows,),), ROWS * LENGTH // 2, ROWS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,7 +12,7 @@ import pytest
 from ray.exceptions import RayActorError
 
 from actors import handles
-from actors.handles import EngineHandle, RewardsHandle, TrainerHandle, reason
+from actors.handles import EngineHandle, Loads, RewardsHandle, TrainerHandle, reason
 from rewards.base import Item
 from rlhf.recipe import Deadlines
 from rlhf.roles import ActorLostError, SyncError
@@ -219,6 +220,22 @@ def test_a_prompt_goes_to_the_worker_that_has_the_fewest(tmp_path: Path) -> None
         return asked
 
     assert [len(keys) for keys in asyncio.run(go())] == [3, 3]
+
+
+def test_loads_find_the_worker_with_the_fewest_as_a_search_would() -> None:
+    pick, loads, slow = random.Random(0), Loads(5), [0] * 5
+    for _ in range(2000):
+        if pick.random() < 0.5 or not any(slow):
+            found = loads.add()
+            assert found == slow.index(min(slow))
+            slow[found] += 1
+        else:
+            index = pick.choice([index for index, load in enumerate(slow) if load])
+            answered = pick.randint(0, slow[index])
+            loads.remove(index, answered)
+            slow[index] -= answered
+        assert loads.total() == sum(slow)
+        assert len(loads._heap) <= 64 + 4 * 5
 
 
 def test_who_stops_listening_ends_what_was_asked(tmp_path: Path) -> None:
