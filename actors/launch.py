@@ -54,7 +54,7 @@ class TrainerActor(TrainerRank):
         """Rank 0's answer holds the references; the other ranks only take part in gathering."""
         names: dict[str, tuple[int, ...]] = {}
         references = []
-        for bucket in self.weights(BUCKET_BYTES):
+        for bucket in self.buckets(BUCKET_BYTES):
             names |= {name: tuple(array.shape) for name, array in bucket}
             references.append(ray.put(bucket))
         return Publication(version, "cpu", tuple(references), names)

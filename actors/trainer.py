@@ -94,11 +94,17 @@ class TrainerRank:
         with self._begun.evaluating() as (model, processor, visual):
             return fingerprint_model(model, processor, visual, probes)
 
+    def buckets(self, bucket_bytes: int) -> Iterator[Bucket]:
+        """All parameters, whole, LoRA merged, under the model's own names, in buckets of about bucket_bytes each;
+        bfloat16 as its bits in uint16. A bucket is good until the next is asked for. On rank 0; other ranks take part,
+        to the end, and get none."""
+        for part in self._begun.parts(bucket_bytes):
+            if self.rank == 0:
+                yield [(name, _as_array(value)) for name, value in part]
+
     def weights(self, bucket_bytes: int) -> list[Bucket]:
-        """All parameters, whole, LoRA merged, under the model's own names, as copies in buckets of about bucket_bytes
-        each; bfloat16 as its bits in uint16. On rank 0; other ranks take part and get []."""
-        buckets = [[(name, _as_array(value)) for name, value in part] for part in self._begun.parts(bucket_bytes)]
-        return buckets if self.rank == 0 else []
+        """Copies of `buckets`."""
+        return [[(name, array.copy()) for name, array in bucket] for bucket in self.buckets(bucket_bytes)]
 
     def save(self, folder: str | Path) -> None:
         """Write weights, optimizer and random state into an existing or new folder. Atomic naming is the caller's."""

@@ -26,6 +26,7 @@ think_suffix = ""
 max_model_len = 320
 token_budget = 8192
 max_num_seqs = 512
+memory_gib = 12.0
 kv_cache_gib = 1.0
 zero_stage = 0
 
