@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from actors.optimizer import make_optimizer, rate
-from rlhf.batching import BridgeVisual, Cached, Visual
+from rlhf.batching import BridgeVisual, Cached, Visual, collate
 from rlhf.packing import attend_by_row
+from rlhf.routing import calibrate
 from rlhf.types import Batch, Sample, TrainSpec
 
 _TAG = "state"
@@ -210,6 +211,8 @@ def prepare(spec: TrainSpec) -> tuple[Any, Any, Visual]:
         raise ValueError(f"{spec.model} is a {type(model).__name__}: `upcycle` and `reset` are for bridges only")
     if spec.upcycle is not None:
         model = bridge.upcycle(model, *spec.upcycle, spec.seed)
+        if spec.calibration:
+            calibrate(model, collate(spec.calibration, visual))
     if spec.reset:
         bridge.reset(model, spec.reset, spec.seed)
     if spec.packed:

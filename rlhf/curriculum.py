@@ -14,6 +14,7 @@ from its last checkpoint; a synthesize or evaluate stage has none and begins ane
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -41,7 +42,7 @@ from rlhf.roles import ActorLostError, Actors, Engine
 from rlhf.scoring import Judge
 from rlhf.stage import Context, derive, packs
 from rlhf.tracking import Tracker, stage_folder
-from rlhf.types import Correction, Loss, Media, TrainSpec
+from rlhf.types import Correction, Loss, Media, Sample, TrainSpec
 
 NUM_PROBES, PROBE_LENGTH = 12, 48
 PROBE_ROWS = 1000  # of a source, in which to look for pictures
@@ -215,7 +216,10 @@ class Curriculum:
         probes = make_probes(
             len(processor.tokenizer), processor.image_token_id, self._pictures(), NUM_PROBES, PROBE_LENGTH, seed, masked
         )
-        return await self.actors.trainer.begin(train_spec(self.recipe, stage, model, masked), probes)
+        spec = train_spec(self.recipe, stage, model, masked)
+        for name, count in stage.calibrating.items():
+            spec = dataclasses.replace(spec, calibration=tuple(self._samples(name, count, processor)))
+        return await self.actors.trainer.begin(spec, probes)
 
     def _pictures(self) -> list[Media]:
         """A few images for the probes, of the held-out questions or else of the first rows that have any: without one
@@ -250,12 +254,13 @@ class Curriculum:
 
     async def _held_out_loss(self, stage: Stage, context: Context) -> Mapping[str, float]:
         assert stage.eval_data is not None
-        rows = self.rows(stage.eval_data)
-        samples = [
-            as_sample(rows[i], stage.eval_data, i, context.processor, None, self.recipe.chat)
-            for i in range(min(len(rows), self.recipe.evaluation.prompts))
-        ]
+        samples = self._samples(stage.eval_data, self.recipe.evaluation.prompts, context.processor)
         return await self.actors.trainer.losses(context.batch(samples))
+
+    def _samples(self, name: str, count: int, processor: Any) -> list[Sample]:
+        """The first `count` rows of a source, as a trainer takes them."""
+        rows = self.rows(name)
+        return [as_sample(rows[i], name, i, processor, None, self.recipe.chat) for i in range(min(count, len(rows)))]
 
     def _judges(self, engines: Mapping[str, Engine], models: Mapping[str, Path]) -> dict[str, Judge]:
         settings = self.recipe.judging
@@ -435,7 +440,7 @@ def train_spec(recipe: Recipe, stage: Sft | Rl, model: Path, masked: tuple[int, 
 
 def trained_on(stage: Stage) -> list[str]:
     """Names of the rows a stage makes its artifact from."""
-    return list(getattr(stage, "data", {}))
+    return [*getattr(stage, "data", {}), *(stage.calibrating if isinstance(stage, Sft | Rl) else ())]
 
 
 def measured_on(stage: Stage, recipe: Recipe) -> list[str]:

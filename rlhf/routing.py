@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,24 +45,17 @@ Routed = dict[str, Routing]
 def routers(model: nn.Module) -> Iterator[Routed]:
     """Collect what every router says in one forward, under the name of its experts module; nothing of a dense model."""
     found: Routed = {}
-    handles = []
 
-    def listen(name: str, router: nn.Module) -> None:
+    def listen(name: str, router: nn.Module) -> Any:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
             found[name] = Routing(output[0], output[-1].shape[-1])
 
-        handles.append(router.register_forward_hook(hook))
+        return router.register_forward_hook(hook)
 
-    for name, _ in model.named_modules():
-        if is_experts(name):
-            block = model.get_submodule(name.rpartition(".")[0])
-            router = next(getattr(block, known) for known in ("gate", "router") if hasattr(block, known))
-            listen(group_name(name), router)
-    try:
+    with ExitStack() as stack:
+        for name, router in _routers(model).items():
+            stack.callback(listen(name, router).remove)
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def lowest_margins(margins: Iterable[Tensor], tensors: Tensors) -> NDArray[np.float32]:
@@ -138,6 +131,52 @@ class Usage:
                 each = _spread(self.chosen[:, place]).tolist()
                 found |= {f"router_entropy.{kind}.{layer}": value for layer, value in enumerate(each)}
         return found
+
+
+def calibrate(model: nn.Module, tensors: Tensors) -> None:
+    """Turn the routers so that the tokens of these rows choose experts evenly. What all tokens have in common no longer
+    speaks for any expert (router weights orthogonal to the mean input), and all experts speak equally loud and apart
+    from one another (logits whitened, W ← s C^-½ W, C their covariance, s² its mean diagonal).
+
+    For an upcycled model, whose experts are still equal: the output stays what it was, and so do the routers' inputs,
+    so that one forward serves all layers."""
+    inputs: dict[nn.Module, Tensor] = {}
+    known = tensors.seen() > 0
+
+    def hook(router: nn.Module, args: tuple[Tensor, ...]) -> None:
+        inputs[router] = args[0].detach().flatten(0, -2)[known].double()
+
+    with ExitStack() as stack:
+        for router in _routers(model).values():
+            stack.callback(router.register_forward_pre_hook(hook).remove)
+        with torch.no_grad():
+            model(**tensors.model_inputs(), use_cache=False)
+    for router, found in inputs.items():
+        weight = router.get_parameter("weight")
+        with torch.no_grad():
+            weight.copy_(_even(weight.double(), found))
+
+
+def _even(weight: Tensor, inputs: Tensor) -> Tensor:
+    """Router weights [experts, width] after calibration on inputs [tokens, width]; both float64."""
+    mean = inputs.mean(0)
+    weight = weight - torch.outer(weight @ mean, mean) / (mean @ mean)
+    logits = (inputs - mean) @ weight.T
+    values, vectors = torch.linalg.eigh(logits.T @ logits / len(logits))
+    size = values.mean()
+    # directions in which these tokens hardly differ are not blown up
+    scale = (size / values.clamp(min=1e-3 * float(size))).sqrt()
+    return (vectors * scale) @ vectors.T @ weight
+
+
+def _routers(model: nn.Module) -> dict[str, nn.Module]:
+    """The router of every experts module, under the latter's name."""
+    found: dict[str, Any] = {}
+    for name, _ in model.named_modules():
+        if is_experts(name):
+            block = model.get_submodule(name.rpartition(".")[0])
+            found[group_name(name)] = block.gate if hasattr(block, "gate") else block.router
+    return found
 
 
 def group_name(module_name: str) -> str:

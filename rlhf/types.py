@@ -252,7 +252,8 @@ class TrainSpec:
     model    folder of the artifact to continue from
     train    globs over parameter names (without the leading "model.") to learning rates; the rest is frozen
     steps    optimizer steps of the whole stage, for the schedule; warmup is a fraction of them
-    reset    globs of parameters to initialise anew; upcycle (num_experts, top_k); lora (rank, alpha, target modules)
+    reset    globs of parameters to initialise anew; upcycle (num_experts, top_k), its
+             routers calibrated on the rows of `calibration`; lora (rank, alpha, target modules)
     muon     hidden matrices learn by Muon: (ratio to their learning rates, momentum); None: all by AdamW
     beside   OpenMP threads of each rank in steps while engines sample; else as many as it was started with
     packed   rows of a micro-batch lie end to end, a shared prompt once, without padding; for bridges only
@@ -275,6 +276,7 @@ class TrainSpec:
     precision: Literal["float32", "bfloat16"] = "float32"
     reset: tuple[str, ...] = ()
     upcycle: tuple[int, int] | None = None
+    calibration: tuple[Sample, ...] = ()
     lora: tuple[int, float, tuple[str, ...]] | None = None
     muon: tuple[float, float] | None = None
     beside: int | None = None

@@ -117,7 +117,8 @@ def _evaluation(recipe: Recipe) -> Iterator[str]:
     held_out = {data, *twins}
     asked = {stage.name for stage in recipe.stages if isinstance(stage, Synthesize) and held_out & stage.data.keys()}
     for stage in recipe.stages:
-        for name in sorted((held_out | asked) & stage.data.keys()) if isinstance(stage, Sft | Rl) else ():
+        learnt_from = {*stage.data, *stage.calibrating} if isinstance(stage, Sft | Rl) else set()
+        for name in sorted((held_out | asked) & learnt_from):
             made = f", which asks {data!r}" if name in asked else ""
             yield (
                 f"stage {stage.name!r} trains on {name!r}{made}, the held-out questions of [evaluation]; "
@@ -167,6 +168,8 @@ def _data(recipe: Recipe, stage: Stage, earlier: list[Stage]) -> Iterator[str]:
     wanted = [] if stage.kind == "evaluate" else [("data", name) for name in stage.data]
     if stage.eval_data is not None:
         wanted.append(("eval_data", stage.eval_data))
+    if isinstance(stage, Sft | Rl):
+        wanted += [("upcycle.calibrate", name) for name in stage.calibrating]
     if stage.kind != "evaluate" and not stage.data:
         yield "data is empty; name at least one source with its weight"
     for key, name in wanted:

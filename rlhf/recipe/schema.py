@@ -24,10 +24,13 @@ class Table(BaseModel):
 
 
 class Upcycle(Table):
-    """Turn a trained dense decoder into a mixture of experts, identical at the start."""
+    """Turn a trained dense decoder into a mixture of experts, identical at the start. `calibrate`, a source of rows:
+    its new routers are turned so that the tokens of `rows` of these choose experts evenly."""
 
     num_experts: PositiveInt
     top_k: PositiveInt
+    calibrate: Name | None = None
+    rows: PositiveInt = 128
 
 
 class Lora(Table):
@@ -233,6 +236,11 @@ class Optimised(StageBase):
     lora: Lora | None = None
     checkpoint_every: PositiveInt = 20
 
+    @property
+    def calibrating(self) -> dict[str, int]:
+        """The source that new routers are calibrated on, if there is one, and how many of its rows."""
+        return {}
+
     @model_validator(mode="after")
     def _one_rate(self) -> Optimised:
         if self.train is not None and "lr" in self.model_fields_set:
@@ -261,6 +269,11 @@ class Sft(Optimised):
     normalise: Literal["token", "row"] = "token"
     reset: list[str] = []
     upcycle: Upcycle | None = None
+
+    @property
+    def calibrating(self) -> dict[str, int]:
+        probed = self.upcycle.calibrate if self.upcycle is not None else None
+        return {} if self.upcycle is None or probed is None else {probed: self.upcycle.rows}
 
 
 class Correction(Table):

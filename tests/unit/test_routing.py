@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import random
 
 import pytest
 import torch
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
+from rlhf import bridge
 from rlhf.batching import BridgeVisual, collate
 from rlhf.packing import attend_by_row
-from rlhf.routing import Routing, Usage, routers
+from rlhf.routing import Routing, Usage, _even, calibrate, routers
+from rlhf.types import Sample
 from tests.unit.test_bridge_model import MOE, tiny
 from tests.unit.test_packing import rows
 
@@ -98,3 +102,45 @@ def test_imbalance_is_that_of_transformers_on_one_layer(mixture) -> None:
     torch.testing.assert_close(mine, theirs / top_k)  # their shares add up to top_k
     gradients = [torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in (mine * top_k, theirs)]
     torch.testing.assert_close(*gradients, atol=1e-7, rtol=1e-4)
+
+
+def test_calibration_spreads_the_tokens_of_an_upcycled_decoder_and_leaves_its_output() -> None:
+    dense, processor = tiny()
+    model = bridge.upcycle(dense, num_experts=4, top_k=2, seed=3)
+    samples = sentences(processor, 24)
+    seen, unseen = samples[:16], samples[16:]
+    tensors = collate(unseen, BridgeVisual(processor))
+    with torch.no_grad():
+        before = model(**tensors.model_inputs(), use_cache=False).logits
+        with contextlib.ExitStack() as stack:  # one expert of each layer becomes what all tokens want
+            for router in (module for name, module in model.named_modules() if name.endswith("mlp.gate")):
+                stack.callback(router.register_forward_pre_hook(favour).remove)
+            model(**tensors.model_inputs(), use_cache=False)
+        worst = usage(model, processor, unseen).detach().metrics()["router_entropy"]
+        calibrate(model, collate(seen, BridgeVisual(processor)))
+        after = model(**tensors.model_inputs(), use_cache=False).logits
+    torch.testing.assert_close(after, before, atol=1e-5, rtol=0)
+    assert usage(model, processor, unseen).detach().metrics()["router_entropy"] > 0.95 > worst
+
+
+def favour(router, args) -> None:
+    router.weight[0] = 5 * args[0].flatten(0, -2).mean(0)
+
+
+def sentences(processor, count: int) -> list[Sample]:
+    """Rows of random words."""
+    pick = random.Random(0)
+    words = [i for i in range(5, len(processor.tokenizer)) if i != processor.image_token_id]
+    return [Sample(f"row/{index}", tuple(pick.choices(words, k=20)), 4) for index in range(count)]
+
+
+def test_calibrated_logits_are_centred_and_white() -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(500, 8).double() @ torch.randn(8, 8).double() + 3
+    weight = torch.randn(4, 8).double()
+    logits = inputs @ _even(weight, inputs).T
+    covariance = logits.T.cov(correction=0)
+    assert logits.mean(0).abs().max() < 1e-9
+    torch.testing.assert_close(covariance, covariance.diagonal().mean() * torch.eye(4).double())
+    alike = _even(weight[:1].repeat(4, 1), inputs)  # nothing to tell apart, and nothing blown up
+    assert alike.abs().max() < 40 * weight.abs().max()
