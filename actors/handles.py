@@ -302,6 +302,9 @@ class TrainerHandle:
     async def divergences(self, batch: Batch, estimator: str) -> Mapping[str, float]:
         return await self._by_key("divergences", batch, estimator)
 
+    async def logprobs(self, batch: Batch) -> Mapping[str, tuple[tuple[float, ...], tuple[float, ...]]]:
+        return await self._by_key("logprobs", batch)
+
     async def values(self, batch: Batch, alone: bool = True) -> Mapping[str, tuple[float, ...]]:
         return await self._by_key("values", batch, alone)
 

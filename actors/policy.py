@@ -110,6 +110,18 @@ class Policy(Learner):
             found |= {sample.key: float(value) for sample, value in zip(samples, sums[: len(samples)], strict=True)}
         return found
 
+    def logprobs(self, batch: Batch) -> dict[str, tuple[tuple[float, ...], tuple[float, ...]]]:
+        found: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {}
+        for samples in batch.micro_batches[self.rank]:
+            tensors = collate(samples, self.visual).to(self.device)
+            with self.evaluating(), torch.no_grad():
+                own, _, _ = self._forward(tensors, self.spec.loss)
+            reference = self._reference_logprobs(tensors)
+            for row, sample in enumerate(samples):
+                where = tensors.completion[row]
+                found[sample.key] = tuple(own[row][where].tolist()), tuple(reference[row][where].tolist())
+        return found
+
     def _reference_logprobs(self, tensors: Tensors) -> Tensor:
         """[B, L − 1] under the model the stage began with, 0 outside completions."""
         if self.reference is not None:

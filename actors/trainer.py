@@ -72,6 +72,11 @@ class TrainerRank:
         that sampled them, summed, in nats. Needs a spec with `reference`."""
         return self._begun.divergences(batch, estimator)
 
+    def logprobs(self, batch: Batch) -> dict[str, tuple[tuple[float, ...], tuple[float, ...]]]:
+        """Of this rank's samples, by key: the log-probabilities of the completion tokens under the policy and under its
+        reference. Needs a spec with `reference`."""
+        return self._begun.logprobs(batch)
+
     def values(self, batch: Batch, alone: bool = True) -> dict[str, tuple[float, ...]]:
         """Of this rank's samples, by key: what the critic says before each completion token; `alone` as for `step`.
         Needs a spec with `critic`."""

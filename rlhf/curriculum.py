@@ -37,7 +37,7 @@ from rlhf.data.rows import Rows, read, write
 from rlhf.data.sources import open_source, open_sources
 from rlhf.footprint import Footprint
 from rlhf.models import build_model, load_processor, local_folder, masked_ids
-from rlhf.recipe import Evaluate, Gate, Recipe, Rl, Sft, Stage, Synthesize, makes_model
+from rlhf.recipe import Evaluate, Gate, Optimised, Preference, Recipe, Rl, Sft, Stage, Synthesize, makes_model
 from rlhf.roles import ActorLostError, Actors, Engine
 from rlhf.scoring import Judge
 from rlhf.stage import Context, derive, packs
@@ -120,7 +120,7 @@ class Curriculum:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "inputs.json", inputs)
         spent, started = float((read_json(folder / "clock.json") or {}).get("seconds", 0.0)), time.monotonic()
-        steps = stage.steps if isinstance(stage, Sft | Rl) else None
+        steps = stage.steps if isinstance(stage, Optimised) else None
         last = stage.prompts if isinstance(stage, Synthesize) else steps  # its steps are chunks of prompts
         found = latest(folder / "checkpoints")
         resumed = last if (folder / "artifact").exists() else found.step if found else None
@@ -176,7 +176,7 @@ class Curriculum:
         artifact = context.folder / "artifact"
         if artifact.exists():
             return dict(read_json(context.folder / "made.json") or {})
-        if isinstance(stage, Sft):
+        if isinstance(stage, Sft | Preference):
             facts = await self.begin(stage)
             metrics = await offline.run(stage, context)
         elif isinstance(stage, Rl):
@@ -207,7 +207,7 @@ class Curriculum:
             await self.actors.trainer.export(partial)
         return metrics
 
-    async def begin(self, stage: Sft | Rl) -> Mapping[str, float]:
+    async def begin(self, stage: Sft | Preference | Rl) -> Mapping[str, float]:
         """Give the trainer the stage, with the probes every later publish and export is proven on."""
         model = self.model_before(stage)
         processor = load_processor(model)
@@ -386,7 +386,7 @@ class Curriculum:
         )
 
 
-def train_spec(recipe: Recipe, stage: Sft | Rl, model: Path, masked: tuple[int, ...]) -> TrainSpec:
+def train_spec(recipe: Recipe, stage: Sft | Preference | Rl, model: Path, masked: tuple[int, ...]) -> TrainSpec:
     """What the trainer needs to know of a stage. The clip belongs to the algorithm unless the recipe gives one."""
     if isinstance(stage, Rl):
         name = algorithm_of(stage, from_folder(model))
@@ -408,6 +408,8 @@ def train_spec(recipe: Recipe, stage: Sft | Rl, model: Path, masked: tuple[int, 
             router_aux=stage.router_aux,
         )
         updates, upcycle = stage.updates_per_step, None
+    elif isinstance(stage, Preference):
+        loss, updates, upcycle = Loss(kind="reinforce", normalise="row", router_aux=stage.router_aux), 1, None
     else:
         loss = Loss(kind="nll", normalise=stage.normalise, router_aux=stage.router_aux)
         updates = 1
@@ -427,20 +429,20 @@ def train_spec(recipe: Recipe, stage: Sft | Rl, model: Path, masked: tuple[int, 
         zero_stage=resources.zero_stage,
         offload=resources.offload,
         precision=resources.precision,
-        reset=() if isinstance(stage, Rl) else tuple(stage.reset),
+        reset=tuple(stage.reset) if isinstance(stage, Sft) else (),
         upcycle=upcycle,
         lora=(stage.lora.rank, stage.lora.alpha, tuple(stage.lora.target_modules)) if stage.lora else None,
         muon=(stage.muon.ratio, stage.muon.momentum) if stage.muon else None,
         beside=resources.trainer_threads_beside,
         packed=packs(recipe, model),
-        reference=isinstance(stage, Rl) and stage.kl is not None,
+        reference=isinstance(stage, Preference) or (isinstance(stage, Rl) and stage.kl is not None),
         critic=stage.foretelling.lr if isinstance(stage, Rl) and stage.foretelling else None,
     )
 
 
 def trained_on(stage: Stage) -> list[str]:
     """Names of the rows a stage makes its artifact from."""
-    return [*getattr(stage, "data", {}), *(stage.calibrating if isinstance(stage, Sft | Rl) else ())]
+    return [*getattr(stage, "data", {}), *(stage.calibrating if isinstance(stage, Optimised) else ())]
 
 
 def measured_on(stage: Stage, recipe: Recipe) -> list[str]:

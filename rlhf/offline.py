@@ -1,4 +1,4 @@
-"""The loop of supervised stages: SFT, bridge pretraining, judge training."""
+"""The loop of stages that learn from rows: SFT, bridge pretraining, judge training, preferences."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from rlhf.checkpoint import latest, resume, save
-from rlhf.data.formatting import as_sample
+from rlhf.data.formatting import as_pair, as_sample
 from rlhf.data.stream import Stream
-from rlhf.recipe import Sft
+from rlhf.preference import weigh
+from rlhf.recipe import Preference, Sft
+from rlhf.roles import Trainer
 from rlhf.stage import Context
-from rlhf.types import Batch
+from rlhf.types import Batch, Sample
+
+STEP = ("tokens", "lr", "grad_norm", "entropy")
 
 
-async def run(stage: Sft, context: Context) -> dict[str, float]:
+async def run(stage: Sft | Preference, context: Context) -> dict[str, float]:
     """Train for `stage.steps` optimizer steps, from the latest checkpoint if there is one."""
     trainer, stream = context.actors.trainer, context.stream(stage.data, stage.name)
     checkpoints = context.folder / "checkpoints"
@@ -30,8 +34,8 @@ async def run(stage: Sft, context: Context) -> dict[str, float]:
             if step + 1 < stage.steps:  # the next batch is made while the trainer works on this one
                 batch = asyncio.create_task(asyncio.to_thread(_next_batch, stage, context, stream, step + 1))
             started = time.perf_counter()
-            stats = await trainer.step(ready)
-            step, last = step + 1, stats.metrics
+            last = await _learn(stage, trainer, ready)
+            step += 1
             context.log.log(step, last, {"data": started - waited, "train": time.perf_counter() - started} | saving)
             saving = {}
             if step % stage.checkpoint_every == 0 and step < stage.steps:
@@ -42,10 +46,24 @@ async def run(stage: Sft, context: Context) -> dict[str, float]:
     return {f"train.{name}": value for name, value in last.items()}
 
 
-def _next_batch(stage: Sft, context: Context, stream: Stream, step: int) -> tuple[Batch, Mapping[str, Any]]:
+async def _learn(stage: Sft | Preference, trainer: Trainer, batch: Batch) -> Mapping[str, float]:
+    """One optimizer step; its metrics."""
+    if isinstance(stage, Sft):
+        return (await trainer.step(batch)).metrics
+    weighed, pairs = await weigh(stage, trainer, batch)
+    metrics = (await trainer.step(weighed)).metrics
+    # of the weighted likelihood itself only what says how the step went
+    return {name: value for name, value in metrics.items() if name in STEP or name.startswith("router")} | pairs
+
+
+def _next_batch(
+    stage: Sft | Preference, context: Context, stream: Stream, step: int
+) -> tuple[Batch, Mapping[str, Any]]:
     """One batch, and the stream's position after it (the stream itself may already be ahead)."""
-    samples = [
-        as_sample(row, source, index, context.processor, None, context.recipe.chat)
-        for source, index, row in stream.take(stage.batch_size)
-    ]
+    drawn, chat, samples = stream.take(stage.batch_size), context.recipe.chat, list[Sample]()
+    for source, index, row in drawn:
+        if isinstance(stage, Preference):
+            samples += as_pair(row, source, index, context.processor, chat)
+        else:
+            samples.append(as_sample(row, source, index, context.processor, None, chat))
     return context.batch(samples, step), stream.state()

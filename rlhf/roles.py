@@ -65,6 +65,10 @@ class Trainer(Protocol):
         """Summed divergence of each sample's tokens from the reference, as sampled, in nats, by sample key."""
         ...
 
+    async def logprobs(self, batch: Batch) -> Mapping[str, tuple[tuple[float, ...], tuple[float, ...]]]:
+        """Of each sample's completion tokens, under the policy and under its reference, by sample key."""
+        ...
+
     async def values(self, batch: Batch, alone: bool = True) -> Mapping[str, tuple[float, ...]]:
         """What the critic says before each completion token of a sample, by sample key."""
         ...

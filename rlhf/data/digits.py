@@ -90,6 +90,7 @@ def build(table: str, rows: int, split: str, seed: int, options: Mapping[str, An
     perception  read and count, direct
     direct      every category, direct
     chains      every category, thinking
+    pairs       the same, beside a corrupted chain as the `rejected` reply
     prompts     every category, no answer (for reinforcement learning)
     judge       a reply to be judged beside the image: half sound, half corrupted; the answer is yes or no
     judge_text  the same, the digits given in the text
@@ -105,6 +106,7 @@ def build(table: str, rows: int, split: str, seed: int, options: Mapping[str, An
         "perception": _direct_row,
         "direct": _direct_row,
         "chains": _chain_row,
+        "pairs": _pair_row,
         "prompts": _prompt_row,
         "judge": _judge_row,
         "judge_text": _judge_text_row,
@@ -265,6 +267,13 @@ def _direct_row(rng: random.Random, options: Options, split: str, _turn: int) ->
 def _chain_row(rng: random.Random, options: Options, split: str, _turn: int) -> Row:
     puzzle = _puzzle(rng, options, split)
     return _row(puzzle, puzzle.question, _sound_chain(puzzle, rng), True, _picture(puzzle, rng, options, split))
+
+
+def _pair_row(rng: random.Random, options: Options, split: str, _turn: int) -> Row:
+    puzzle = _puzzle(rng, options, split)
+    row = _row(puzzle, puzzle.question, _sound_chain(puzzle, rng), True, _picture(puzzle, rng, options, split))
+    _, spoilt = corrupt(Chain(puzzle.category, puzzle.digits, puzzle.target), rng)
+    return {**row, "rejected": write_chain(spoilt, rng)}
 
 
 def _prompt_row(rng: random.Random, options: Options, split: str, _turn: int) -> Row:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.rows import DataError, Row
+from rlhf.preference import CHOSEN, REJECTED
 from rlhf.recipe import Chat
 from rlhf.types import Media, Prompt, Sample
 
@@ -79,6 +80,27 @@ def as_sample(
     completion = _completion(tokenizer, _text(messages[-1]), where)
     expanded = tuple(processor.expand(list(prompt.token_ids), [media.size for media in prompt.media]))
     return Sample(prompt.key, expanded + completion, len(expanded), prompt.media)
+
+
+def as_pair(row: Mapping[str, Any], source: str, index: int, processor: Processor, chat: Chat) -> list[Sample]:
+    """The row's question with the chosen reply, its last message, and with the one in its column `rejected`: a text, or
+    messages that end in it. Raises DataError as `as_sample`, and where a reply is missing or both are the same."""
+    where, rejected = f"source {source!r}, row {index}", row.get("rejected")
+    last = rejected[-1] if isinstance(rejected, list) and rejected else {"role": "assistant", "content": rejected}
+    if not isinstance(last, dict) or last.get("role") != "assistant" or not isinstance(last.get("content"), str | list):
+        raise DataError(
+            f"{where}: no `rejected` reply; a row of preferences has messages that end in the chosen reply, and the "
+            "other one as text in `rejected` (or `prompt`, `chosen` and `rejected` as lists of messages)"
+        )
+    chosen = as_sample(row, source, index, processor, None, chat)
+    other = _completion(processor.tokenizer, _text(last), where)
+    asked = chosen.token_ids[: chosen.prompt_length]
+    if asked + other == chosen.token_ids:
+        raise DataError(f"{where}: the chosen and the rejected reply are the same; remove the row")
+    return [
+        replace(chosen, key=chosen.key + CHOSEN),
+        replace(chosen, key=chosen.key + REJECTED, token_ids=asked + other),
+    ]
 
 
 def _asked(messages: list[Row]) -> list[Row]:

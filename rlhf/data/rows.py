@@ -1,7 +1,8 @@
 """Rows on disk: parquet, JSONL or a Hugging Face dataset folder, in the conversational format.
 
 A row is a dict of `messages` ([{role, content}], content a string or [{type: "image"} | {type: "text", text}]),
-`images` (or `image`, one) and any further columns (answer, category, …). Once read, `images` is always a list of Media.
+`images` (or `image`, one) and any further columns (answer, category, …). Once read, `images` is always a list of Media,
+and a row of preferences ({prompt, chosen, rejected}, lists of messages) has the first two joined as `messages`.
 """
 
 from __future__ import annotations
@@ -84,6 +85,8 @@ class Rows:
             raise IndexError(f"{self.origin}: row {index} of {len(self)}")
         row = self._store.get(index)
         where = f"{self.origin}, row {index}"
+        if row.get("messages") is None and isinstance(row.get("chosen"), list):
+            row["messages"] = [*(row.pop("prompt", None) or []), *row.pop("chosen")]
         if not isinstance(row.get("messages"), list) or not row["messages"]:
             raise DataError(
                 f"{where}: no `messages`; a row needs messages = [{{role, content}}, …] in conversational format"

@@ -13,7 +13,7 @@ from rlhf.plan.placement import actors_of, memory_of, tenants_of, too_large
 from rlhf.plan.refusals import crowded_cores, misplaced, unfit_stages
 from rlhf.plan.types import EngineUse, Plan, PlanError, StagePlan
 from rlhf.plan.verdicts import Verdict, chosen
-from rlhf.recipe import Evaluate, Recipe, Rl, Sft, Stage, Synthesize
+from rlhf.recipe import Evaluate, Preference, Recipe, Rl, Sft, Stage, Synthesize
 
 
 def make_plan(recipe: Recipe, cluster: Cluster | None = None, verdicts: Sequence[Verdict] = ()) -> Plan:
@@ -85,6 +85,8 @@ def _stage(recipe: Recipe, stage: Stage, architecture: Architecture, engines: tu
     steps = rows = rollouts_per_step = rollouts = 0
     if isinstance(stage, Sft):
         steps, rows = stage.steps, stage.batch_size
+    elif isinstance(stage, Preference):
+        steps, rows = stage.steps, 2 * stage.batch_size
     elif isinstance(stage, Rl):
         rollouts_per_step = stage.prompts_per_step * stage.group_size
         steps, rows = stage.steps * stage.updates_per_step, rollouts_per_step // stage.updates_per_step

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rewards.base import file_of
 from rlhf.algorithms.table import estimator_of, method_of
-from rlhf.recipe import BUILDERS, Evaluate, Recipe, Rl, Sft, Stage, Synthesize, makes_model
+from rlhf.recipe import BUILDERS, Evaluate, Optimised, Preference, Recipe, Rl, Sft, Stage, Synthesize, makes_model
 
 ROW_FILES = (".parquet", ".jsonl", ".json")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -105,7 +105,7 @@ def _evaluation(recipe: Recipe) -> Iterator[str]:
             f"lower the one or raise data.{data}.rows"
         )
     if source.builder is not None and source.split == "train":
-        learnt = {name for stage in recipe.stages if isinstance(stage, Sft | Rl) for name in stage.data} - {data}
+        learnt = {name for stage in recipe.stages if isinstance(stage, Optimised) for name in stage.data} - {data}
         alike = [n for n in sorted(learnt & recipe.data.keys()) if recipe.data[n].builder == source.builder]
         if same := [name for name in alike if recipe.data[name].split == "train"]:
             yield (
@@ -117,7 +117,7 @@ def _evaluation(recipe: Recipe) -> Iterator[str]:
     held_out = {data, *twins}
     asked = {stage.name for stage in recipe.stages if isinstance(stage, Synthesize) and held_out & stage.data.keys()}
     for stage in recipe.stages:
-        learnt_from = {*stage.data, *stage.calibrating} if isinstance(stage, Sft | Rl) else set()
+        learnt_from = {*stage.data, *stage.calibrating} if isinstance(stage, Optimised) else set()
         for name in sorted((held_out | asked) & learnt_from):
             made = f", which asks {data!r}" if name in asked else ""
             yield (
@@ -132,8 +132,10 @@ def _stage(recipe: Recipe, stage: Stage) -> Iterator[str]:
     yield from _data(recipe, stage, earlier)
     if stage.evaluate == "none" and stage.kind == "evaluate":
         yield 'it measures nothing; set evaluate = "modes"'
-    if isinstance(stage, Sft):
-        yield from _sft(recipe, stage)
+    if isinstance(stage, Sft | Preference):
+        yield from _batch(recipe, stage)
+    if isinstance(stage, Sft) and stage.upcycle is not None and stage.lora is not None:
+        yield "upcycle makes experts that a LoRA adapter would leave frozen copies of one another; use one of the two"
     if isinstance(stage, Rl):
         yield from _rl(recipe, stage)
     if isinstance(stage, Synthesize):
@@ -151,7 +153,7 @@ def _links(recipe: Recipe, stage: Stage, earlier: list[Stage]) -> Iterator[str]:
             continue
         if name not in kinds:
             yield f"{role} = {name!r} is no stage; {nearest(name, made)}"
-        elif kinds[name] not in ("sft", "rl"):
+        elif kinds[name] not in ("sft", "preference", "rl"):
             yield f"{role} = {name!r} is a {kinds[name]} stage, which makes no model; name an sft or rl stage"
         elif any(name == other.name and not makes_model(other) for other in earlier):
             yield f"{role} = {name!r} only samples (learn = false), and leaves no model; name another"
@@ -168,7 +170,7 @@ def _data(recipe: Recipe, stage: Stage, earlier: list[Stage]) -> Iterator[str]:
     wanted = [] if stage.kind == "evaluate" else [("data", name) for name in stage.data]
     if stage.eval_data is not None:
         wanted.append(("eval_data", stage.eval_data))
-    if isinstance(stage, Sft | Rl):
+    if isinstance(stage, Optimised):
         wanted += [("upcycle.calibrate", name) for name in stage.calibrating]
     if stage.kind != "evaluate" and not stage.data:
         yield "data is empty; name at least one source with its weight"
@@ -181,20 +183,18 @@ def _data(recipe: Recipe, stage: Stage, earlier: list[Stage]) -> Iterator[str]:
             yield f"{key} {name!r} is made by a later stage; move stage {name!r} before this one"
         else:
             yield f"{key} {name!r} is no [data] source and no earlier synthesize stage; {nearest(name, known)}"
-    if isinstance(stage, Sft | Rl) and stage.eval_data in stage.data:
+    if isinstance(stage, Optimised) and stage.eval_data in stage.data:
         yield f"it trains on {stage.eval_data!r}, which it is measured on; use another source for one of the two"
-    if stage.evaluate == "loss" and not isinstance(stage, Sft | Rl):
+    if stage.evaluate == "loss" and not isinstance(stage, Optimised):
         yield 'evaluate = "loss" needs the trainer, which this stage does not use; move it to an sft or rl stage'
     if stage.evaluate in ("judge", "loss") and stage.eval_data is None:
         yield f'evaluate = "{stage.evaluate}" needs eval_data: the source to measure on'
 
 
-def _sft(recipe: Recipe, stage: Sft) -> Iterator[str]:
+def _batch(recipe: Recipe, stage: Sft | Preference) -> Iterator[str]:
     ranks = recipe.resources.trainer_ranks
     if stage.batch_size < ranks:
         yield f"batch_size = {stage.batch_size} gives some of {ranks} trainer ranks no row; use at least {ranks}"
-    if stage.upcycle is not None and stage.lora is not None:
-        yield "upcycle makes experts that a LoRA adapter would leave frozen copies of one another; use one of the two"
 
 
 def _synthesize(stage: Synthesize) -> Iterator[str]:
@@ -328,11 +328,11 @@ def _gate(recipe: Recipe, stage: Stage, metric: str) -> Iterator[str]:
         "eval.loss": (stage.evaluate == "loss", 'set evaluate = "loss" and eval_data'),
         "judge.": (stage.evaluate == "judge", 'set evaluate = "judge" and eval_data'),
         "synthesis.": (stage.kind == "synthesize", "move it to a synthesize stage"),
-        "train.": (stage.kind == "sft", "move it to an sft stage"),
+        "train.": (isinstance(stage, Sft | Preference), "move it to an sft or preference stage"),
         "rl.": (stage.kind == "rl", "move it to an rl stage"),
         "logprob_gap.": (stage.kind == "rl", "move it to an rl stage"),
         "sync": (stage.kind == "rl", "move it to an rl stage"),
-        "model.": (stage.kind in ("sft", "rl"), "move it to an sft or rl stage"),
+        "model.": (isinstance(stage, Optimised), "move it to an sft, preference or rl stage"),
     }
     prefix = next((known for known in makers if metric.startswith(known)), None)
     if prefix is None:

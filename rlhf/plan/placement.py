@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from rlhf.architecture import GIB, activation_bytes, optimizer_bytes, weight_bytes
 from rlhf.plan.cluster import Cluster
 from rlhf.plan.types import ActorPlan, Memory, StagePlan
-from rlhf.recipe import Recipe, Rl, Sft, Stage
+from rlhf.recipe import Optimised, Preference, Recipe, Rl, Stage
 
 # Measured on CPU, resident and proportional (PSS), before any weights: two engines and a trainer came to 4.4 GiB.
 ENGINE_GIB, TRAINER_GIB, REWARD_GIB, DRIVER_GIB, RAY_GIB = 1.3, 1.0, 0.3, 0.6, 0.5
@@ -55,7 +55,8 @@ def _trainer_bytes(recipe: Recipe, plan: StagePlan) -> int:
     held = weight_bytes(parameters, trainable, r.precision, r.zero_stage, r.trainer_ranks)
     optimizer = 0 if r.offload and r.device == "cuda" else _optimizer_bytes(recipe, plan)
     stage = _stage_of(recipe, plan)
-    copied = isinstance(stage, Rl) and stage.kl is not None and stage.lora is None
+    refers = isinstance(stage, Preference) or (isinstance(stage, Rl) and stage.kl is not None)
+    copied = refers and isinstance(stage, Optimised) and stage.lora is None
     reference = parameters * (4 if r.precision == "float32" else 2) if copied else 0
     activations = activation_bytes(plan.architecture, min(r.token_budget, plan.tokens_per_update))
     critic = 0
@@ -82,7 +83,7 @@ def _stage_of(recipe: Recipe, plan: StagePlan) -> Stage:
 def _parameters(recipe: Recipe, plan: StagePlan) -> tuple[int, int]:
     """(held, trained) by the trainer in a stage; none where it does nothing or the model's size is not known."""
     stage, parameters = _stage_of(recipe, plan), plan.architecture.parameters
-    if not isinstance(stage, Sft | Rl) or parameters is None:
+    if not isinstance(stage, Optimised) or parameters is None:
         return 0, 0
     adapters = None if stage.lora is None else plan.architecture.lora_parameters(stage.lora)
     return (parameters, parameters) if adapters is None else (parameters + adapters, adapters)

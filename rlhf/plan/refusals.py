@@ -9,7 +9,7 @@ from rlhf.algorithms.table import method_of
 from rlhf.architecture import Architecture, algorithm_of
 from rlhf.plan.cluster import Cluster
 from rlhf.plan.feasibility import nearest
-from rlhf.recipe import Recipe, Rl, Sft, Stage
+from rlhf.recipe import Optimised, Recipe, Rl, Stage
 
 # GSPO's ratio is a geometric mean over a row's tokens: it moves by 1e-4 to 1e-3 a step (2507.18071 clips at 3e-4, 4e-4)
 GSPO_CLIP_LIMIT = 0.01
@@ -43,7 +43,7 @@ def _unfit(recipe: Recipe, stage: Stage, architecture: Architecture) -> Iterator
                 f"a clip range of {widest:g} never binds for GSPO, whose ratio is a mean over the whole row; leave "
                 "clip_low and clip_high out (3e-4 and 4e-4)"
             )
-    if isinstance(stage, Sft | Rl) and architecture.is_bridge:
+    if isinstance(stage, Optimised) and architecture.is_bridge:
         yield from _nothing_trains(stage)
     reach = architecture.decoder.get("max_position_embeddings")
     if reach is not None and limit > reach:
@@ -60,7 +60,7 @@ def _unfit(recipe: Recipe, stage: Stage, architecture: Architecture) -> Iterator
             )
 
 
-def _nothing_trains(stage: Sft | Rl) -> Iterator[str]:
+def _nothing_trains(stage: Optimised) -> Iterator[str]:
     """Names that are in no bridge; what lies deeper in its parts is looked up when the stage begins."""
     for glob in stage.train or ():
         if not any(fnmatchcase(part, glob.partition(".")[0]) for part in PARTS):

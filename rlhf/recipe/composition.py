@@ -10,9 +10,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from rlhf.recipe.schema import Evaluate, Recipe, Rl, Sft, Synthesize, Table
+from rlhf.recipe.schema import Evaluate, Preference, Recipe, Rl, Sft, Synthesize, Table
 
-KINDS: dict[str, type[Table]] = {"sft": Sft, "rl": Rl, "synthesize": Synthesize, "evaluate": Evaluate}
+KINDS: dict[str, type[Table]] = {
+    "sft": Sft,
+    "preference": Preference,
+    "rl": Rl,
+    "synthesize": Synthesize,
+    "evaluate": Evaluate,
+}
 # what other systems call our keys
 ELSEWHERE = {
     "learning_rate": "lr",

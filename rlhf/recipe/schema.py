@@ -276,6 +276,17 @@ class Sft(Optimised):
         return {} if self.upcycle is None or probed is None else {probed: self.upcycle.rows}
 
 
+class Preference(Optimised):
+    """Direct preference optimisation (DPO) on rows with a chosen and a rejected reply: `batch_size` pairs a step.
+    `beta` is how dear it is to leave the model that the stage starts from, the reference (with `lora` the base,
+    adapters off); `smoothing` the share of pairs thought to be labelled the wrong way round."""
+
+    kind: Literal["preference"]
+    batch_size: PositiveInt
+    beta: Positive = 0.1
+    smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+
+
 class Correction(Table):
     """What is done where trainer and engine disagree about a token: weights capped at `truncate` (with compare =
     "trainer"; a ratio over the "sampler" spans the disagreement already), tokens dropped whose ratio is outside `mask`
@@ -457,10 +468,10 @@ class Evaluate(StageBase):
 
 def makes_model(stage: StageBase) -> bool:
     """Whether the stage leaves a model that others may continue."""
-    return isinstance(stage, Sft) or (isinstance(stage, Rl) and stage.learn)
+    return isinstance(stage, Optimised) and not (isinstance(stage, Rl) and not stage.learn)
 
 
-Stage = Annotated[Sft | Rl | Synthesize | Evaluate, Field(discriminator="kind")]
+Stage = Annotated[Sft | Preference | Rl | Synthesize | Evaluate, Field(discriminator="kind")]
 
 
 class Recipe(Table):

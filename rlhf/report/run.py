@@ -14,10 +14,10 @@ Record = Mapping[str, Any]
 
 KINDS = {
     "sft": "learns from worked examples",
+    "preference": "learns which of two answers is better",
     "rl": "practises and is rewarded",
     "synthesize": "makes its own training data",
     "evaluate": "sits an exam",
-    "merge": "averages models",
 }
 _DONE = {"done", "passed", "ok", "finished", "complete", "completed", "reused", "skipped"}
 
@@ -99,7 +99,7 @@ class RunView:
             # a stage that changes nothing has its parent's digest
             return (*(line_to(parent) if parent is not None and parent.number < stage.number else ()), stage)
 
-        trained = [stage for stage in makers.values() if stage.kind in ("sft", "rl")]
+        trained = [stage for stage in makers.values() if stage.kind in ("sft", "preference", "rl")]
         return max(map(line_to, trained), key=len, default=self.stages)
 
 

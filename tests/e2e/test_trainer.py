@@ -5,8 +5,10 @@ The ranks are processes that run this very file and take method calls through a 
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import io
+import math
 import os
 import pickle
 import random
@@ -26,6 +28,8 @@ from transformers import PreTrainedTokenizerFast
 
 from rlhf import bridge
 from rlhf.batching import make_batch
+from rlhf.preference import weigh
+from rlhf.recipe import Preference
 from rlhf.types import Batch, Loss, Media, Sample, TrainSpec
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -457,6 +461,47 @@ def test_a_critic_learns_what_rollouts_are_worth(one, two, sparse, tmp_path, zer
     assert two.step(split).metrics == following
     with pytest.raises(AssertionError, match=r"FloatingPointError: .*the critic of .*lower critic\.lr"):
         two.step(spoiled(split))
+
+
+class Asked:
+    """Rank processes as the loop sees a trainer."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+
+    async def logprobs(self, batch: Batch) -> dict[str, Any]:
+        return {key: value for ok, part in self.ranks.all("logprobs", batch) for key, value in part.items() if ok}
+
+
+def pairs(step: int) -> list[Sample]:
+    """Three pairs, two of them about a picture."""
+    made = []
+    for index, sample in enumerate(rows(2, True, step * 10) + rows(1, False, step * 10)):
+        asked, reply = sample.token_ids[: sample.prompt_length], sample.token_ids[sample.prompt_length :]
+        worse = (*asked, *reversed(reply), 4 + index)
+        made.append(dataclasses.replace(sample, key=f"{sample.key}/chosen"))
+        made.append(dataclasses.replace(sample, key=f"{sample.key}/rejected", token_ids=worse))
+    return made
+
+
+@pytest.mark.parametrize("lora", [None, (4, 8.0, ("q_proj", "v_proj"))])
+def test_preferences_are_learned_alike_on_two_ranks_and_one(one, two, dense, lora):
+    stage = Preference(kind="preference", name="p", data={"rows": 1.0}, steps=8, batch_size=3, beta=0.5)
+    spec = spec_of(dense, loss=Loss("reinforce", normalise="row"), reference=True, lora=lora, warmup=0.0)
+    one.begin(dataclasses.replace(spec, train={"*": 1e-2}))
+    two.begin(dataclasses.replace(spec, train={"*": 1e-2}))
+    losses = []
+    for step in range(8):
+        found = []
+        for ranks, number in ((one, 1), (two, 2)):
+            batch = make_batch(pairs(step % 2), number, 64, step, packed=True)
+            weighed, metrics = asyncio.run(weigh(stage, Asked(ranks), batch))
+            ranks.step(weighed)
+            found.append(metrics)
+        assert found[1] == pytest.approx(found[0], abs=2e-4), step
+        losses.append(found[0]["loss"])
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-5)  # the policy is its reference
+    assert losses[-1] < 0.5 * losses[0]
 
 
 @pytest.mark.parametrize("lora", [None, (4, 8.0, ("q_proj", "v_proj"))])

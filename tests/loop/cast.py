@@ -102,6 +102,12 @@ class FakeTrainer:
         """As many nats as a sample has completion tokens."""
         return {sample.key: float(sample.num_completion) for part in batch.micro_batches[0] for sample in part}
 
+    async def logprobs(self, batch: Batch) -> Mapping[str, tuple[tuple[float, ...], tuple[float, ...]]]:
+        """A policy that finds every token of a chosen reply likelier than its reference does."""
+        rows = [sample for part in batch.micro_batches[0] for sample in part]
+        before = {s.key: -1.1 if s.key.endswith("chosen") else -1.0 for s in rows}
+        return {s.key: ((-1.0,) * s.num_completion, (before[s.key],) * s.num_completion) for s in rows}
+
     async def values(self, batch: Batch, alone: bool = True) -> Mapping[str, tuple[float, ...]]:
         """Half a point before every token."""
         return {s.key: (0.5,) * s.num_completion for part in batch.micro_batches[0] for s in part}
