@@ -435,13 +435,20 @@ def _facts(run: RunView) -> str:
         "logprob_gap.flips": "of these, at a router tie (number)",
         "sync_probe.max": "worst gap on fixed texts after a hand-over",
         "rl.clip_fraction": "share of tokens whose update was clipped",
+        "router_entropy": "how evenly experts are chosen, least even layer (1: alike)",
+        "router_dead": "experts that no token of a step chose (number)",
     }
-    stages = [stage for stage in run.stages if any(stage.metric(name) is not None for name in labels)]
+
+    def final(stage: StageView, name: str) -> float | None:
+        found = (stage.metric(kind + name) for kind in ("", "rl.", "train."))
+        return next((value for value in found if value is not None), None)
+
+    stages = [stage for stage in run.stages if any(final(stage, name) is not None for name in labels)]
     if not stages:
         return ""
     rows = []
     for name, label in labels.items():
-        values = [stage.metric(name) for stage in stages]
+        values = [final(stage, name) for stage in stages]
         if any(value is not None for value in values):
             shown = _tiny_share if name in ("logprob_gap.share_above_1e-4", "rl.clip_fraction") else number
             cells = "".join(f"<td>{'–' if value is None else shown(value)}</td>" for value in values)

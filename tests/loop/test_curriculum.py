@@ -194,7 +194,8 @@ def test_a_changed_stage_runs_again_with_what_follows(finished: tuple[Path, Fake
     shutil.copytree(finished[0], folder)
     again = run(recipe("stages.think-fusion.lr = 1e-5"), folder)
     begun = [Path(spec.model).parent.name for spec in again.trainer.begun]
-    assert begun == ["08-rl-verifiable", "14-think-fusion"]  # think-fusion itself, then rl-mixed on top of it
+    # think-fusion itself, then rl-mixed and the preferences on top of it
+    assert begun == ["08-rl-verifiable", "14-think-fusion", "14-think-fusion"]
 
 
 def test_killed_in_the_middle_of_rl_continues_from_the_checkpoint(tmp_path: Path) -> None:
