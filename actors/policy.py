@@ -164,7 +164,7 @@ class Policy(Learner):
 
     def take(self, state: Mapping[str, Any]) -> None:
         super().take(state)
-        self._shares = state["shares"]
+        self._shares = state.get("shares")  # none in one that is older than they are
 
     def losses(self, batch: Batch) -> dict[str, float]:
         totals = Totals()
@@ -250,8 +250,8 @@ def _scoring(model: Any, predicting: Tensor, targets: Tensor, loss: Loss) -> Ite
     def forward(hidden: Tensor) -> Tensor:
         # looked up: rows that share a prompt add their gradients of its last token in one order
         found = nn.functional.embedding(predicting, hidden.flatten(0, -2))
-        settings = (loss.temperature, loss.masked_ids, loss.entropy > 0, vocabulary)
-        scored.append(torch.stack(logprobs_of(plain, found, targets, *settings)))
+        settings = (loss.temperature, loss.masked_ids, loss.entropy > 0)
+        scored.append(torch.stack(logprobs_of(plain, found, targets, *settings, vocab_size=vocabulary)))
         return scored[0]
 
     head.forward = forward  # inside of the hooks that gather the head's weight under ZeRO-3

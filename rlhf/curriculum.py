@@ -123,7 +123,8 @@ class Curriculum:
         steps = stage.steps if isinstance(stage, Optimised) else None
         last = stage.prompts if isinstance(stage, Synthesize) else steps  # its steps are chunks of prompts
         found = latest(folder / "checkpoints")
-        resumed = last if (folder / "artifact").exists() else found.step if found else None
+        gathered = (read_json(folder / replay.POSITION) or {}).get("step")  # by a stage that only samples
+        resumed = last if (folder / "artifact").exists() else found.step if found else gathered
         assert self.tracker is not None
         with self.tracker.stage(
             stage.name,

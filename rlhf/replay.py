@@ -15,9 +15,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
-from rlhf.checkpoint import read_json, write_json
+from rlhf.checkpoint import read_json, write_json, write_text
 from rlhf.data.stream import Stream
 from rlhf.evaluation import record
+from rlhf.models import masked_ids
 from rlhf.recipe import Rl
 from rlhf.roles import Engine, SyncReport, Trainer
 from rlhf.rollouts import Ahead, OnPolicy, Part, Rollouts
@@ -26,6 +27,7 @@ from rlhf.stage import Context
 from rlhf.types import Group, Media, Prompt, Rollout, Score
 
 POSITION = "position.json"  # of a stage that only gathers: what it has gathered so far
+SETTINGS = "record.json"
 
 
 def groups_of(
@@ -38,7 +40,7 @@ def groups_of(
 
 
 class Recorded:
-    """The groups of a stage, and a copy of each step's in a folder."""
+    """The groups of a stage, and a copy of each step's in a folder, which a new stage empties."""
 
     def __init__(self, groups: Rollouts, folder: Path) -> None:
         self._groups, self._folder = groups, folder
@@ -51,12 +53,14 @@ class Recorded:
         await self._groups.__aexit__(*reason)
 
     async def take(self, version: int) -> AsyncGenerator[Part]:
-        parts = list[Part]()
+        if version == 0:
+            for path in self._folder.glob("step-*.json"):
+                path.unlink()
+            write_json(self._folder / SETTINGS, settings(self._groups.stage, self._groups.context))
         async with aclosing(self._groups.take(version)) as found:
             async for part in found:
-                parts.append(part)
                 yield part
-        await asyncio.to_thread(write_step, self._folder, version, parts)
+        await asyncio.to_thread(write_step, self._folder, version, self._groups.parts)
 
     async def renew(self, trainer: Trainer, version: int) -> SyncReport:
         return await self._groups.renew(trainer, version)
@@ -81,11 +85,14 @@ class Replayed(Rollouts):
 
     async def take(self, version: int) -> AsyncGenerator[Part]:
         assert self.stage.replay is not None
-        parts = await asyncio.to_thread(read_step, Path(self.stage.replay), version)
-        self._require_rewards(parts)
-        for part in parts:
-            yield part
-        self._measure(parts)
+        folder = Path(self.stage.replay)
+        _require_same(folder, settings(self.stage, self.context))
+        self.parts = await asyncio.to_thread(read_step, folder, version)
+        self._require_rewards(self.parts)
+        for part in self.parts:
+            if part.kept:
+                yield part
+        self._measure(self.parts)
 
     async def renew(self, trainer: Trainer, version: int) -> SyncReport:  # noqa: ARG002 - there is no engine
         return SyncReport(version, 0.0, 0.0, {})
@@ -112,18 +119,40 @@ async def gather(stage: Rl, context: Context, engine: Engine | None, judges: Map
     return {f"rl.{name}": value / stage.steps for name, value in sums.items()}
 
 
+def settings(stage: Rl, context: Context) -> dict[str, Any]:
+    """What log-probabilities and the cut of a step depend on, and a replay must therefore share."""
+    return {
+        "temperature": stage.temperature,
+        "updates_per_step": stage.updates_per_step,
+        "masked_ids": list(masked_ids(context.processor)),
+        "vocabulary": hashlib.sha256(json.dumps(sorted(context.tokenizer.get_vocab().items())).encode()).hexdigest(),
+    }
+
+
+def _require_same(folder: Path, wanted: Mapping[str, Any]) -> None:
+    """Raise ValueError unless the record was made with these settings."""
+    found = read_json(folder / SETTINGS)
+    if found is None:
+        raise ValueError(f"{folder / SETTINGS} is missing: {folder} is no record; name the folder of a `record`")
+    for name, value in wanted.items():
+        if found.get(name) != value:
+            raise ValueError(
+                f"{folder / SETTINGS}: it was recorded with another {name} than the stage that replays it has "
+                f"({found.get(name)!r}, {value!r}): its log-probabilities would mean something else"
+            )
+
+
 def write_step(folder: Path, version: int, parts: list[Part]) -> None:
     """Write what the step after `version` saw."""
     found = [
         {
             "index": part.index,
-            "alone": part.alone,
             "kept": [any(group is kept for kept in part.kept) for group in part.seen],
             "seen": [_as_json(group, folder / "media") for group in part.seen],
         }
         for part in parts
     ]
-    write_json(_step(folder, version), {"parts": found})
+    write_text(_step(folder, version), json.dumps({"parts": found}))
 
 
 def read_step(folder: Path, version: int) -> list[Part]:
@@ -151,7 +180,9 @@ def _as_json(group: Group, folder: Path) -> dict[str, Any]:
         path = folder / item["data"]
         if not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(media.data)
+            partial = path.with_name(f".partial-{path.name}")
+            partial.write_bytes(media.data)
+            partial.replace(path)
     # columns of a row may hold what JSON has no form for
     found["prompt"]["columns"] = json.loads(json.dumps(found["prompt"]["columns"], default=str))
     return found
@@ -160,7 +191,7 @@ def _as_json(group: Group, folder: Path) -> dict[str, Any]:
 def _part(found: Mapping[str, Any], folder: Path) -> Part:
     seen = [_group(each, folder) for each in found["seen"]]
     kept = [group for group, learned in zip(seen, found["kept"], strict=True) if learned]
-    return Part(found["index"], kept, seen, found["alone"])
+    return Part(found["index"], kept, seen, alone=True)
 
 
 def _group(found: Mapping[str, Any], folder: Path) -> Group:

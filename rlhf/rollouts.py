@@ -58,6 +58,7 @@ class Rollouts(ABC):
     judges: Mapping[str, Judge]
     stream: Stream
     serving: int = 0  # the version that the engine has
+    parts: list[Part] = field(default_factory=list)  # of the step taken last, those without a signal included
     metrics: dict[str, float] = field(default_factory=dict)
     examples: list[Group] = field(default_factory=list)
     within_groups: bool = field(init=False)
@@ -137,13 +138,13 @@ class Rollouts(ABC):
 
     def _measure(self, parts: list[Part]) -> None:
         kept, seen = [g for part in parts for g in part.kept], [g for part in parts for g in part.seen]
-        if not kept:
+        if not kept and self.stage.learn:
             raise RuntimeError(
                 f"stage {self.stage.name!r}: none of {len(seen)} groups had rewards that vary, so there is nothing to "
                 "learn from; use questions the model gets right sometimes (a difficulty filter), or larger groups"
             )
         rollouts = [rollout for group in seen for rollout in group.rollouts]
-        self.examples = kept[:EXAMPLES]
+        self.parts, self.examples = parts, (kept or seen)[:EXAMPLES]
         self.metrics = part_means(seen) | {
             "rollouts": float(len(rollouts)),
             "updates": float(sum(bool(part.kept) for part in parts)),

@@ -140,21 +140,16 @@ def calibrate(model: nn.Module, tensors: Tensors) -> None:
 
     For an upcycled model, whose experts are still equal: the output stays what it was, and so do the routers' inputs,
     so that one forward serves all layers."""
-    inputs: dict[nn.Module, Tensor] = {}
     known = tensors.seen() > 0
 
     def hook(router: nn.Module, args: tuple[Tensor, ...]) -> None:
-        inputs[router] = args[0].detach().flatten(0, -2)[known].double()
+        weight = router.get_parameter("weight")
+        weight.copy_(_even(weight.double(), args[0].flatten(0, -2)[known].double()))
 
-    with ExitStack() as stack:
+    with ExitStack() as stack, torch.no_grad():
         for router in _routers(model).values():
             stack.callback(router.register_forward_pre_hook(hook).remove)
-        with torch.no_grad():
-            model(**tensors.model_inputs(), use_cache=False)
-    for router, found in inputs.items():
-        weight = router.get_parameter("weight")
-        with torch.no_grad():
-            weight.copy_(_even(weight.double(), found))
+        model.get_submodule("model")(**tensors.model_inputs(), use_cache=False)  # without the head
 
 
 def _even(weight: Tensor, inputs: Tensor) -> Tensor:

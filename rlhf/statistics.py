@@ -25,6 +25,7 @@ class Totals:
 
     steps: int = 0
     sums: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)  # of the steps that had it
     gap_counts: list[int] = field(default_factory=lambda: [0] * (len(EDGES) + 1))
     gap_above: int = 0
     gap_max: float = 0.0
@@ -39,7 +40,7 @@ class Totals:
             if name.endswith("_max"):
                 self.maxima[f"rl.{name}"] = max(self.maxima.get(f"rl.{name}", value), value)
             else:
-                self.sums[name] = self.sums.get(name, 0.0) + value
+                self._sum(name, value)
         gaps = np.abs(np.asarray(stats.gap, dtype=np.float64))
         if len(gaps):
             counts = np.bincount(np.searchsorted(EDGES, gaps), minlength=len(EDGES) + 1)
@@ -50,13 +51,13 @@ class Totals:
             self.gap_tied += int(tied.sum())
             self.gap_max = max(self.gap_max, float(gaps.max()))
         for name, value in (("sync", sync.seconds), ("proof", sync.proof_seconds)):
-            self.sums[f"{name}_seconds"] = self.sums.get(f"{name}_seconds", 0.0) + value
+            self._sum(f"{name}_seconds", value)
         for name, value in {"sync.seconds.max": sync.seconds, **sync.metrics}.items():
             self.maxima[name] = max(self.maxima.get(name, value), value)
 
     def metrics(self) -> dict[str, float]:
         """Names as in summary.json: means rl.*, the distribution logprob_gap.*; maxima rl.*_max, sync*."""
-        found = {f"rl.{name}": value / max(self.steps, 1) for name, value in self.sums.items()}
+        found = {f"rl.{name}": value / self.counts[name] for name, value in self.sums.items()}
         total = sum(self.gap_counts)
         if total:
             found |= {
@@ -70,6 +71,10 @@ class Totals:
                 "logprob_gap.tokens": float(total),
             }
         return found | self.maxima
+
+    def _sum(self, name: str, value: float) -> None:
+        self.sums[name] = self.sums.get(name, 0.0) + value
+        self.counts[name] = self.counts.get(name, 0) + 1
 
     def state(self) -> dict[str, Any]:
         return dict(vars(self))

@@ -19,17 +19,17 @@ def logprobs_of(
     temperature: float = 1.0,
     masked_ids: Sequence[int] = (),
     entropy_gradient: bool = False,
-    vocab_size: int = 1,
-    logits: int = LOGITS,
+    *,
+    vocab_size: int,
 ) -> tuple[Tensor, Tensor]:
     """`processed_logprobs` of the logits that `head` makes of hidden states [N, width], without ever holding more than
-    about `logits` of the N · vocab_size: where there are more, `head` runs over few tokens at a time, and once again
+    about LOGITS of the N · vocab_size: where there are more, `head` runs over few tokens at a time, and once again
     in backward."""
 
     def processed(part: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
         return processed_logprobs(head(part), wanted, temperature, masked_ids, entropy_gradient)
 
-    at_once = max(1, logits // vocab_size)
+    at_once = max(1, LOGITS // vocab_size)
     if len(targets) <= at_once:
         return processed(hidden, targets)
     parts = zip(hidden.split(at_once), targets.split(at_once), strict=True)

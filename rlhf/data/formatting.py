@@ -92,6 +92,10 @@ def as_pair(row: Mapping[str, Any], source: str, index: int, processor: Processo
             f"{where}: no `rejected` reply; a row of preferences has messages that end in the chosen reply, and the "
             "other one as text in `rejected` (or `prompt`, `chosen` and `rejected` as lists of messages)"
         )
+    if isinstance(rejected, list) and rejected[:-1] and _plain(rejected[:-1]) != _plain(row["messages"][:-1]):
+        raise DataError(
+            f"{where}: the chosen and the rejected reply answer different conversations; both must begin alike"
+        )
     chosen = as_sample(row, source, index, processor, None, chat)
     other = _completion(processor.tokenizer, _text(last), where)
     asked = chosen.token_ids[: chosen.prompt_length]
@@ -101,6 +105,10 @@ def as_pair(row: Mapping[str, Any], source: str, index: int, processor: Processo
         replace(chosen, key=chosen.key + CHOSEN),
         replace(chosen, key=chosen.key + REJECTED, token_ids=asked + other),
     ]
+
+
+def _plain(messages: list[Row]) -> list[tuple[str, str]]:
+    return [(message["role"], _text(message)) for message in messages]
 
 
 def _asked(messages: list[Row]) -> list[Row]:

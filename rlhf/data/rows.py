@@ -86,6 +86,8 @@ class Rows:
         row = self._store.get(index)
         where = f"{self.origin}, row {index}"
         if row.get("messages") is None and isinstance(row.get("chosen"), list):
+            if not isinstance(row.get("prompt"), list | None):
+                raise DataError(f"{where}: `chosen` is a list of messages, so `prompt` must be one too")
             row["messages"] = [*(row.pop("prompt", None) or []), *row.pop("chosen")]
         if not isinstance(row.get("messages"), list) or not row["messages"]:
             raise DataError(

@@ -154,7 +154,7 @@ def _links(recipe: Recipe, stage: Stage, earlier: list[Stage]) -> Iterator[str]:
         if name not in kinds:
             yield f"{role} = {name!r} is no stage; {nearest(name, made)}"
         elif kinds[name] not in ("sft", "preference", "rl"):
-            yield f"{role} = {name!r} is a {kinds[name]} stage, which makes no model; name an sft or rl stage"
+            yield f"{role} = {name!r} is a {kinds[name]} stage, which makes no model; name a stage that trains"
         elif any(name == other.name and not makes_model(other) for other in earlier):
             yield f"{role} = {name!r} only samples (learn = false), and leaves no model; name another"
         elif name == stage.name:
@@ -193,7 +193,8 @@ def _data(recipe: Recipe, stage: Stage, earlier: list[Stage]) -> Iterator[str]:
 
 def _batch(recipe: Recipe, stage: Sft | Preference) -> Iterator[str]:
     ranks = recipe.resources.trainer_ranks
-    if stage.batch_size < ranks:
+    rows = stage.batch_size * (2 if isinstance(stage, Preference) else 1)
+    if rows < ranks:
         yield f"batch_size = {stage.batch_size} gives some of {ranks} trainer ranks no row; use at least {ranks}"
 
 
@@ -234,15 +235,21 @@ def _rl(recipe: Recipe, stage: Rl) -> Iterator[str]:
             f'{named} = "{getattr(stage, named)}" compares the rollouts of a group, and group_size = 1 leaves nothing '
             f"to compare; raise it, or take {other}"
         )
-    if stage.max_staleness:
+    if stage.max_staleness or stage.replay is not None:
         objective = method_of(stage, "dapo" if stage.algorithm == "auto" else stage.algorithm).objective
         if objective == "reinforce" and stage.compare == "sampler":
             yield (
-                f"max_staleness = {stage.max_staleness} lets tokens come from older weights, which the objective "
-                '"reinforce" does not correct; use another, or compare = "trainer"'
+                f"{f'max_staleness = {stage.max_staleness}' if stage.replay is None else 'replay'} lets tokens come "
+                'from other weights, which the objective "reinforce" does not correct; use another, or compare = '
+                '"trainer"'
             )
+    if stage.record is not None:
+        for twin in _recording(recipe, stage.record):
+            if twin is not stage:
+                yield f"record = {stage.record!r} is that of stage {twin.name!r} too; each needs a folder of its own"
     if stage.replay is not None:
-        steps = len(list(Path(stage.replay).glob("step-*.json")))
+        made = next((o.steps for o in _recording(recipe, stage.replay) if o in recipe.before(stage)), None)
+        steps = len(list(Path(stage.replay).glob("step-*.json"))) if made is None else made
         if steps < stage.steps:
             yield (
                 f"replay = {stage.replay!r} holds {steps} of the stage's {stage.steps} steps; name the folder that a "
@@ -260,6 +267,15 @@ def _rl(recipe: Recipe, stage: Rl) -> Iterator[str]:
             yield f"rewards.{name}.only_if = {part.only_if!r} is no part that is asked first; {advice}"
         if part.function is not None:
             yield from _function(f"rewards.{name}.function", part.function)
+
+
+def _recording(recipe: Recipe, folder: str) -> list[Rl]:
+    """The stages that record into this folder."""
+    return [
+        stage
+        for stage in recipe.stages
+        if isinstance(stage, Rl) and stage.record is not None and Path(stage.record).resolve() == Path(folder).resolve()
+    ]
 
 
 def _multiple(stage: Rl, ranks: int) -> int:
@@ -318,6 +334,7 @@ AT_TEMPERATURE = re.compile(r"eval\.think\.accuracy(?:\.best|@([\d.]+))")
 
 def _gate(recipe: Recipe, stage: Stage, metric: str) -> Iterator[str]:
     """Refuse a metric this stage cannot produce, before hours are spent finding out."""
+    learns, samples = makes_model(stage), stage.kind == "rl" and getattr(stage, "replay", None) is None
     makers = {
         "eval.think.": (stage.evaluate == "modes", 'set evaluate = "modes"'),
         "eval.direct.": (stage.evaluate == "modes", 'set evaluate = "modes"'),
@@ -330,9 +347,9 @@ def _gate(recipe: Recipe, stage: Stage, metric: str) -> Iterator[str]:
         "synthesis.": (stage.kind == "synthesize", "move it to a synthesize stage"),
         "train.": (isinstance(stage, Sft | Preference), "move it to an sft or preference stage"),
         "rl.": (stage.kind == "rl", "move it to an rl stage"),
-        "logprob_gap.": (stage.kind == "rl", "move it to an rl stage"),
-        "sync": (stage.kind == "rl", "move it to an rl stage"),
-        "model.": (isinstance(stage, Optimised), "move it to an sft, preference or rl stage"),
+        "logprob_gap.": (stage.kind == "rl" and learns, "move it to an rl stage that learns"),
+        "sync": (learns and samples, "move it to an rl stage that samples and learns"),
+        "model.": (learns, "move it to an sft, preference or rl stage that learns"),
     }
     prefix = next((known for known in makers if metric.startswith(known)), None)
     if prefix is None:

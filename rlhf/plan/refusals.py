@@ -76,6 +76,8 @@ def crowded_cores(recipe: Recipe, cluster: Cluster) -> Iterator[str]:
     for stage in recipe.stages:
         if r.device != "cpu" or not isinstance(stage, Rl) or not stage.pipelined:
             continue
+        if stage.replay is not None or not stage.learn:  # one of the two stands still
+            continue
         trainer = r.trainer_ranks * r.trainer_threads_beside
         engines = (r.rollout_workers + len(stage.judges)) * r.rollout_threads
         # processes of one thread share a core by turns; a team of threads waits for its slowest

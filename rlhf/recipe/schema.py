@@ -32,6 +32,12 @@ class Upcycle(Table):
     calibrate: Name | None = None
     rows: PositiveInt = 128
 
+    @model_validator(mode="after")
+    def _rows_are_used(self) -> Upcycle:
+        if self.calibrate is None and "rows" in self.model_fields_set:
+            raise ValueError("`rows` does nothing without `calibrate`, the source they are taken of: remove it")
+        return self
+
 
 class Lora(Table):
     """Low-rank adapters through peft; the artifact is in peft's format."""
@@ -346,7 +352,8 @@ class Rl(Optimised):
     entropy      weight of a bonus for the policy's entropy
     overlong     tokens before max_tokens in which a soft punishment for length grows to −1 (DAPO)
     record       a folder that gets the groups of every step, with their scores
-    replay       such a folder, whose groups the stage learns from: no engine starts, nothing is sampled or scored
+    replay       such a folder, whose groups the stage learns from: no engine starts, nothing is sampled or scored, and
+                 what says how (rewards, group_size, prompts_per_step, overlong, max_staleness) does nothing
     learn        false: only sample, score and record; the policy stays as it is, and the stage leaves no model
     max_staleness  how many versions old the weights that sampled a token may be; above 0 engines sample while the
                  trainer learns, up to so many steps ahead"""
@@ -402,8 +409,11 @@ class Rl(Optimised):
             raise ValueError("`replay` learns from a record that is there: remove `record` and `learn`, or `replay`")
         if not self.learn and self.record is None:
             raise ValueError("`learn = false` only samples: give `record`, the folder that gets the groups")
-        if not self.learn and self.kl is not None and self.kl.place == "reward":
-            raise ValueError("`learn = false` has no trainer that could tell the divergence `kl`: remove one of them")
+        if not (self.learn and self.replay is None) and self.kl is not None and self.kl.place == "reward":
+            raise ValueError(
+                "the divergence `kl` goes into the reward where rollouts are scored beside a trainer: with `replay` or "
+                '`learn = false` take place = "loss", or remove it'
+            )
         return self
 
     @property

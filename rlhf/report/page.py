@@ -3,7 +3,7 @@ can I trust it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
@@ -391,7 +391,7 @@ def _judge_panel(run: RunView) -> list[str]:
 def _engine_panels(run: RunView) -> list[str]:
     panels = []
     gaps = _by_stage(run, "logprob_gap.p999")
-    finals = _facts(run)
+    finals = _facts(run, AGREEMENT)
     if gaps or finals:
         chart = (
             _legend(gaps)
@@ -407,7 +407,11 @@ def _engine_panels(run: RunView) -> list[str]:
             "<figure><figcaption><b>Do the two engines agree?</b></figcaption><p>One program writes the answers, "
             "another "
             "learns from them. Both compute the probability of every word; the gap between them should stay tiny.</p>"
-            f"{chart}{finals}</figure>"
+            f"{chart}{finals}"
+            "<p><small>A nat is a factor of 2.7 in probability; 10⁻⁴ of it is a hundredth of a percent. Router tie: "
+            "two experts of the mixture score alike, and rounding decides. Clipping keeps one step from moving a "
+            "word's probability far.</small></p>"
+            "</figure>"
         )
     syncs = [
         Series(stage.name, tone, points)
@@ -424,20 +428,32 @@ def _engine_panels(run: RunView) -> list[str]:
             + line_chart(syncs, Axis("seconds", number, 0.0), summary="Seconds of each weight sync over steps")
             + "</figure>"
         )
+    routed = _facts(run, ROUTERS)
+    if routed:
+        panels.append(
+            "<figure><figcaption><b>Are all experts used?</b></figcaption><p>The model has several experts a layer, "
+            "and sends each word to a few of them. If some were never chosen, they would have learned nothing.</p>"
+            f"{routed}"
+            "</figure>"
+        )
     return panels
 
 
-def _facts(run: RunView) -> str:
-    """A small table of the engine's final measures, a column a stage that has any."""
-    labels = {
-        "logprob_gap.p999": "gap, 99.9th percentile",
-        "logprob_gap.share_above_1e-4": "share of tokens above 10⁻⁴",
-        "logprob_gap.flips": "of these, at a router tie (number)",
-        "sync_probe.max": "worst gap on fixed texts after a hand-over",
-        "rl.clip_fraction": "share of tokens whose update was clipped",
-        "router_entropy": "how evenly experts are chosen, least even layer (1: alike)",
-        "router_dead": "experts that no token of a step chose (number)",
-    }
+ROUTERS = {
+    "router_entropy": "how evenly experts are chosen, least even layer (1: alike)",
+    "router_dead": "experts that no word of a step chose (number)",
+}
+AGREEMENT = {
+    "logprob_gap.p999": "gap, 99.9th percentile",
+    "logprob_gap.share_above_1e-4": "share of tokens above 10⁻⁴",
+    "logprob_gap.flips": "of these, at a router tie (number)",
+    "sync_probe.max": "worst gap on fixed texts after a hand-over",
+    "rl.clip_fraction": "share of tokens whose update was clipped",
+}
+
+
+def _facts(run: RunView, labels: Mapping[str, str]) -> str:
+    """A small table of final measures, a column a stage that has any."""
 
     def final(stage: StageView, name: str) -> float | None:
         found = (stage.metric(kind + name) for kind in ("", "rl.", "train."))
@@ -454,12 +470,7 @@ def _facts(run: RunView) -> str:
             cells = "".join(f"<td>{'–' if value is None else shown(value)}</td>" for value in values)
             rows.append(f'<tr><th scope="row">{label}</th>{cells}</tr>')
     heads = "".join(f'<th scope="col">{escape(stage.name)}</th>' for stage in stages)
-    return (
-        f'<table class="facts"><thead><tr><td></td>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
-        "<p><small>A nat is a factor of 2.7 in probability; 10⁻⁴ of it is a hundredth of a percent. Router tie: two "
-        "experts of the mixture score alike, and rounding decides. Clipping keeps one step from moving a word's "
-        "probability far.</small></p>"
-    )
+    return f'<table class="facts"><thead><tr><td></td>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
 
 
 def _tiny_share(value: float) -> str:

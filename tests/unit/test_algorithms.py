@@ -356,7 +356,7 @@ def test_entropy_has_the_gradient_of_finite_differences_when_asked(masked) -> No
             assert float(logits.grad[row, i]) == pytest.approx((up - down) / 2e-2, abs=2e-3)
 
 
-def test_logprobs_over_few_tokens_at_a_time_equal_those_over_all() -> None:
+def test_logprobs_over_few_tokens_at_a_time_equal_those_over_all(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     head, hidden = torch.nn.Linear(5, 11, bias=False), torch.randn(7, 5, requires_grad=True)
     targets, held = torch.tensor([1, 2, 4, 5, 8, 10, 1]), list[int]()
@@ -366,7 +366,8 @@ def test_logprobs_over_few_tokens_at_a_time_equal_those_over_all() -> None:
         return head(part)
 
     def outcome(logits: int) -> list[torch.Tensor]:
-        found = logprobs_of(counting, hidden, targets, 0.7, (0, 3), True, 11, logits)
+        monkeypatch.setattr("rlhf.algorithms.logprobs.LOGITS", logits)
+        found = logprobs_of(counting, hidden, targets, 0.7, (0, 3), True, vocab_size=11)
         (found[0].sum() + 0.1 * found[1].sum()).backward()
         gradients = [part.grad.clone() for part in (hidden, head.weight)]
         hidden.grad = head.weight.grad = None
