@@ -11,11 +11,10 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from rlhf.data.formatting import CHOSEN, REJECTED
 from rlhf.recipe import Preference
 from rlhf.roles import Trainer
 from rlhf.types import Batch, Sample
-
-CHOSEN, REJECTED = "/chosen", "/rejected"  # how the keys of a pair's samples end
 
 
 async def weigh(stage: Preference, trainer: Trainer, batch: Batch) -> tuple[Batch, dict[str, float]]:

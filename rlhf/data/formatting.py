@@ -10,9 +10,10 @@ from typing import Any, Protocol
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.rows import DataError, Row
-from rlhf.preference import CHOSEN, REJECTED
 from rlhf.recipe import Chat
 from rlhf.types import Media, Prompt, Sample
+
+CHOSEN, REJECTED = "/chosen", "/rejected"  # how the keys of a pair's samples end
 
 
 class Processor(Protocol):
