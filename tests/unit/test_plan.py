@@ -531,3 +531,17 @@ def test_every_problem_is_told_at_once() -> None:
     with pytest.raises(PlanError) as caught:
         plan("stages.align.data = {trian = 1}", "stages.improve.start = 'cott'")
     assert len(str(caught.value).splitlines()) == 2
+
+
+def test_records_and_replays_fit_together(tmp_path: Path) -> None:
+    record, improve = f"'{tmp_path / 'record'}'", "stages.improve"
+    with pytest.raises(PlanError, match=r"holds 0 of the stage's \d+ steps; name the folder"):
+        plan(f"{improve}.replay = {record}")
+    assert plan(f"{improve}.record = {record}", f"{improve}.learn = false", f"{improve}.evaluate = 'none'")
+    for gate in ("sync_probe.max", "model.parameters", "logprob_gap.p999"):
+        with pytest.raises(PlanError, match="which this stage does not measure"):
+            plan(
+                f"{improve}.record = {record}",
+                f"{improve}.learn = false",
+                f"{improve}.gates = [{{metric = '{gate}', max = 1.0}}]",
+            )
