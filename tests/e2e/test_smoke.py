@@ -5,6 +5,7 @@ the judge to more kills, and finishes."""
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -78,8 +79,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def test_it_finishes_every_stage(run: Run) -> None:
-    assert [stage["status"] for stage in run.summary["stages"]] == ["done"] * 18
-    assert {stage["kind"] for stage in run.summary["stages"]} == {"sft", "rl", "synthesize", "evaluate"}
+    assert [stage["status"] for stage in run.summary["stages"]] == ["done"] * 19
+    assert {stage["kind"] for stage in run.summary["stages"]} == {"sft", "preference", "rl", "synthesize", "evaluate"}
     assert 0 < run.summary["peak_rss_gib"] <= 8
 
 
@@ -97,6 +98,13 @@ def test_the_killed_stage_is_restored_exactly(run: Run) -> None:
     # the checkpoint is of step 2: step 3 was computed twice, from restored weights, optimizer, data and seeds
     assert 3 in seen
     assert replayed[3] == seen[3]
+
+
+def test_preferences_move_an_adapter_away_from_its_base(run: Run) -> None:
+    steps = run.steps("18-preferred")
+    assert steps[0]["metrics"]["loss"] == pytest.approx(math.log(2), abs=1e-4)  # the adapter begins as its base
+    assert all(line["metrics"]["margin"] != 0 for line in steps[1:])  # which way, three steps cannot tell
+    assert (run.folder / "stages/18-preferred/artifact/adapter_config.json").exists()
 
 
 def test_trainer_and_engine_agree(run: Run) -> None:
@@ -151,7 +159,7 @@ def test_a_stage_that_loses_its_trainer_is_computed_again_to_the_same_numbers(ru
     after = run.steps(JUDGE)
     assert [line["step"] for line in after] == list(range(1, 41))
     assert 5 <= len(run.judge_before) < 40
-    assert run.output.count("[11/18 judge] sft starts") == 2
+    assert run.output.count("[11/19 judge] sft starts") == 2
     assert [line["metrics"] for line in after[: len(run.judge_before)]] == [x["metrics"] for x in run.judge_before]
 
 
