@@ -230,13 +230,16 @@ class Tensors:
             inputs: dict[str, Any] = {"input_ids": self.input_ids, "attention_mask": self.attention_mask, **self.media}
             return inputs if self.position_ids is None else {**inputs, "position_ids": self.position_ids}
         assert self.position_ids is not None
-        owned = self.packing.owned
         return {
-            "input_ids": self.input_ids[owned][None],
-            "position_ids": self.position_ids[owned][None],
+            "input_ids": self.given_ids()[None],
+            "position_ids": self.position_ids[self.packing.owned][None],
             **self.packing.apart(),
             **self.media,
         }
+
+    def given_ids(self) -> Tensor:
+        """[N or B · L] the ids that the model gets, one after the other."""
+        return self.input_ids.flatten() if self.packing is None else self.input_ids[self.packing.owned]
 
     def seen(self) -> Tensor:
         """[N or B · L] how many rows of weight see each token that the model gets; 0 on padding."""

@@ -83,11 +83,8 @@ class Usage:
     def of(routed: Routed, tensors: Tensors, image_id: int) -> Usage:
         """Of one forward of these, `image_id` being the token that stands for features of a picture."""
         seen = tensors.seen()
-        pictured = tensors.model_inputs()["input_ids"].flatten() == image_id
-        chosen = [
-            torch.stack([_counts(routing.choice(), seen * kind, routing.logits) for kind in (~pictured, pictured)])
-            for routing in routed.values()
-        ]
+        pictured = tensors.given_ids() == image_id
+        chosen = [_counts(routing, seen, pictured) for routing in routed.values()]
         weights = seen.float()
         probable = [weights @ routing.logits.float().softmax(-1) for routing in routed.values()]
         return Usage(torch.stack(chosen), torch.stack(probable))
@@ -186,10 +183,13 @@ def is_experts(module_name: str) -> bool:
     return module_name.endswith(".experts")
 
 
-def _counts(choice: Tensor, weights: Tensor, logits: Tensor) -> Tensor:
-    """[experts] how often each is chosen [tokens, top_k], a token counting as often as `weights` [tokens] say."""
-    repeated = weights.double().repeat_interleave(choice.shape[-1])
-    return torch.bincount(choice.flatten(), repeated, minlength=logits.shape[-1])
+def _counts(routing: Routing, seen: Tensor, pictured: Tensor) -> Tensor:
+    """[2, experts] how often text and image tokens choose each, a token counting as often as it is `seen` [tokens]."""
+    choice, experts = routing.choice().flatten(), routing.logits.shape[-1]
+    kinds = (seen * kind for kind in (~pictured, pictured))
+    return torch.stack(
+        [torch.bincount(choice, kind.double().repeat_interleave(routing.top_k), minlength=experts) for kind in kinds]
+    )
 
 
 def _spread(counts: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 from tests.bench.workload import GROUP, PROMPTS, Workload, make
 
 DEADLINE, PEER_DEADLINE = 900.0, 1800.0
-RECIPE = """
+HEAD = """
 name = "{name}"
 seed = {seed}
 
@@ -37,6 +37,10 @@ tensorboard = false
 [data.rows]
 path = "{rows}"
 
+"""
+RECIPE = (
+    HEAD
+    + """
 [[stages]]
 name = "rl"
 kind = "rl"
@@ -55,6 +59,7 @@ checkpoint_every = 1000
 [stages.rewards.random]
 function = "{reward}:random"
 """
+)
 REWARD = """
 import hashlib
 

@@ -9,32 +9,22 @@ GRPOTrainer on the same model, rows, groups and threads, with Hugging Face's gen
 from __future__ import annotations
 
 import json
-import os
 import random
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-THREADS = 2
+from tests.bench.trl_side import COMMON, opened, quiet, timed
 
 
 def main(model_folder: str, rows_file: str, max_tokens: int, steps: int, skip: int, seed: int) -> None:
-    import torch
-
-    torch.set_num_threads(THREADS)
     from datasets import Dataset
     from PIL import Image
-    from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    from rlhf import bridge
     from tests.bench.workload import GROUP, PROMPTS
 
-    bridge.register()
-    model, processor = bridge.load(model_folder)
-    processor.chat_template = processor.tokenizer.chat_template
-    rows = [json.loads(line) for line in Path(rows_file).read_text().splitlines()]
+    model, processor, rows = opened(model_folder, rows_file)
     folder = Path(rows_file).parent
     data = Dataset.from_dict(
         {
@@ -43,15 +33,10 @@ def main(model_folder: str, rows_file: str, max_tokens: int, steps: int, skip: i
         }
     )
     tokens: list[int] = []
-    ends: list[float] = []
 
     def reward(completion_ids: list[list[int]], **_: object) -> list[float]:
         tokens.append(sum(map(len, completion_ids)))
         return [random.random() for _ in completion_ids]
-
-    class Clock(TrainerCallback):
-        def on_step_end(self, *_: object, **__: object) -> None:
-            ends.append(time.perf_counter())
 
     with tempfile.TemporaryDirectory() as output:
         settings = GRPOConfig(
@@ -60,21 +45,14 @@ def main(model_folder: str, rows_file: str, max_tokens: int, steps: int, skip: i
             num_generations=GROUP,
             max_completion_length=max_tokens,
             max_steps=steps,
-            report_to=[],
-            learning_rate=1e-6,
-            save_strategy="no",
-            use_cpu=True,
-            bf16=False,
             beta=0.0,
             seed=seed,
-            gradient_checkpointing=False,
-            disable_tqdm=True,
+            **COMMON,
         )
         trainer = GRPOTrainer(
             model=model, reward_funcs=reward, args=settings, train_dataset=data, processing_class=processor
         )
-        trainer.add_callback(Clock())
-        trainer.train()
+        ends = timed(trainer)
     seconds, counted = ends[-1] - ends[skip - 1], sum(tokens[skip:])
     found = {
         "tokens_per_second": counted / seconds,
@@ -86,5 +64,5 @@ def main(model_folder: str, rows_file: str, max_tokens: int, steps: int, skip: i
 
 
 if __name__ == "__main__":
-    os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="disabled", OMP_NUM_THREADS=str(THREADS))
+    quiet()
     main(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:7]))

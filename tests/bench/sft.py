@@ -9,44 +9,23 @@ best of micro-batches of 4, 8, 16 and 32 rows is 8, and its processes get both t
 from __future__ import annotations
 
 import json
-import os
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tests.bench.ours import last_line, run_recipe
+from tests.bench.ours import HEAD, last_line, run_recipe
+from tests.bench.trl_side import COMMON, opened, quiet, timed
 from tests.bench.workload import NATURAL, ROWS, make
 
-BATCH, MICRO, THREADS = 32, 8, 2
+BATCH, MICRO = 32, 8
 EPOCH = ROWS // BATCH  # steps; the first epoch warms up, the second counts
 MEDIAN, SIGMA, LONGEST = 32, 0.8, 240
-RECIPE = """
-name = "{name}"
-seed = {seed}
-
-[model]
-path = "{model}"
-
-[chat]
-think_suffix = ""
-
-[resources]
-max_model_len = 320
-token_budget = 8192
-zero_stage = 0
-trainer_threads = {threads}
-
-[tracking]
-wandb = false
-tensorboard = false
-
-[data.rows]
-path = "{rows}"
-
+RECIPE = (
+    HEAD
+    + """
 [[stages]]
 name = "sft"
 kind = "sft"
@@ -57,6 +36,7 @@ lr = 1e-6
 evaluate = "none"
 checkpoint_every = 1000
 """
+)
 
 
 def rows_of(folder: Path) -> tuple[Path, Path]:
@@ -76,7 +56,7 @@ def ours(folder: Path, seed: int) -> dict[str, Any]:
     model, rows = rows_of(folder)
     name = f"sft-{seed}"
     settings = {"name": name, "seed": seed, "model": model, "rows": rows, "steps": 2 * EPOCH}
-    lines = run_recipe(folder, name, RECIPE.format(batch=BATCH, threads=THREADS, **settings))
+    lines = run_recipe(folder, name, RECIPE.format(batch=BATCH, **settings))
     tokens = sum(line["metrics"]["tokens"] for line in lines[EPOCH:])
     seconds = lines[-1]["time"] - lines[EPOCH - 1]["time"]
     return {"tokens_per_second": tokens / seconds, "tokens": tokens, "seconds": seconds}
@@ -88,20 +68,11 @@ def peer(folder: Path, seed: int) -> dict[str, Any]:
 
 
 def main(model_folder: str, rows_file: str, seed: int, micro: int = MICRO) -> None:
-    import torch
-
-    torch.set_num_threads(THREADS)
     from datasets import Dataset
     from PIL import Image
-    from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    from rlhf import bridge
-
-    bridge.register()
-    model, processor = bridge.load(model_folder)
-    processor.chat_template = processor.tokenizer.chat_template
-    rows = [json.loads(line) for line in Path(rows_file).read_text().splitlines()]
+    model, processor, rows = opened(model_folder, rows_file)
     data = Dataset.from_dict(
         {
             "prompt": [[{"role": "user", "content": row["messages"][0]["content"][1]["text"]}] for row in rows],
@@ -111,12 +82,6 @@ def main(model_folder: str, rows_file: str, seed: int, micro: int = MICRO) -> No
             "images": [[Image.open(Path(rows_file).parent / row["image"])] for row in rows],
         }
     )
-    ends: list[float] = []
-
-    class Clock(TrainerCallback):
-        def on_step_end(self, *_: object, **__: object) -> None:
-            ends.append(time.perf_counter())
-
     with tempfile.TemporaryDirectory() as output:
         settings = SFTConfig(
             output_dir=output,
@@ -124,21 +89,14 @@ def main(model_folder: str, rows_file: str, seed: int, micro: int = MICRO) -> No
             gradient_accumulation_steps=BATCH // micro,
             max_steps=2 * EPOCH,
             max_length=None,
-            report_to=[],
-            learning_rate=1e-6,
-            save_strategy="no",
-            use_cpu=True,
-            bf16=False,
             seed=seed,
-            gradient_checkpointing=False,
-            disable_tqdm=True,
+            **COMMON,
         )
         trainer = SFTTrainer(model=model, args=settings, train_dataset=data, processing_class=processor)
-        trainer.add_callback(Clock())
-        trainer.train()
+        ends = timed(trainer)
     print(json.dumps({"seconds": ends[-1] - ends[EPOCH - 1]}))
 
 
 if __name__ == "__main__":
-    os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="disabled", OMP_NUM_THREADS=str(THREADS))
+    quiet()
     main(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:]))
