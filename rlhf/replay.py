@@ -2,6 +2,7 @@
 
 RECORD/step-000003.json    what the step after version 3 saw of groups, with their scores, and which it learned from
 RECORD/media/SHA256        the bytes of their pictures
+RECORD/record.json         what a stage that replays them must share
 """
 
 from __future__ import annotations
@@ -83,11 +84,14 @@ class Recorded:
 class Replayed(Rollouts):
     """The groups of a record, in their order: nothing is sampled, scored or published."""
 
+    async def __aenter__(self) -> Self:
+        assert self.stage.replay is not None
+        _require_same(Path(self.stage.replay), settings(self.stage, self.context))
+        return await super().__aenter__()
+
     async def take(self, version: int) -> AsyncGenerator[Part]:
         assert self.stage.replay is not None
-        folder = Path(self.stage.replay)
-        _require_same(folder, settings(self.stage, self.context))
-        self.parts = await asyncio.to_thread(read_step, folder, version)
+        self.parts = await asyncio.to_thread(read_step, Path(self.stage.replay), version)
         self._require_rewards(self.parts)
         for part in self.parts:
             if part.kept:

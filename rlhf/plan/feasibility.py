@@ -185,7 +185,7 @@ def _data(recipe: Recipe, stage: Stage, earlier: list[Stage]) -> Iterator[str]:
             yield f"{key} {name!r} is no [data] source and no earlier synthesize stage; {nearest(name, known)}"
     if isinstance(stage, Optimised) and stage.eval_data in stage.data:
         yield f"it trains on {stage.eval_data!r}, which it is measured on; use another source for one of the two"
-    if stage.evaluate == "loss" and not isinstance(stage, Optimised):
+    if stage.evaluate == "loss" and not makes_model(stage):
         yield 'evaluate = "loss" needs the trainer, which this stage does not use; move it to an sft or rl stage'
     if stage.evaluate in ("judge", "loss") and stage.eval_data is None:
         yield f'evaluate = "{stage.evaluate}" needs eval_data: the source to measure on'
@@ -255,8 +255,6 @@ def _rl(recipe: Recipe, stage: Rl) -> Iterator[str]:
                 f"replay = {stage.replay!r} holds {steps} of the stage's {stage.steps} steps; name the folder that a "
                 "stage's `record` named, and lower `steps` to what it holds"
             )
-    if not stage.learn and stage.evaluate == "loss":
-        yield 'evaluate = "loss" needs the trainer, which a stage with learn = false does not use'
     if not stage.rewards:
         yield "rewards is empty: there is nothing to learn from; add [stages.rewards.NAME] with a function or a judge"
     for name, part in stage.rewards.items():
