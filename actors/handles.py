@@ -26,7 +26,7 @@ from rewards.base import Item, items_of
 from rlhf.agreement import Agreement, compare, localise
 from rlhf.architecture import base_of
 from rlhf.recipe import Deadlines
-from rlhf.roles import ActorLostError, SyncError, SyncReport
+from rlhf.roles import ActorLostError, SyncError
 from rlhf.types import Batch, Group, Probe, ProbeScores, Prompt, Publication, Sampling, Score, StepStats, TrainSpec
 
 T = TypeVar("T")
@@ -308,13 +308,11 @@ class TrainerHandle:
     async def values(self, batch: Batch, alone: bool = True) -> Mapping[str, tuple[float, ...]]:
         return await self._by_key("values", batch, alone)
 
-    async def publish(self, engine: EngineHandle, version: int) -> SyncReport:  # type: ignore[override]
+    async def publish(self, engine: EngineHandle, version: int) -> float:  # type: ignore[override]
         started = time.perf_counter()
         publication = (await self._all("publication", "sync", version))[0]
         await engine.load(publication)
-        sent = time.perf_counter()
-        metrics = await self._prove(engine, version)
-        return SyncReport(version, sent - started, time.perf_counter() - sent, metrics)
+        return time.perf_counter() - started
 
     async def save(self, folder: Path) -> None:
         await self._all("save", "save", str(folder))
@@ -328,14 +326,20 @@ class TrainerHandle:
 
     async def agree(self, engine: EngineHandle) -> Agreement:
         """How far the engine's live log-probs are from the trainer's on the probes; of several workers, the worst."""
-        # one after the other: on shared cores both at once would wait for each other's threads
-        expected = (await self._all("probe", "sync", self.probes))[0]
-        # from now on: a worker that dies while it is asked is replaced by one that must compute this
+        # at once, and beside what is sampled: neither side takes a core from the other
+        probing = asyncio.create_task(self._all("probe", "sync", self.probes, False))
+        try:
+            found = await engine.score(self.probes)
+            expected = (await probing)[0]
+        finally:
+            probing.cancel()
+            await asyncio.gather(probing, return_exceptions=True)
+        # from now on a worker that replaces a dead one must compute this
         engine.expected = (self.probes, expected)
-        agreements = [compare(expected, scores) for scores in await engine.score(self.probes)]
+        agreements = [compare(expected, scores) for scores in found]
         return max(agreements, key=lambda agreement: (not agreement.ok, agreement.max_gap))
 
-    async def _prove(self, engine: EngineHandle, version: int) -> dict[str, float]:
+    async def prove(self, engine: EngineHandle, version: int) -> Mapping[str, float]:  # type: ignore[override]
         agreement = await self.agree(engine)
         if not agreement.ok:
             ours, theirs = await asyncio.gather(

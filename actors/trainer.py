@@ -85,11 +85,11 @@ class TrainerRank:
         with self._threaded(alone):
             return self._critic.values(batch)
 
-    def probe(self, probes: Sequence[Probe]) -> ProbeScores:
-        """The trainer's log-probabilities on fixed sequences."""
+    def probe(self, probes: Sequence[Probe], alone: bool = True) -> ProbeScores:
+        """The trainer's log-probabilities on fixed sequences; `alone` as for `step`."""
         from rlhf.agreement import probe_model
 
-        with self._begun.evaluating() as (model, processor, visual):
+        with self._threaded(alone), self._begun.evaluating() as (model, processor, visual):
             return probe_model(model, processor, visual, probes)
 
     def fingerprints(self, probes: Sequence[Probe]) -> Any:

@@ -35,20 +35,20 @@ async def run(stage: Rl, context: Context, engine: Engine | None, judges: Mappin
     async with groups_of(stage, context, engine, judges, stream) as groups:
         lasting: dict[str, Restorable] = {"stream": stream, "rollouts": groups, "totals": totals}
         version = await resume(trainer, lasting, latest(checkpoints))
-        await groups.renew(trainer, version)
         while version < stage.steps:
             clock, learned = Clock(), list[StepStats]()
+            with clock("sync"):
+                await groups.renew(trainer, version)
             async with aclosing(groups.take(version)) as parts:
                 async for part in clock.waiting("rollout", parts):
+                    with clock("proof"):  # while the engine sampled; nothing is learned before
+                        sync = await groups.proven()
                     with clock("train"):
                         batch = await pack(stage, context, part, version)
                         learned.append(await trainer.step(batch, fresh=not learned, alone=part.alone))
-            stats = merged(learned)
-            sync = await groups.renew(trainer, version + 1)
-            version += 1
+            version, stats = version + 1, merged(learned)
             metrics = groups.metrics | dict(stats.metrics)
             totals.add(metrics, stats, sync)
-            clock.seconds |= {"sync": sync.seconds, "proof": sync.proof_seconds}
             context.log.log(version, metrics | gap_metrics(stats.gap) | dict(sync.metrics), clock.seconds | saving)
             saving = {}
             if version % stage.checkpoint_every == 0 and version < stage.steps:

@@ -63,8 +63,11 @@ class Recorded:
                 yield part
         await asyncio.to_thread(write_step, self._folder, version, self._groups.parts)
 
-    async def renew(self, trainer: Trainer, version: int) -> SyncReport:
-        return await self._groups.renew(trainer, version)
+    async def renew(self, trainer: Trainer, version: int) -> None:
+        await self._groups.renew(trainer, version)
+
+    async def proven(self) -> SyncReport:
+        return await self._groups.proven()
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -98,8 +101,11 @@ class Replayed(Rollouts):
                 yield part
         self._measure(self.parts)
 
-    async def renew(self, trainer: Trainer, version: int) -> SyncReport:  # noqa: ARG002 - there is no engine
-        return SyncReport(version, 0.0, 0.0, {})
+    async def renew(self, trainer: Trainer, version: int) -> None:  # noqa: ARG002 - there is no engine
+        self.serving = version
+
+    async def proven(self) -> SyncReport:
+        return SyncReport(self.serving, 0.0, 0.0, {})
 
 
 async def gather(stage: Rl, context: Context, engine: Engine | None, judges: Mapping[str, Judge]) -> dict[str, float]:

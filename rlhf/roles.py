@@ -73,9 +73,14 @@ class Trainer(Protocol):
         """What the critic says before each completion token of a sample, by sample key."""
         ...
 
-    async def publish(self, engine: Any, version: int) -> SyncReport:
-        """Send the weights to an engine of the same cast as `version` and prove that they arrived. Raises
-        SyncError."""
+    async def publish(self, engine: Any, version: int) -> float:
+        """Send the weights to an engine of the same cast, which then samples from them as `version`; returns the
+        seconds it took."""
+        ...
+
+    async def prove(self, engine: Any, version: int) -> Mapping[str, float]:
+        """Prove that what was published arrived, before the next step and while the engine may sample; returns what was
+        measured (sync_probe.*). Raises SyncError."""
         ...
 
     async def save(self, folder: Path) -> None: ...

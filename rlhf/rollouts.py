@@ -12,6 +12,7 @@ max_staleness S  up to S + 1 steps' groups are under way or waiting, while the t
 from __future__ import annotations
 
 import asyncio
+import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import aclosing
@@ -61,6 +62,7 @@ class Rollouts(ABC):
     parts: list[Part] = field(default_factory=list)  # of the step taken last, those without a signal included
     metrics: dict[str, float] = field(default_factory=dict)
     examples: list[Group] = field(default_factory=list)
+    proof: asyncio.Task[SyncReport] | None = None  # of the weights published last
     within_groups: bool = field(init=False)
     scorer: Scorer = field(init=False)
 
@@ -73,6 +75,8 @@ class Rollouts(ABC):
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        if self.proof is not None:
+            await ended([self.proof])
         await self.scorer.close()
 
     @abstractmethod
@@ -80,11 +84,21 @@ class Rollouts(ABC):
         """The parts of the step after `version`, an equal share of its prompts each, fewer groups when refills did not
         suffice; a part that has none is left out."""
 
-    async def renew(self, trainer: Trainer, version: int) -> SyncReport:
-        """Sample from the trainer's weights, as `version`, from now on."""
-        report = await trainer.publish(self.engine, version)
+    async def renew(self, trainer: Trainer, version: int) -> None:
+        """Sample from the trainer's weights, as `version`, from now on, while they are proven to have arrived."""
+        seconds = await trainer.publish(self.engine, version)
         self.serving = version
-        return report
+        self.proof = asyncio.create_task(self._prove(trainer, version, seconds))
+
+    async def proven(self) -> SyncReport:
+        """Wait until the weights published last are proven; nothing may be learned before. Raises SyncError."""
+        assert self.proof is not None
+        return await self.proof
+
+    async def _prove(self, trainer: Trainer, version: int, seconds: float) -> SyncReport:
+        started = time.perf_counter()
+        metrics = await trainer.prove(self.engine, version)
+        return SyncReport(version, seconds, time.perf_counter() - started, metrics)
 
     def state(self) -> dict[str, Any]:
         """JSON-able; see `restore`."""

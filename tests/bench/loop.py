@@ -22,7 +22,6 @@ from rlhf import online
 from rlhf.data.rows import read
 from rlhf.models import load_processor
 from rlhf.recipe import Deadlines, Recipe, Rl
-from rlhf.roles import SyncReport
 from rlhf.stage import Context
 from rlhf.types import Batch, Group, Prompt, Rollout, Sampling, Score, StepStats
 from tests.bench.workload import NATURAL, make
@@ -55,9 +54,12 @@ class Trainer:
     async def step(self, batch: Batch, fresh: bool = False, alone: bool = True) -> StepStats:
         return StepStats({"loss": 0.0, "tokens": float(batch.num_tokens)})
 
-    async def publish(self, engine: Any, version: int) -> SyncReport:
+    async def publish(self, engine: Any, version: int) -> float:
         self.version["now"] = version
-        return SyncReport(version, 0.0, 0.0, {})
+        return 0.0
+
+    async def prove(self, engine: Any, version: int) -> Mapping[str, float]:
+        return {}
 
 
 class Rewards:

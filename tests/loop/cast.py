@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rewards.base import evaluate, items_of, resolve
-from rlhf.roles import ActorLostError, SyncReport
+from rlhf.roles import ActorLostError
 from rlhf.types import Batch, Group, Probe, Prompt, Rollout, Sampling, Score, StepStats, TrainSpec
 
 
@@ -112,9 +112,12 @@ class FakeTrainer:
         """Half a point before every token."""
         return {s.key: (0.5,) * s.num_completion for part in batch.micro_batches[0] for s in part}
 
-    async def publish(self, engine: Any, version: int) -> SyncReport:
+    async def publish(self, engine: Any, version: int) -> float:
         engine.version = version
-        return SyncReport(version, 0.01, 0.01, {"sync_probe.max": 1e-6})
+        return 0.01
+
+    async def prove(self, engine: Any, version: int) -> Mapping[str, float]:
+        return {"sync_probe.max": 1e-6}
 
     async def save(self, folder: Path) -> None:
         folder.mkdir(parents=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from rlhf.roles import SyncError
 from rlhf.types import Batch, StepStats
 from tests.loop.cast import FakeCast, FakeEngine, FakeRewards, FakeTrainer, KilledError
 from tests.loop.test_curriculum import recipe, run
@@ -72,6 +73,60 @@ def test_tokens_of_another_version_end_the_run(prepared: Path, tmp_path: Path, m
     monkeypatch.setattr(FakeTrainer, "publish", late)
     with pytest.raises(RuntimeError, match="sampled with version 1 where the step learns from version 2"):
         improve(prepared, tmp_path / "run", "steps = 4")
+
+
+def test_weights_are_proven_while_the_engine_samples_and_before_anything_is_learned(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate, prove, step = FakeEngine.generate, FakeTrainer.prove, FakeTrainer.step
+    sampling, proven = dict[int, asyncio.Event](), [-1]
+
+    def begun(version: int) -> asyncio.Event:
+        return sampling.setdefault(version, asyncio.Event())
+
+    async def noted(engine: FakeEngine, prompts: Any, settings: Any) -> Any:
+        begun(engine.version).set()
+        return await generate(engine, prompts, settings)
+
+    async def late(trainer: FakeTrainer, engine: Any, version: int) -> Any:
+        await asyncio.wait_for(begun(version).wait(), 10)
+        for _ in range(100):
+            await asyncio.sleep(0)
+        proven.append(version)
+        return await prove(trainer, engine, version)
+
+    async def learning(trainer: FakeTrainer, batch: Batch, fresh: bool = False, alone: bool = True) -> StepStats:
+        if trainer.begun[-1].loss.kind != "nll":
+            assert proven[-1] == trainer.engine.version
+        return await step(trainer, batch, fresh)
+
+    monkeypatch.setattr(FakeEngine, "generate", noted)
+    monkeypatch.setattr(FakeTrainer, "prove", late)
+    monkeypatch.setattr(FakeTrainer, "step", learning)
+    improve(prepared, tmp_path / "run", "steps = 3")
+    assert proven == [-1, 0, 1, 2]
+
+
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_nothing_is_learned_from_weights_that_did_not_arrive(
+    staleness: int, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prove, step, learned = FakeTrainer.prove, FakeTrainer.step, [0]
+
+    async def wrong(trainer: FakeTrainer, engine: Any, version: int) -> Any:
+        if version == 2:
+            raise SyncError("version 2: layers.0.mlp")
+        return await prove(trainer, engine, version)
+
+    async def counted(trainer: FakeTrainer, batch: Batch, fresh: bool = False, alone: bool = True) -> StepStats:
+        learned[0] += trainer.begun[-1].loss.kind != "nll"
+        return await step(trainer, batch, fresh)
+
+    monkeypatch.setattr(FakeTrainer, "prove", wrong)
+    monkeypatch.setattr(FakeTrainer, "step", counted)
+    with pytest.raises(SyncError, match="version 2"):
+        improve(prepared, tmp_path / "run", f"steps = 4, updates_per_step = 1, max_staleness = {staleness}")
+    assert learned == [2]
 
 
 def test_groups_are_the_same_however_long_scoring_takes(
