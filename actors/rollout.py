@@ -348,6 +348,7 @@ class RolloutWorker:
                 tensor_parallel_size=settings.tensor_parallel,
                 kv_cache_memory_bytes=int(settings.kv_cache_gib * 2**30),
                 enforce_eager=on_cpu,
+                ir_op_priority={"rms_norm": [vllm_plugin.CPU_NORM]} if on_cpu else {},
                 logprobs_mode="processed_logprobs",
                 logits_processors=["actors.masking:TokenMask"] if settings.masked_tokens else None,
                 additional_config={"masked_tokens": list(settings.masked_tokens)},

@@ -35,10 +35,18 @@ Unit = tuple[Sample, ...]  # samples that go into one micro-batch together
 Asked = tuple[tuple[int, ...], tuple[Media, ...]]
 
 
-def make_batch(samples: Sequence[Sample], ranks: int, token_budget: int, index: int = 0, packed: bool = False) -> Batch:
-    """Cut the samples of optimizer step `index` over `ranks` ranks balanced by tokens, each rank into micro-batches of
-    at most token_budget tokens. `packed`: without padding, and a prompt that several samples share counts once, since
-    they stay together; else rows × longest row, longest first, with little padding.
+def make_batch(
+    samples: Sequence[Sample],
+    ranks: int,
+    token_budget: int,
+    index: int = 0,
+    packed: bool = False,
+    image_token: int | None = None,
+) -> Batch:
+    """Cut the samples of optimizer step `index` over `ranks` ranks, balanced by tokens and, where `image_token` is the
+    id that stands for them, by visual tokens (SAIL-VL2, visual packing); each rank into micro-batches of at most
+    token_budget tokens. `packed`: without padding, and a prompt that several samples share counts once, since they stay
+    together; else rows × longest row, longest first, with little padding.
 
     Every rank has the same number of micro-batches; one that ran out gets empty ones. Rows of weight 0 are kept (they
     cost a forward pass, and their place must not depend on the weight) but count in no denominator.
@@ -51,13 +59,8 @@ def make_batch(samples: Sequence[Sample], ranks: int, token_budget: int, index: 
     # no rank has to wait for one that holds a whole family
     share = math.ceil(sum(map(_length, samples)) / ranks)
     units = _families(samples, token_budget, share) if packed else [(sample,) for sample in samples]
-    shares: list[list[Unit]] = [[] for _ in range(ranks)]
-    loads = [0] * ranks
-    # longest first onto the least loaded rank: within 4/3 of the best balance (Graham 1969); sort is stable
-    for unit in sorted(units, key=_tokens, reverse=True):
-        rank = loads.index(min(loads))
-        shares[rank].append(unit)
-        loads[rank] += _tokens(unit)
+    units.sort(key=_tokens, reverse=True)
+    shares = _share_out(units, ranks, image_token)
     if packed:
         cut = [_fill(share, token_budget) for share in shares]
     else:
@@ -70,6 +73,21 @@ def make_batch(samples: Sequence[Sample], ranks: int, token_budget: int, index: 
         num_rows=len(counted),
         index=index,
     )
+
+
+def _share_out(units: Sequence[Unit], ranks: int, image_token: int | None) -> list[list[Unit]]:
+    """The units of each rank, in their order. The vision encoder works on pictures, the decoder on all tokens, and a
+    rank that has more of either is waited for."""
+    found = np.array([(_tokens(unit), unit[0].token_ids.count(image_token)) for unit in units], dtype=np.float64)
+    sizes = found / np.maximum(found.sum(0), 1)  # of all tokens, and of all visual tokens
+    loads = np.zeros((ranks, 2))
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    # largest first, to the rank that it leaves least loaded: of one kind within 4/3 of the best balance (Graham 1969)
+    for place in np.argsort(-sizes.max(1), kind="stable"):
+        rank = int(np.argmin((loads + sizes[place]).max(1)))
+        shares[rank].append(int(place))
+        loads[rank] += sizes[place]
+    return [[units[place] for place in sorted(mine)] for mine in shares]
 
 
 def _families(samples: Sequence[Sample], token_budget: int, share: int) -> list[Unit]:

@@ -45,7 +45,8 @@ class Context:
     def batch(self, samples: Sequence[Sample], index: int = 0) -> Batch:
         """The samples of optimizer step `index`, cut for the trainer's ranks."""
         resources = self.recipe.resources
-        return make_batch(samples, resources.trainer_ranks, resources.token_budget, index, self._packed)
+        ranks, budget, pictures = resources.trainer_ranks, resources.token_budget, self.processor.image_token_id
+        return make_batch(samples, ranks, budget, index, self._packed, pictures)
 
     @cached_property
     def _packed(self) -> bool:

@@ -122,6 +122,32 @@ def test_ranks_are_balanced_by_tokens():
     assert max(loads) - min(loads) <= 40
 
 
+IMAGE = 99
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+def test_ranks_get_like_shares_of_tokens_and_of_visual_tokens(ranks: int, packed: bool):
+    """Long rows of text beside short ones that are nearly all picture: by tokens alone some ranks would get few."""
+    for seed in range(10):
+        pick = random.Random(seed)
+        sizes = [pick.choice([4, 8, 16]) for _ in range(60)]
+        pictures = [Sample(f"image/{i}", (IMAGE,) * size + (i, 2, 3), size + 1) for i, size in enumerate(sizes)]
+        samples = [*pictures, *(replace(row, token_ids=row.token_ids * 3) for row in rows(60, seed))]
+        batch = make_batch(samples, ranks, 400, packed=packed, image_token=IMAGE)
+        assert sorted(keys(batch)) == sorted(s.key for s in samples)
+        mine = [[s for part in parts for s in part] for parts in batch.micro_batches]
+        visual = [sum(s.token_ids.count(IMAGE) for s in samples) for samples in mine]
+        assert max(visual) - min(visual) <= 16
+        every = [sum(len(s.token_ids) for s in samples) for samples in mine]
+        assert max(every) - min(every) <= 120
+
+
+def test_visual_tokens_change_nothing_for_one_rank_or_where_there_are_none():
+    for ranks, samples in ((1, [replace(s, token_ids=(IMAGE, *s.token_ids)) for s in rows(40)]), (3, rows(40))):
+        assert make_batch(samples, ranks, 100, image_token=IMAGE) == make_batch(samples, ranks, 100)
+
+
 def test_rows_of_weight_zero_stay_but_count_for_nothing():
     samples = rows(4)
     batch = make_batch([*samples[:3], replace(samples[3], weight=0.0)], 1, 400)
