@@ -122,7 +122,7 @@ class Rollouts(ABC):
     async def _held_back(self, groups: list[Group], version: int, index: int) -> list[Group]:
         """The groups with what their divergence from the reference costs taken off their scores."""
         kl = self.stage.kl
-        if kl is None or kl.place != "reward":
+        if kl is None or kl.place != "reward" or not groups:
             return groups
         batch = self.context.batch(samples_of(groups, version), index)
         found = await self.context.actors.trainer.divergences(batch, kl.chosen)
@@ -254,18 +254,17 @@ class Ahead(Rollouts):
         room = stage.prompts_per_step * min(stage.max_staleness + 1, stage.steps - version)
         for index in range(stage.updates_per_step):
             kept, seen = list[Group](), list[Group]()
-            while len(kept) < share and len(seen) < share * (1 + stage.refill_rounds):
+            while len(kept) < share and (left := share * (1 + stage.refill_rounds) - len(seen)) > 0:
                 self._ask(room - taken)
-                group = await self._oldest()
-                lag = version - min(v for rollout in group.rollouts for v in rollout.versions)
-                if lag > stage.max_staleness:
-                    dropped += 1
-                    continue
-                lags.append(lag)
-                seen += await self._held_back([group], version, index)
-                kept += [seen[-1]] if self._teaches(seen[-1]) else []
+                found = await self._oldest(min(left, share - len(kept)))
+                behind = [version - min(v for rollout in group.rollouts for v in rollout.versions) for group in found]
+                fresh = [group for group, lag in zip(found, behind, strict=True) if lag <= stage.max_staleness]
+                lags += [lag for lag in behind if lag <= stage.max_staleness]
+                dropped += len(found) - len(fresh)
+                seen += (scored := await self._held_back(fresh, version, index))
+                kept += (teaching := [group for group in scored if self._teaches(group)])
                 # where groups are refilled, one that teaches nothing makes room for another
-                taken += 1 if self._teaches(seen[-1]) or not stage.refill_rounds else 0
+                taken += len(teaching if stage.refill_rounds else scored)
             parts.append(Part(index, kept, seen))
             self._require_rewards(parts)
             if kept:
@@ -306,13 +305,18 @@ class Ahead(Rollouts):
         if not scored.cancelled():
             self.finished.put_nowait((number, scored.exception() or scored.result()))
 
-    async def _oldest(self) -> Group:
-        """Of the groups that are finished, the one asked for first; when there is none, the next to finish."""
-        number, found = await self.finished.get()
-        del self.drawn[number]
-        if isinstance(found, BaseException):
-            raise found
-        return found
+    async def _oldest(self, most: int) -> list[Group]:
+        """Of the groups that are finished, those asked for first; when there is none, the next to finish."""
+        ready = [await self.finished.get()]
+        while len(ready) < most and not self.finished.empty():
+            ready.append(self.finished.get_nowait())
+        groups = list[Group]()
+        for number, found in ready:
+            del self.drawn[number]
+            if isinstance(found, BaseException):
+                raise found
+            groups.append(found)
+        return groups
 
 
 @dataclass

@@ -403,6 +403,26 @@ def test_a_divergence_is_taken_off_the_reward_before_rollouts_are_compared(prepa
     assert len({sample.key for sample in samples}) == len(samples)
 
 
+def test_groups_that_wait_ahead_are_held_to_the_reference_together(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    diverge, rows = FakeTrainer.divergences, list[int]()
+
+    async def counted(trainer: FakeTrainer, batch: Batch, estimator: str) -> Any:
+        rows.append(batch.num_rows)
+        return await diverge(trainer, batch, estimator)
+
+    monkeypatch.setattr(FakeTrainer, "divergences", counted)
+    kl = "kl = {weight = 0.01, place = 'reward'}"
+    settings = f"steps = 4, updates_per_step = 1, group_size = 2, refill_rounds = 0, max_staleness = 1, {kl}"
+    improve(prepared, tmp_path / "run", settings)
+    lines = (tmp_path / "run" / "stages" / "08-rl-verifiable" / "steps.jsonl").read_text().splitlines()
+    for metrics in (json.loads(line)["metrics"] for line in lines):
+        assert metrics["reward.kl"] == pytest.approx(-0.01 * metrics["tokens.mean"])
+    assert sum(rows) == 4 * 2 * share_of(1)
+    assert len(rows) < 4 * share_of(1)
+
+
 @pytest.mark.parametrize("staleness", [0, 2])
 def test_an_engine_that_fails_ends_the_stage_by_its_own_error(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, staleness: int
