@@ -22,7 +22,9 @@ async def weigh(stage: Preference, trainer: Trainer, batch: Batch) -> tuple[Batc
     whose chosen reply is preferred, the margin β Δ, and the implicit rewards β log π/π_ref of both kinds."""
     said = await trainer.logprobs(batch)
     rewards = {key: stage.beta * (math.fsum(own) - math.fsum(reference)) for key, (own, reference) in said.items()}
-    names = [key.removesuffix(CHOSEN) for key in said if key.endswith(CHOSEN)]
+    keys = [sample.key for rank in batch.micro_batches for part in rank for sample in part]
+    # small data may bring a pair twice into a step; it then counts twice, as its gradient does
+    names = [key.removesuffix(CHOSEN) for key in keys if key.endswith(CHOSEN)]
     margins = {name: rewards[name + CHOSEN] - rewards[name + REJECTED] for name in names}
 
     def weighed(sample: Sample) -> Sample:
@@ -32,14 +34,12 @@ async def weigh(stage: Preference, trainer: Trainer, batch: Batch) -> tuple[Batc
         slope = 2 * stage.beta * ((1 - stage.smoothing) * sigmoid(-margin) - stage.smoothing * sigmoid(margin))
         return replace(sample, advantage=slope if chosen else -slope, logprobs=said[sample.key][0])
 
-    losses = [
-        -(1 - stage.smoothing) * log_sigmoid(margin) - stage.smoothing * log_sigmoid(-margin)
-        for margin in margins.values()
-    ]
+    found = [margins[name] for name in names]
+    losses = [-(1 - stage.smoothing) * log_sigmoid(margin) - stage.smoothing * log_sigmoid(-margin) for margin in found]
     metrics = {
         "loss": math.fsum(losses) / len(losses),
-        "accuracy": sum(margin > 0 for margin in margins.values()) / len(margins),
-        "margin": math.fsum(margins.values()) / len(margins),
+        "accuracy": sum(margin > 0 for margin in found) / len(found),
+        "margin": math.fsum(found) / len(found),
         "reward.chosen": math.fsum(rewards[name + CHOSEN] for name in names) / len(names),
         "reward.rejected": math.fsum(rewards[name + REJECTED] for name in names) / len(names),
     }

@@ -72,6 +72,17 @@ def test_weights_and_metrics_by_hand() -> None:
         assert log_sigmoid(value) == pytest.approx(float(torch.nn.functional.logsigmoid(torch.tensor(value).double())))
 
 
+KNOWN = (("a", "chosen", 0.0), ("a", "rejected", -2.0), ("b", "chosen", -1.0), ("b", "rejected", 0.0))
+
+
+def test_a_pair_that_comes_twice_counts_twice() -> None:
+    said = {f"{name}/{kind}": ((value,), (0.0,)) for name, kind, value in KNOWN}
+    batch = make_batch(pair("a", 1, 1) + pair("b", 1, 1) + pair("b", 1, 1), 1, 64)
+    _, metrics = asyncio.run(weigh(stage(beta=1.0), Said(said), batch))
+    assert metrics["accuracy"] == pytest.approx(1 / 3)
+    assert metrics["margin"] == pytest.approx((2.0 - 1.0 - 1.0) / 3)
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_the_gradient_is_that_of_the_loss(smoothing) -> None:
     torch.manual_seed(0)
