@@ -89,7 +89,8 @@ def _stage(recipe: Recipe, stage: Stage, architecture: Architecture, engines: tu
         steps, rows = stage.steps, 2 * stage.batch_size
     elif isinstance(stage, Rl):
         rollouts_per_step = stage.prompts_per_step * stage.group_size
-        steps, rows = stage.steps * stage.updates_per_step, rollouts_per_step // stage.updates_per_step
+        if stage.learn:
+            steps, rows = stage.steps * stage.updates_per_step, rollouts_per_step // stage.updates_per_step
         rollouts = stage.steps * rollouts_per_step if stage.replay is None else 0
     elif isinstance(stage, Synthesize):
         rollouts = stage.prompts * stage.samples

@@ -537,7 +537,8 @@ def test_records_and_replays_fit_together(tmp_path: Path) -> None:
     record, improve = f"'{tmp_path / 'record'}'", "stages.improve"
     with pytest.raises(PlanError, match=r"holds 0 of the stage's \d+ steps; name the folder"):
         plan(f"{improve}.replay = {record}")
-    assert plan(f"{improve}.record = {record}", f"{improve}.learn = false", f"{improve}.evaluate = 'none'")
+    made = plan(f"{improve}.record = {record}", f"{improve}.learn = false", f"{improve}.evaluate = 'none'")
+    assert next(stage.optimizer_steps for stage in made.stages if stage.name == "improve") == 0
     for gate in ("sync_probe.max", "model.parameters", "logprob_gap.p999"):
         with pytest.raises(PlanError, match="which this stage does not measure"):
             plan(
