@@ -11,6 +11,8 @@ from itertools import pairwise
 
 Point = tuple[float, float]
 
+TONES = ("part1", "part2", "part3", "part4", "part5")  # of lines in one chart that are alike
+
 
 @dataclass(frozen=True)
 class Series:
@@ -301,3 +303,13 @@ def _hover(
 
 def _superscript(exponent: int) -> str:
     return str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+def legend(series: Sequence[Series]) -> str:
+    """Which line is which, where there are several."""
+    shown = [line for line in series if line.style != "faint"]
+    if len(shown) < 2:
+        return ""
+    return '<div class="legend">' + "".join(
+        f'<span><i class="key {line.style} tone-{line.tone}"></i>{escape(line.label)}</span>' for line in shown
+    ) + "</div>"  # fmt: skip

@@ -3,13 +3,14 @@ can I trust it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from rlhf.report.charts import Axis, Series, lanes, line_chart, number, percent, smooth, sparkline
+from rlhf.report.charts import TONES, Axis, Series, lanes, legend, line_chart, number, percent, smooth, sparkline
 from rlhf.report.run import KINDS, RunView, StageView
 from rlhf.report.samples import card, followed, gallery, is_right, watch
+from rlhf.report.trust import trust
 from rlhf.tracking import duration
 
 _STATES = {
@@ -22,7 +23,6 @@ _STATES = {
 _PHASES = ("data", "rollout", "reward", "train", "sync", "proof", "checkpoint")
 _REST = "exams, sampling and set-up"
 _MODES = (("think", "thinking first"), ("direct", "answering at once"))
-_TONES = ("part1", "part2", "part3", "part4", "part5")
 _THEME_SCRIPT = (
     "document.getElementById('theme').onclick=function(){var r=document.documentElement,"
     "d=r.dataset.theme||(matchMedia('(prefers-color-scheme: dark)').matches?'dark':'light');"
@@ -38,7 +38,7 @@ def render(run: RunView) -> str:
         ("accuracy", "Accuracy", "How well it answers", _accuracy(run)),
         ("watch", "Watch", "Watch one question through the stages", _watch(run)),
         ("curves", "Curves", "Learning curves", _curves(run)),
-        ("trust", "Trust", "Can the numbers be trusted?", _trust(run)),
+        ("trust", "Trust", "Can the numbers be trusted?", trust(run)),
         ("time", "Time", "Where the time went", _time(run)),
         ("stages", "Gates", "Stages and their gates", _table(run)),
         ("lineage", "Lineage", "Which model came from which", _lineage(run)),
@@ -231,7 +231,7 @@ def _accuracy(run: RunView) -> str:
         "and without. "
         "Each question is asked several times; the shaded interval is the 95 % confidence, hollow circles "
         "are the single most "
-        f"likely (greedy) answer.</p>{_legend(series)}"
+        f"likely (greedy) answer.</p>{legend(series)}"
         f'<div class="wide">{wide}</div><div class="narrow">{narrow}</div>{_quality(examined)}'
     )
 
@@ -313,7 +313,7 @@ def _curves(run: RunView) -> str:
         figures.append(
             f"<figure><figcaption><b>{stage.number}. {escape(stage.name)}</b>"
             f"<span>{_count(int(last), 'step')}</span></figcaption>"
-            f"{_legend(series)}{chart}<details><summary>{_count(len(names), 'metric')}</summary>"
+            f"{legend(series)}{chart}<details><summary>{_count(len(names), 'metric')}</summary>"
             f'<ul class="sparks">{sparks}</ul></details></figure>'
         )
     if not figures:
@@ -350,136 +350,13 @@ def _main_curve(stage: StageView, names: Sequence[str]) -> tuple[list[Series], A
         if name.startswith("reward.") and name != main and not name.endswith((".std", ".max", ".min"))
     ]
     series = [Series(main, "muted", points, style="faint")]
-    for tone, name in zip(_TONES, parts, strict=False):
+    for tone, name in zip(TONES, parts, strict=False):
         series.append(Series(name.removeprefix("reward."), tone, smooth(stage.curve(name)), style="thin"))
     series.append(Series("reward, all parts", "main", bold))
     for mode, label in _MODES:
         if evaluated := stage.curve(f"eval.{mode}.accuracy"):
             series.append(Series(f"held-out, {label}", mode, evaluated, style="dots"))
     return series, Axis("mean reward", number)
-
-
-def _trust(run: RunView) -> str:
-    panels = [*_judge_panel(run), *_engine_panels(run)]
-    return f'<div class="figures">{"".join(panels)}</div>' if panels else ""
-
-
-def _judge_panel(run: RunView) -> list[str]:
-    """How good the judge is, on each kind of chains it was measured on."""
-    exams = []
-    for stage in run.stages:
-        scores = [(name, stage.metric(f"judge.{name}")) for name in ("precision", "recall", "kappa")]
-        meters = "".join(
-            f'<li><span>{name}</span><span class="meter"><i style="width:{100 * min(max(value, 0), 1):.0f}%"></i>'
-            f"</span><b>{number(value)}</b></li>"
-            for name, value in scores
-            if value is not None
-        )
-        if meters:
-            on = f" on the rows of <em>{escape(stage.measured_on)}</em>" if stage.measured_on else ""
-            exams.append(f'<h4>{escape(stage.name)}{on}</h4><ul class="meters">{meters}</ul>')
-    if not exams:
-        return []
-    return [
-        "<figure><figcaption><b>The judge</b></figcaption>"
-        "<p>A second model reads each chain of thought and says whether it is sound. Precision: of the chains it calls "
-        "sound, how many are. Recall: of the sound ones, how many it finds. Kappa: agreement beyond chance.</p>"
-        f"{''.join(exams)}</figure>"
-    ]
-
-
-def _engine_panels(run: RunView) -> list[str]:
-    panels = []
-    gaps = _by_stage(run, "logprob_gap.p999")
-    finals = _facts(run, AGREEMENT)
-    if gaps or finals:
-        chart = (
-            _legend(gaps)
-            + line_chart(
-                gaps,
-                Axis("nats (log scale)", number, log=True),
-                summary="Log-probability gap, 99.9th percentile, over steps",
-            )
-            if gaps
-            else ""
-        )
-        panels.append(
-            "<figure><figcaption><b>Do the two engines agree?</b></figcaption><p>One program writes the answers, "
-            "another "
-            "learns from them. Both compute the probability of every word; the gap between them should stay tiny.</p>"
-            f"{chart}{finals}"
-            "<p><small>A nat is a factor of 2.7 in probability; 10⁻⁴ of it is a hundredth of a percent. Router tie: "
-            "two experts of the mixture score alike, and rounding decides. Clipping keeps one step from moving a "
-            "word's probability far.</small></p>"
-            "</figure>"
-        )
-    syncs = [
-        Series(stage.name, tone, points)
-        for tone, stage in zip(
-            _TONES, [s for s in run.stages if any(v for _, v in s.curve("sync", "seconds"))], strict=False
-        )
-        if (points := stage.curve("sync", "seconds"))
-    ]
-    if syncs:
-        panels.append(
-            "<figure><figcaption><b>Handing over new weights</b></figcaption><p>After each step the writer gets "
-            "the learner's "
-            f"weights; this is how long that took.</p>{_legend(syncs)}"
-            + line_chart(syncs, Axis("seconds", number, 0.0), summary="Seconds of each weight sync over steps")
-            + "</figure>"
-        )
-    routed = _facts(run, ROUTERS)
-    if routed:
-        panels.append(
-            "<figure><figcaption><b>Are all experts used?</b></figcaption><p>The model has several experts a layer, "
-            "and sends each word to a few of them. If some were never chosen, they would have learned nothing.</p>"
-            f"{routed}"
-            "</figure>"
-        )
-    return panels
-
-
-ROUTERS = {
-    "router_entropy": "how evenly experts are chosen, least even layer (1: alike)",
-    "router_dead": "experts that no word of a step chose (number)",
-}
-AGREEMENT = {
-    "logprob_gap.p999": "gap, 99.9th percentile",
-    "logprob_gap.share_above_1e-4": "share of tokens above 10⁻⁴",
-    "logprob_gap.flips": "of these, at a router tie (number)",
-    "sync_probe.max": "worst gap on fixed texts after a hand-over",
-    "rl.clip_fraction": "share of tokens whose update was clipped",
-}
-
-
-def _facts(run: RunView, labels: Mapping[str, str]) -> str:
-    """A small table of final measures, a column a stage that has any."""
-
-    def final(stage: StageView, name: str) -> float | None:
-        found = (stage.metric(kind + name) for kind in ("", "rl.", "train."))
-        return next((value for value in found if value is not None), None)
-
-    stages = [stage for stage in run.stages if any(final(stage, name) is not None for name in labels)]
-    if not stages:
-        return ""
-    rows = []
-    for name, label in labels.items():
-        values = [final(stage, name) for stage in stages]
-        if any(value is not None for value in values):
-            shown = _tiny_share if name in ("logprob_gap.share_above_1e-4", "rl.clip_fraction") else number
-            cells = "".join(f"<td>{'–' if value is None else shown(value)}</td>" for value in values)
-            rows.append(f'<tr><th scope="row">{label}</th>{cells}</tr>')
-    heads = "".join(f'<th scope="col">{escape(stage.name)}</th>' for stage in stages)
-    return f'<table class="facts"><thead><tr><td></td>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
-
-
-def _tiny_share(value: float) -> str:
-    return percent(value) if value >= 0.01 else f"{100 * value:.2g} %"
-
-
-def _by_stage(run: RunView, name: str) -> list[Series]:
-    found = [(stage.name, points) for stage in run.stages if (points := stage.curve(name))]
-    return [Series(stage, tone, points) for tone, (stage, points) in zip(_TONES, found, strict=False)]
 
 
 def _time(run: RunView) -> str:
@@ -596,15 +473,6 @@ def _footer(run: RunView) -> str:
         f'<footer><div class="machine">{facts}</div><p>Made by <b>rlhf report</b>. This page is one file and '
         "loads nothing.</p></footer>"
     )
-
-
-def _legend(series: Sequence[Series]) -> str:
-    shown = [line for line in series if line.style != "faint"]
-    if len(shown) < 2:
-        return ""
-    return '<div class="legend">' + "".join(
-        f'<span><i class="key {line.style} tone-{line.tone}"></i>{escape(line.label)}</span>' for line in shown
-    ) + "</div>"  # fmt: skip
 
 
 def _state_mark(stage: StageView) -> str:
