@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -158,23 +158,21 @@ class EngineHandle:
         for worker in self.workers:
             ray.kill(worker)
 
-    async def load(self, publication: Publication) -> None:
-        """Give every worker a publication, and remember it for workers that have to be started again."""
+    async def load(self, published: Awaitable[Publication]) -> None:
+        """Give every worker what is published, and remember it for workers that have to be started again."""
+        async with self.restarting:  # one that is being started takes the weights of before, which this writes over
+            self.refit, self.expected = partial(self._fetch, await published), None
+        await self._refit_all()
 
-        async def refit(worker: Any) -> None:
-            call = worker.fetch.remote(publication)
-            await within(self.deadlines.sync, "sync", f"engine {self.name!r} loading weights", call)
-
-        await self._refit_all(refit)
+    async def _fetch(self, publication: Publication, worker: Any) -> None:
+        call = worker.fetch.remote(publication)
+        await within(self.deadlines.sync, "sync", f"engine {self.name!r} loading weights", call)
 
     async def open(self, folder: Path) -> None:
         """Give every worker an artifact's weights, proven by the probe scores that lie beside them."""
-
-        async def refit(worker: Any) -> None:
-            call = worker.open.remote(str(folder), 0)
-            await within(self.deadlines.sync, "sync", f"engine {self.name!r} loading {folder}", call)
-
-        await self._refit_all(refit)
+        async with self.restarting:
+            self.refit, self.expected = partial(self._open, folder), None
+        await self._refit_all()
         self.folder = folder
         await self.prove_artifact()
 
@@ -207,12 +205,15 @@ class EngineHandle:
         call = self.workers[0].fingerprints.remote(probes)
         return await within(self.deadlines.sync, "sync", f"engine {self.name!r} fingerprints", call)
 
-    async def _refit_all(self, refit: Callable[[Any], Awaitable[None]]) -> None:
-        async with self.restarting:  # one that is being started takes the weights of before
-            self.refit, self.expected = refit, None
+    async def _open(self, folder: Path, worker: Any) -> None:
+        call = worker.open.remote(str(folder), 0)
+        await within(self.deadlines.sync, "sync", f"engine {self.name!r} loading {folder}", call)
+
+    async def _refit_all(self) -> None:
+        assert self.refit is not None
         for index, worker in enumerate(self.workers):
             try:
-                await refit(worker)
+                await self.refit(worker)
             except LOST:
                 await self._restart(index, worker)
 
@@ -284,6 +285,7 @@ class TrainerHandle:
 
     ranks: list[Any]
     deadlines: Deadlines
+    transport: str = "cpu"  # of what is published
     probes: Sequence[Probe] = ()
 
     async def begin(self, spec: TrainSpec, probes: Sequence[Probe]) -> Mapping[str, float]:
@@ -310,9 +312,12 @@ class TrainerHandle:
 
     async def publish(self, engine: EngineHandle, version: int) -> float:  # type: ignore[override]
         started = time.perf_counter()
-        publication = (await self._all("publication", "sync", version))[0]
-        await engine.load(publication)
+        await engine.load(self._publication(version))
         return time.perf_counter() - started
+
+    async def _publication(self, version: int) -> Publication:
+        publication: Publication = (await self._all("publication", "sync", version, self.transport))[0]
+        return publication
 
     async def save(self, folder: Path) -> None:
         await self._all("save", "save", str(folder))

@@ -11,6 +11,7 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from actors.artifacts import read_weights
 from actors.handles import CALLS, EngineHandle, RewardsHandle, TrainerHandle, reason, within
 from actors.reward import RewardWorker
 from actors.rollout import EngineSettings, RolloutWorker
+from actors.shared import Owner
 from actors.trainer import TrainerRank
 from rlhf.architecture import GIB, base_of, from_folder
 from rlhf.models import architecture_as_saved, load_processor, masked_ids
@@ -44,20 +46,25 @@ class RolloutActor(RolloutWorker):
         """Load an artifact's weights from its folder; returns the engine's seconds."""
         weights = read_weights(Path(folder))
         names = {name: tuple(array.shape) for name, array in weights}
-        return self.load(Publication(version, "cpu", (), names), [weights]).seconds
+        return self.load(Publication(version, self.settings.transport, (), names), [weights]).seconds
 
 
 class TrainerActor(TrainerRank):
-    """A trainer rank that puts its weights into the object store."""
+    """A trainer rank that hands out its weights, in shared memory or through the object store."""
 
-    def publication(self, version: int) -> Publication | None:
-        """Rank 0's answer holds the references; the other ranks only take part in gathering."""
+    def publication(self, version: int, transport: str) -> Publication | None:
+        """Rank 0's answer holds the buckets; the other ranks only take part in gathering."""
         names: dict[str, tuple[int, ...]] = {}
-        references = []
+        sent: list[Any] = []
         for bucket in self.buckets(BUCKET_BYTES):
             names |= {name: tuple(array.shape) for name, array in bucket}
-            references.append(ray.put(bucket))
-        return Publication(version, "cpu", tuple(references), names)
+            sent.append(self._shared.put(len(sent), bucket) if transport == "shm" else ray.put(bucket))
+        self._shared.trim(len(sent))
+        return Publication(version, transport, tuple(sent), names)
+
+    @cached_property
+    def _shared(self) -> Owner:
+        return Owner()
 
 
 @ray.remote(num_cpus=0)
@@ -207,10 +214,11 @@ def cluster_of(address: str) -> Cluster:
     ray.init(address=address, log_to_driver=False, configure_logging=False)
     try:
         found = ray.cluster_resources()
+        nodes = sum(bool(node["Alive"]) for node in ray.nodes())
     finally:
         ray.shutdown()
     memory = found.get("memory", 0.0) + found.get("object_store_memory", 0.0)
-    return Cluster(int(found.get("CPU", 0)), memory / GIB, int(found.get("GPU", 0)))
+    return Cluster(int(found.get("CPU", 0)), memory / GIB, int(found.get("GPU", 0)), nodes=nodes)
 
 
 @contextlib.asynccontextmanager
@@ -229,7 +237,7 @@ async def launch(recipe: Recipe, plan: Plan, address: str | None = None) -> Asyn
         ranks = await placement.trainer()
         workers = [placement.reward(index) for index in range(recipe.resources.reward_workers)]
         rewards = RewardsHandle(placement.reward, recipe.deadlines, workers)
-        yield Cast(placement, TrainerHandle(ranks, recipe.deadlines), rewards)
+        yield Cast(placement, TrainerHandle(ranks, recipe.deadlines, plan.transport), rewards)
     except RayActorError as error:  # a process that nobody replaces; Ray's error is no RuntimeError
         raise RuntimeError(f"a process of the run died: {reason(error)}") from error
     finally:

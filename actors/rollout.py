@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from PIL import Image
 
+from actors.shared import Reader, SharedBucket
 from rlhf.recipe import Implementation
 from rlhf.roles import ActorLostError
 from rlhf.types import Finish, Group, Media, Probe, ProbeScores, Prompt, Publication, Rollout, Sampling
@@ -129,6 +130,7 @@ class RolloutWorker:
         self._paused = False
         self._closed = False
         self._error: BaseException | None = None
+        self._reader = Reader()
         self._decoded = lru_cache(maxsize=DECODED_IMAGES)(_decode)
         ready: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, args=(ready,), name="engine", daemon=True)
@@ -513,12 +515,13 @@ class RolloutWorker:
         try:
             rpc("start_weight_update", timeout=deadline)
             for bucket in buckets:
-                data = weights.fetch(bucket, deadline)
+                data = weights.fetch(bucket, self._reader, deadline)
                 rpc("update_weights", timeout=deadline, args=(self._transport.update(data, publication.names),))
             rpc("finish_weight_update", timeout=deadline)
         except Exception as error:
             self._error = error  # half of the weights are new: this engine must not answer again
             raise
+        self._reader.keep(bucket for bucket in buckets if isinstance(bucket, SharedBucket))
         self._forget()
         self._version = publication.version
         return LoadReport(publication.version, time.perf_counter() - start)

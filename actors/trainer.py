@@ -24,9 +24,8 @@ from torch import Tensor
 from actors.critic import Critic
 from actors.learner import TrainInfo
 from actors.policy import Policy
+from actors.shared import Bucket
 from rlhf.types import Batch, Probe, ProbeScores, StepStats, TrainSpec
-
-Bucket = list[tuple[str, np.ndarray]]
 
 CRITIC = "critic"  # where a checkpoint has it
 

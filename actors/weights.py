@@ -3,7 +3,8 @@
 The trainer cuts its parameters into buckets (`TrainerRank.weights`); a `Publication` carries handles; the rollout
 worker turns each into the update its engine takes (`transport(name).update`), between `start` and `finish`.
 
-    cpu    (name, array) pairs through Ray's object store; `CpuWeightTransferEngine` below loads them
+    shm    (name, array) pairs in memory that the processes of one node share (`actors.shared`)
+    cpu    the same through Ray's object store, to any node; `CpuWeightTransferEngine` below loads both
     ipc    vLLM's own engine: CUDA IPC handles, trainer and engine on one GPU
     nccl   vLLM's own engine: broadcast in a process group, trainer and engine on different GPUs
 """
@@ -29,7 +30,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-Bucket = list[tuple[str, NDArray[Any]]]
+from actors.shared import Bucket, Reader, SharedBucket
 
 
 class CoverageError(RuntimeError):
@@ -54,15 +55,19 @@ class Transport:
     update: Callable[[Any, Mapping[str, tuple[int, ...]]], dict[str, Any]]
 
 
-def fetch(bucket: Any, deadline: float) -> Any:
-    """A bucket's data, of a bucket handed over as it is or as a Ray reference. Waits `deadline` seconds at most."""
+def fetch(bucket: Any, reader: Reader, deadline: float) -> Any:
+    """A bucket's data, of a bucket handed over as it is, in shared memory or as a Ray reference. Waits `deadline`
+    seconds at most."""
+    if isinstance(bucket, SharedBucket):
+        return reader.read(bucket)
     return ray.get(bucket, timeout=deadline) if isinstance(bucket, ray.ObjectRef) else bucket
 
 
 def transport(name: str) -> Transport:
-    """The transport of that name. Raises ValueError for any but cpu, ipc and nccl."""
+    """The transport of that name. Raises ValueError for any but shm, cpu, ipc and nccl."""
     # vLLM's engines take the update their trainer side made (names, dtypes, shapes, handles), so a bucket is one.
     known = {
+        "shm": Transport("shm", "cpu", lambda bucket, names: {"weights": bucket, "names": names}),
         "cpu": Transport("cpu", "cpu", lambda bucket, names: {"weights": bucket, "names": names}),
         "ipc": Transport("ipc", "ipc", lambda bucket, _names: dict(bucket)),
         "nccl": Transport("nccl", "nccl", lambda bucket, _names: dict(bucket)),

@@ -195,7 +195,7 @@ class ProbeScores:
 class Publication:
     """One version of the policy's weights on its way to the engines.
 
-    buckets are transport handles (object references for `cpu`), each holding (name, array) pairs;
+    buckets are transport handles (places in shared memory, references to Ray's object store), each (name, array) pairs;
     names maps every parameter to its shape: the coverage an engine checks.
     """
 

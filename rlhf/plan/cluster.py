@@ -13,12 +13,14 @@ from rlhf.architecture import GIB
 
 @dataclass(frozen=True)
 class Cluster:
-    """What there is to run on. gpu_memory_gib is that of the smallest GPU, None where it is not known."""
+    """What there is to run on, all nodes together. gpu_memory_gib is that of the smallest GPU, None where it is not
+    known."""
 
     cpus: int
     memory_gib: float
     gpus: int = 0
     gpu_memory_gib: float | None = None
+    nodes: int = 1
 
     @classmethod
     def here(cls) -> Cluster:

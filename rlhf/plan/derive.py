@@ -11,7 +11,7 @@ from rlhf.plan.cluster import Cluster
 from rlhf.plan.engines import engine_uses
 from rlhf.plan.placement import actors_of, memory_of, tenants_of, too_large
 from rlhf.plan.refusals import crowded_cores, misplaced, unfit_stages
-from rlhf.plan.types import EngineUse, Plan, PlanError, StagePlan
+from rlhf.plan.types import EngineUse, Plan, PlanError, StagePlan, Transport
 from rlhf.plan.verdicts import Verdict, chosen
 from rlhf.recipe import Evaluate, Preference, Recipe, Rl, Sft, Stage, Synthesize
 
@@ -38,7 +38,7 @@ def make_plan(recipe: Recipe, cluster: Cluster | None = None, verdicts: Sequence
         actors=actors_of(recipe, cluster, engines, tenants, memory),
         stages=stages,
         world_size=resources.trainer_ranks,
-        transport="cpu" if resources.transport == "auto" else resources.transport,
+        transport=_transport(recipe, cluster),
         colocated=tenants > 1,
         implementation=implementation,
         memory=memory,
@@ -46,6 +46,13 @@ def make_plan(recipe: Recipe, cluster: Cluster | None = None, verdicts: Sequence
         budget_minutes=recipe.budget_minutes,
         notes=tuple(_notes(stages)),
     )
+
+
+def _transport(recipe: Recipe, cluster: Cluster) -> Transport:
+    asked = recipe.resources.transport
+    if asked != "auto":
+        return asked
+    return "shm" if cluster.nodes == 1 else "cpu"
 
 
 def check(recipe: Recipe) -> dict[str, Architecture]:

@@ -97,6 +97,11 @@ def misplaced(recipe: Recipe, cluster: Cluster) -> Iterator[str]:
             f'resources.transport = "{r.transport}": engines can receive it, but the trainer has no sender for it yet; '
             'use "auto", which goes through host memory'
         )
+    if r.transport == "shm" and cluster.nodes > 1:
+        yield (
+            f'resources.transport = "shm": the cluster has {cluster.nodes} nodes, which share no memory; use "auto" or '
+            '"cpu"'
+        )
     if r.precision == "bfloat16":
         yield (
             'resources.precision = "bfloat16": the proof after every publish knows a bound for float32 only, and would '

@@ -9,7 +9,7 @@ from rlhf.architecture import Architecture
 from rlhf.plan.cluster import Cluster
 from rlhf.recipe import Implementation
 
-Transport = Literal["cpu", "ipc", "nccl"]
+Transport = Literal["shm", "cpu", "ipc", "nccl"]
 
 
 class PlanError(ValueError):

@@ -118,7 +118,7 @@ class Resources(Table):
     memory_gib: Positive = 8.0
     token_budget: PositiveInt = 8192  # of a micro-batch
     packing: bool = True  # rows end to end without padding, a group's prompt once; bridges only
-    transport: Literal["auto", "cpu", "ipc", "nccl"] = "auto"
+    transport: Literal["auto", "shm", "cpu", "ipc", "nccl"] = "auto"  # shm on one node, else cpu: Ray's object store
 
 
 class Deadlines(Table):

@@ -19,6 +19,7 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from actors.shared import Owner
 from rlhf import bridge
 from rlhf.agreement import compare, fingerprint_model, group_name, localise, make_probes, probe_model
 from rlhf.batching import BridgeVisual
@@ -337,6 +338,24 @@ def test_the_workaround_is_still_needed(pair: Any, workaround: str) -> None:
     engine.publish(parameters(model))
     assert compare(fresh, fresh).ok
     assert not compare(fresh, stale).ok
+
+
+def test_the_engine_keeps_nothing_in_the_trainers_memory(pair: Any) -> None:
+    engine, model, _ = pair
+    owner = Owner()
+    publication, buckets = engine.publication(parameters(model))
+    shared = [owner.put(index, bucket) for index, bucket in enumerate(buckets)]
+    engine("load", publication, shared)
+    before = engine("score", probes_of(model))
+    engine.publish({name: value.detach() + 0.1 for name, value in parameters(model).items()})
+    assert not np.allclose(before.logprobs[0], engine("score", probes_of(model)).logprobs[0], atol=1e-3)
+    again = [owner.put(index, bucket) for index, bucket in enumerate(buckets)]
+    engine("load", replace(publication, version=publication.version + 2), again)
+    for index, bucket in enumerate(buckets):
+        owner.put(index, [(name, np.full_like(array, 7.0)) for name, array in bucket])
+    after = engine("score", probes_of(model))
+    for mine, theirs in zip(before.logprobs, after.logprobs, strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-6)
 
 
 def probes_of(model: Any) -> list[Probe]:

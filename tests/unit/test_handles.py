@@ -107,7 +107,7 @@ def test_an_engine_that_dies_under_several_calls_is_started_once(tmp_path: Path)
             return engine
 
         handle = EngineHandle("policy", tmp_path, "digest", start, Deadlines(), [started[0]])
-        await handle.load(None)  # type: ignore[arg-type]
+        await handle.load(published())
         calls = [asyncio.create_task(handle.generate(prompts(2), Sampling(seed=0))) for _ in range(4)]
         await asyncio.sleep(0)
         started[0].dead.set()
@@ -120,13 +120,56 @@ def test_an_engine_that_dies_under_several_calls_is_started_once(tmp_path: Path)
     assert [len(found) for found in groups] == [2] * 4
 
 
+async def published() -> Any:
+    """A publication that no fake looks into."""
+
+
+def test_weights_are_not_written_over_while_a_new_worker_reads_them(tmp_path: Path) -> None:
+    async def go() -> list[str]:
+        said, begun, read = list[str](), asyncio.Event(), asyncio.Event()
+        replacement, lost = Engine(), Engine()
+
+        async def slow(publication: Any) -> float:
+            said.append(f"reads {publication}")
+            begun.set()
+            await read.wait()
+            said.append(f"has read {publication}")
+            return 0.0
+
+        async def written(version: str) -> Any:
+            said.append(f"writes {version}")
+            return version
+
+        handle = EngineHandle("policy", tmp_path, "digest", lambda index, folder: replacement, Deadlines(), [lost])
+        await handle.load(written("first"))
+        replacement.fetch = Remote(slow)
+        lost.dead.set()
+        asked = asyncio.create_task(handle.generate(prompts(1), Sampling(seed=1)))
+        await asyncio.wait_for(begun.wait(), 10)
+        again = asyncio.create_task(handle.load(written("second")))
+        for _ in range(20):
+            await asyncio.sleep(0)
+        read.set()
+        await asyncio.wait_for(asyncio.gather(asked, again), 10)
+        return said
+
+    assert asyncio.run(go()) == [
+        "writes first",
+        "reads first",
+        "has read first",
+        "writes second",
+        "reads second",
+        "has read second",
+    ]
+
+
 @pytest.mark.parametrize("wrong", [False, True])
 def test_a_worker_that_replaces_another_is_proven_before_it_is_asked(tmp_path: Path, wrong: bool) -> None:
     async def go() -> list[Group]:
         replacement = Engine()
         replacement.logprob -= 0.1 * wrong
         handle = EngineHandle("policy", tmp_path, "digest", lambda index, folder: replacement, Deadlines(), [Engine()])
-        await handle.load(None)  # type: ignore[arg-type]
+        await handle.load(published())
         probe = Probe((1, 2), ())
         handle.expected = ([probe], (await handle.score([probe]))[0])
         handle.workers[0].dead.set()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -148,8 +149,12 @@ def test_shares_of_the_machine_add_up() -> None:
 
 def test_transport_and_placement_on_gpus() -> None:
     one, two = (Cluster(16, 128, gpus, 80.0) for gpus in (1, 2))
-    assert (plan().transport, plan().colocated) == ("cpu", False)
-    assert (made := plan("resources.device = 'cuda'", cluster=one)).transport == "cpu"
+    assert (plan().transport, plan().colocated) == ("shm", False)
+    several = replace(LAPTOP, nodes=3)
+    assert plan(cluster=several).transport == plan("resources.transport = 'cpu'").transport == "cpu"
+    with pytest.raises(PlanError, match=r"the cluster has 3 nodes, which share no memory"):
+        plan("resources.transport = 'shm'", cluster=several)
+    assert (made := plan("resources.device = 'cuda'", cluster=one)).transport == "shm"
     # the policy's engine, the judge's and a trainer rank
     assert made.colocated
     assert [actor.gpus for actor in made.actors] == [0.33, 0.33, 0]
