@@ -36,7 +36,7 @@ BUCKET_BYTES = 64 * 2**20
 
 
 class RolloutActor(RolloutWorker):
-    """A rollout worker that fetches published weights from the object store, or reads an artifact's."""
+    """A rollout worker that loads what was published, or reads an artifact's weights."""
 
     def fetch(self, publication: Publication) -> float:
         """Load a publication; returns the engine's seconds."""

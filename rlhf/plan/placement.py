@@ -38,7 +38,7 @@ def memory_of(recipe: Recipe, stages: Sequence[StagePlan]) -> Memory:
     cold = [(use.architecture, use.cold) for stage in stages for use in stage.engines]
     processes = sum(number for _, number in cold)
     engines = sum(number * (weights[architecture] + r.kv_cache_gib) for architecture, number in cold)
-    # a publish lies once in the object store while the engines read it
+    # a publish lies once in shared memory or the object store while the engines read it
     published = max(weights.values(), default=0.0) * r.tensor_parallel * 4 / width
     base = DRIVER_GIB + RAY_GIB + r.reward_workers * REWARD_GIB
     base += r.trainer_ranks * TRAINER_GIB + processes * ENGINE_GIB * r.tensor_parallel
