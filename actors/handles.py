@@ -158,10 +158,10 @@ class EngineHandle:
         for worker in self.workers:
             ray.kill(worker)
 
-    async def load(self, published: Awaitable[Publication]) -> None:
+    async def load(self, publish: Callable[[], Awaitable[Publication]]) -> None:
         """Give every worker what is published, and remember it for workers that have to be started again."""
         async with self.restarting:  # one that is being started takes the weights of before, which this writes over
-            self.refit, self.expected = partial(self._fetch, await published), None
+            self.refit, self.expected = partial(self._fetch, await publish()), None
         await self._refit_all()
 
     async def _fetch(self, publication: Publication, worker: Any) -> None:
@@ -312,7 +312,7 @@ class TrainerHandle:
 
     async def publish(self, engine: EngineHandle, version: int) -> float:  # type: ignore[override]
         started = time.perf_counter()
-        await engine.load(self._publication(version))
+        await engine.load(partial(self._publication, version))
         return time.perf_counter() - started
 
     async def _publication(self, version: int) -> Publication:
@@ -334,6 +334,7 @@ class TrainerHandle:
         # at once, and beside what is sampled: neither side takes a core from the other
         probing = asyncio.create_task(self._all("probe", "sync", self.probes, False))
         try:
+            asked = list(engine.workers)
             found = await engine.score(self.probes)
             expected = (await probing)[0]
         finally:
@@ -341,6 +342,8 @@ class TrainerHandle:
             await asyncio.gather(probing, return_exceptions=True)
         # from now on a worker that replaces a dead one must compute this
         engine.expected = (self.probes, expected)
+        if engine.workers != asked:  # one was replaced meanwhile, and nobody knew what it must compute
+            found = await engine.score(self.probes)
         agreements = [compare(expected, scores) for scores in found]
         return max(agreements, key=lambda agreement: (not agreement.ok, agreement.max_gap))
 

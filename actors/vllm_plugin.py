@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 CPU_NORM = "cpu_kernel"  # of the IR's providers of rms_norm
+LANES = 16  # elements of a vector at most: the kernel refuses rows that are no multiple of its own
 _BACKEND = "vllm.model_executor.models.transformers"
 
 
@@ -55,8 +56,8 @@ def _plain(
     epsilon: float,  # noqa: ARG001 - vLLM's signature
     variance_size: int | None = None,
 ) -> bool:
-    """What the kernel computes: all of a row, with a weight of its own type."""
-    return variance_size is None and weight is not None and weight.dtype == x.dtype
+    """What the kernel computes: whole rows of whole vectors, with a weight of their own type."""
+    return variance_size is None and weight is not None and weight.dtype == x.dtype and x.shape[-1] % LANES == 0
 
 
 def _inspect_here() -> None:

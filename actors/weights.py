@@ -79,7 +79,7 @@ def transport(name: str) -> Transport:
 
 @dataclass
 class CpuInit(WeightTransferInitInfo):
-    """Nothing to agree on: the object store is already there."""
+    """Nothing to agree on: shared memory and the object store are already there."""
 
 
 @dataclass

@@ -50,8 +50,8 @@ class Recorded:
         await self._groups.__aenter__()
         return self
 
-    async def __aexit__(self, *reason: object) -> None:
-        await self._groups.__aexit__(*reason)
+    async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        await self._groups.__aexit__(kind, error, trace)
 
     async def take(self, version: int) -> AsyncGenerator[Part]:
         if version == 0:

@@ -27,7 +27,7 @@ from rlhf.data.formatting import as_prompts
 from rlhf.data.rows import Row
 from rlhf.data.stream import Stream
 from rlhf.recipe import Rl
-from rlhf.roles import Engine, Rewards, SyncReport, Trainer
+from rlhf.roles import Engine, Rewards, SyncError, SyncReport, Trainer
 from rlhf.scoring import Judge, failure_rate, part_means, score
 from rlhf.stage import Context, derive
 from rlhf.types import Batch, Group, Prompt, Sample, Sampling
@@ -74,10 +74,15 @@ class Rollouts(ABC):
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(self, *_: object) -> None:
-        if self.proof is not None:
-            await ended([self.proof])
+    async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         await self.scorer.close()
+        if self.proof is None:
+            return
+        if isinstance(error, Exception):  # wrong weights may be why, and only the proof names them
+            await asyncio.wait([self.proof])
+            if not self.proof.cancelled() and isinstance(wrong := self.proof.exception(), SyncError):
+                raise wrong from error
+        await ended([self.proof])
 
     @abstractmethod
     def take(self, version: int) -> AsyncGenerator[Part]:
@@ -234,9 +239,9 @@ class Ahead(Rollouts):
     again: list[Drawn] = field(default_factory=list)
     streams: set[asyncio.Task[None]] = field(default_factory=set)
 
-    async def __aexit__(self, *reason: object) -> None:
+    async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         await ended(self.streams)
-        await super().__aexit__(*reason)
+        await super().__aexit__(kind, error, trace)
 
     def state(self) -> dict[str, Any]:
         waiting = [self.drawn[number] for number in sorted(self.drawn)]

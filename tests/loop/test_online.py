@@ -129,6 +129,26 @@ def test_nothing_is_learned_from_weights_that_did_not_arrive(
     assert learned == [2]
 
 
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_wrong_weights_are_named_even_where_their_replies_teach_nothing(
+    staleness: int, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score = FakeRewards.score
+
+    async def late(trainer: FakeTrainer, engine: Any, version: int) -> Any:
+        for _ in range(1000):
+            await asyncio.sleep(0)
+        raise SyncError("version 0: layers.0.mlp")
+
+    async def level(rewards: FakeRewards, function: str, groups: Any) -> Any:
+        return [[dataclasses.replace(s, value=0.0) for s in row] for row in await score(rewards, function, groups)]
+
+    monkeypatch.setattr(FakeTrainer, "prove", late)
+    monkeypatch.setattr(FakeRewards, "score", level)
+    with pytest.raises(SyncError, match="version 0: layers"):
+        improve(prepared, tmp_path / "run", f"steps = 2, refill_rounds = 0, max_staleness = {staleness}")
+
+
 def test_groups_are_the_same_however_long_scoring_takes(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -143,6 +143,14 @@ def test_ranks_get_like_shares_of_tokens_and_of_visual_tokens(ranks: int, packed
         assert max(every) - min(every) <= 120
 
 
+@pytest.mark.parametrize("pictures", [1, 3])
+def test_few_pictures_do_not_keep_text_from_a_rank(pictures: int):
+    some = [Sample(f"image/{i}", (IMAGE,) * 16 + (i, 2, 3), 17) for i in range(pictures)]
+    batch = make_batch([*some, *rows(100)], 2, 400, image_token=IMAGE)
+    loads = [sum(len(s.token_ids) for part in parts for s in part) for parts in batch.micro_batches]
+    assert max(loads) < 1.1 * min(loads)
+
+
 def test_visual_tokens_change_nothing_for_one_rank_or_where_there_are_none():
     for ranks, samples in ((1, [replace(s, token_ids=(IMAGE, *s.token_ids)) for s in rows(40)]), (3, rows(40))):
         assert make_batch(samples, ranks, 100, image_token=IMAGE) == make_batch(samples, ranks, 100)

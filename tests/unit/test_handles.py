@@ -107,7 +107,7 @@ def test_an_engine_that_dies_under_several_calls_is_started_once(tmp_path: Path)
             return engine
 
         handle = EngineHandle("policy", tmp_path, "digest", start, Deadlines(), [started[0]])
-        await handle.load(published())
+        await handle.load(published)
         calls = [asyncio.create_task(handle.generate(prompts(2), Sampling(seed=0))) for _ in range(4)]
         await asyncio.sleep(0)
         started[0].dead.set()
@@ -141,12 +141,12 @@ def test_weights_are_not_written_over_while_a_new_worker_reads_them(tmp_path: Pa
             return version
 
         handle = EngineHandle("policy", tmp_path, "digest", lambda index, folder: replacement, Deadlines(), [lost])
-        await handle.load(written("first"))
+        await handle.load(lambda: written("first"))
         replacement.fetch = Remote(slow)
         lost.dead.set()
         asked = asyncio.create_task(handle.generate(prompts(1), Sampling(seed=1)))
         await asyncio.wait_for(begun.wait(), 10)
-        again = asyncio.create_task(handle.load(written("second")))
+        again = asyncio.create_task(handle.load(lambda: written("second")))
         for _ in range(20):
             await asyncio.sleep(0)
         read.set()
@@ -169,7 +169,7 @@ def test_a_worker_that_replaces_another_is_proven_before_it_is_asked(tmp_path: P
         replacement = Engine()
         replacement.logprob -= 0.1 * wrong
         handle = EngineHandle("policy", tmp_path, "digest", lambda index, folder: replacement, Deadlines(), [Engine()])
-        await handle.load(published())
+        await handle.load(published)
         probe = Probe((1, 2), ())
         handle.expected = ([probe], (await handle.score([probe]))[0])
         handle.workers[0].dead.set()
