@@ -82,8 +82,8 @@ def _share_out(units: Sequence[Unit], ranks: int, image_token: int | None) -> li
     sizes = found / np.maximum(found.sum(0), 1)  # of all tokens, and of all visual tokens
     loads = np.zeros((ranks, 2))
     shares: list[list[int]] = [[] for _ in range(ranks)]
-    # Largest first, to the rank where it adds least to the sum of squares of both loads: with one kind the least loaded,
-    # within 4/3 of the best balance (Graham 1969)
+    # Largest first, to the rank where it adds least to the sum of squares of both loads: with one kind the least
+    # loaded, within 4/3 of the best balance (Graham 1969)
     for place in np.argsort(-sizes.max(1), kind="stable"):
         rank = int(np.argmin(loads @ sizes[place]))
         shares[rank].append(int(place))
