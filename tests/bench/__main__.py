@@ -1,8 +1,8 @@
 """`python -m tests.bench [--runs 5] [--out bench.json] [NAME …]`: our rows beside a peer's, as ratios of paired runs.
 
 Both sides of a pair run one after the other on an otherwise idle machine; beside a peer, which goes first alternates.
-Every row has its pair of a seed before any has the next. Rows that need the same run share it: their sides are then some
-minutes apart, in the order of the first.
+Every row has its pair of a seed before any has the next. Rows that need the same run share it: their sides are then
+some minutes apart, in the order of the first.
 """
 
 from __future__ import annotations
