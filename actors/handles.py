@@ -176,6 +176,10 @@ class EngineHandle:
         self.folder = folder
         await self.prove_artifact()
 
+    async def _open(self, folder: Path, worker: Any) -> None:
+        call = worker.open.remote(str(folder), 0)
+        await within(self.deadlines.sync, "sync", f"engine {self.name!r} loading {folder}", call)
+
     async def prove_artifact(self) -> None:
         """Check the engine's live log-probs against the artifact's probe scores, where it has any."""
         self.expected = read_probes(self.folder)
@@ -204,10 +208,6 @@ class EngineHandle:
         """What the first worker's modules compute on the probes, for naming a parameter group that is wrong."""
         call = self.workers[0].fingerprints.remote(probes)
         return await within(self.deadlines.sync, "sync", f"engine {self.name!r} fingerprints", call)
-
-    async def _open(self, folder: Path, worker: Any) -> None:
-        call = worker.open.remote(str(folder), 0)
-        await within(self.deadlines.sync, "sync", f"engine {self.name!r} loading {folder}", call)
 
     async def _refit_all(self) -> None:
         assert self.refit is not None

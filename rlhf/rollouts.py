@@ -262,12 +262,14 @@ class Ahead(Rollouts):
             while len(kept) < share and (left := share * (1 + stage.refill_rounds) - len(seen)) > 0:
                 self._ask(room - taken)
                 found = await self._oldest(min(left, share - len(kept)))
-                behind = [version - min(v for rollout in group.rollouts for v in rollout.versions) for group in found]
-                fresh = [group for group, lag in zip(found, behind, strict=True) if lag <= stage.max_staleness]
-                lags += [lag for lag in behind if lag <= stage.max_staleness]
+                behind = [(version - min(v for r in group.rollouts for v in r.versions), group) for group in found]
+                fresh = [(lag, group) for lag, group in behind if lag <= stage.max_staleness]
+                lags += [lag for lag, _ in fresh]
                 dropped += len(found) - len(fresh)
-                seen += (scored := await self._held_back(fresh, version, index))
-                kept += (teaching := [group for group in scored if self._teaches(group)])
+                scored = await self._held_back([group for _, group in fresh], version, index)
+                teaching = [group for group in scored if self._teaches(group)]
+                seen += scored
+                kept += teaching
                 # where groups are refilled, one that teaches nothing makes room for another
                 taken += len(teaching if stage.refill_rounds else scored)
             parts.append(Part(index, kept, seen))
