@@ -7,11 +7,13 @@ probes; that weights arrive is proven by every publish of a run. The verdict is 
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from ray.exceptions import RayError
 
@@ -21,6 +23,7 @@ from rlhf.curriculum import Curriculum
 from rlhf.plan import VERDICTS, Verdict, implementations, installed_versions, make_plan, read_verdicts
 from rlhf.recipe import Evaluate, Recipe, RecipeError, Sft
 from rlhf.roles import SyncError
+from rlhf.tasks import under_way
 
 
 async def check(recipe: Recipe, folder: Path) -> list[Verdict]:
@@ -38,13 +41,13 @@ async def check(recipe: Recipe, folder: Path) -> list[Verdict]:
         curriculum = Curriculum(recipe, folder / "check")
         curriculum.actors = actors
         curriculum.prepare()
-        await curriculum.begin(stage)
-        for implementation in implementations(recipe.model.implementation, architecture):
-            actors.placement.implementation = implementation
-            gap, proven = await _measure(actors, curriculum.model_before(stage))
-            actors.dismiss()
-            found.append(Verdict(architecture.digest, implementation, gap, proven, installed_versions()))
-            keep(folder.parent / VERDICTS, found[-1:])  # each as it comes: the next may end the process
+        async with under_way(curriculum.begin(stage)) as begun:
+            for implementation in implementations(recipe.model.implementation, architecture):
+                actors.placement.implementation = implementation
+                gap, proven = await _measure(actors, curriculum.model_before(stage), begun)
+                actors.dismiss()
+                found.append(Verdict(architecture.digest, implementation, gap, proven, installed_versions()))
+                keep(folder.parent / VERDICTS, found[-1:])  # each as it comes: the next may end the process
     return found
 
 
@@ -73,16 +76,20 @@ def _serving(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"stages": [stage, asks]})
 
 
-async def _measure(actors: Cast, model: Path) -> tuple[float, bool]:
-    """(largest log-prob gap, whether it is proven); infinite for an implementation that cannot serve the model."""
+async def _measure(actors: Cast, model: Path, begun: asyncio.Task[Any]) -> tuple[float, bool]:
+    """(largest log-prob gap, whether it is proven), once the trainer has begun; infinite for an implementation that
+    cannot serve the model."""
     implementation = actors.placement.implementation
     try:
         async with actors.serving({"policy": model}) as engines:
+            await begun
             agreement = await actors.trainer.agree(engines["policy"])
     except SyncError as error:
         print(f"{implementation}: {error}")
         return math.inf, False
     except (RayError, RuntimeError, TimeoutError) as error:
+        if begun.done():
+            begun.result()  # raises what the trainer failed with: that is no verdict on an engine
         print(f"{implementation}: cannot serve this model: {reason(error)}")
         return math.inf, False
     return agreement.max_gap, agreement.ok

@@ -41,6 +41,7 @@ from rlhf.recipe import Evaluate, Gate, Optimised, Preference, Recipe, Rl, Sft, 
 from rlhf.roles import ActorLostError, Actors, Engine
 from rlhf.scoring import Judge
 from rlhf.stage import Context, derive, packs
+from rlhf.tasks import under_way
 from rlhf.tracking import Tracker, stage_folder
 from rlhf.types import Correction, Loss, Media, Sample, TrainSpec
 
@@ -181,10 +182,11 @@ class Curriculum:
             facts = await self.begin(stage)
             metrics = await offline.run(stage, context)
         elif isinstance(stage, Rl):
-            facts = await self.begin(stage) if stage.learn else {}
             judges = {name: self.artifact(name) for name in stage.judges}
             models = judges if stage.replay is not None else {"policy": context.model, **judges}
-            async with self.actors.serving(models) as engines:
+            # at once: a process that starts has one core busy, with imports
+            async with under_way(self._begin_rl(stage)) as begun, self.actors.serving(models) as engines:
+                facts = await begun
                 loop = online.run if stage.learn else replay.gather
                 metrics = await loop(stage, context, engines.get("policy"), self._judges(engines, judges))
             if not stage.learn:
@@ -207,6 +209,9 @@ class Curriculum:
         with whole(artifact) as partial:
             await self.actors.trainer.export(partial)
         return metrics
+
+    async def _begin_rl(self, stage: Rl) -> Mapping[str, float]:
+        return await self.begin(stage) if stage.learn else {}
 
     async def begin(self, stage: Sft | Preference | Rl) -> Mapping[str, float]:
         """Give the trainer the stage, with the probes every later publish and export is proven on."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -30,6 +30,7 @@ from rlhf.recipe import Rl
 from rlhf.roles import Engine, Rewards, SyncError, SyncReport, Trainer
 from rlhf.scoring import Judge, failure_rate, part_means, score
 from rlhf.stage import Context, derive
+from rlhf.tasks import ended
 from rlhf.types import Batch, Group, Prompt, Sample, Sampling
 
 EXAMPLES = 4  # groups of a step that are kept for the report
@@ -365,14 +366,6 @@ class Scorer:
                         found.set_result(group)
         # here, not in a callback later: whatever is added from now on needs a new call
         self.under_way.discard(asyncio.current_task())
-
-
-async def ended(tasks: Iterable[asyncio.Future[Any]]) -> None:
-    """Cancel what is still under way and wait until it is gone."""
-    tasks = list(tasks)
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _require_version(groups: list[Group], version: int) -> None:
