@@ -47,15 +47,21 @@ demo: $(STAMP)  ## run the think-fusion curriculum on real scanned digits, then 
 	@report=$$(ls -t runs/*/report.html 2>/dev/null | head -1); \
 	  if [ -n "$$report" ]; then echo "The report: $$PWD/$$report"; else echo "no report under runs/" >&2; exit 1; fi
 
+# end-to-end tests start processes on every core; the others have one thread each
+define PYTEST
+$(PY) -m pytest $(or $(ARGS),--numprocesses 2 --dist loadfile tests/unit tests/loop)
+$(if $(ARGS),,$(PY) -m pytest tests/e2e)
+endef
+
 test: $(STAMP) $(ASIDE)  ## unit, loop and end-to-end tests
-	$(PY) -m pytest $(ARGS)
+	$(PYTEST)
 
 check: $(STAMP) $(ASIDE)  ## format, lint, types, docker files, tests
 	$(PY) -m ruff format --check $(CODE)
 	$(PY) -m ruff check $(CODE)
 	$(PY) -m mypy
 	$(VENV)/bin/hadolint docker/Dockerfile.cpu docker/Dockerfile.gpu
-	$(PY) -m pytest $(ARGS)
+	$(PYTEST)
 
 bench: $(STAMP)  ## ratios to a peer on this machine, into bench.json (an hour; nothing else may run)
 	$(PY) -m tests.bench $(ARGS)
