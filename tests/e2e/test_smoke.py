@@ -126,16 +126,16 @@ def test_lora_leaves_the_base_alone(run: Run) -> None:
 
 
 def test_artifacts_open_in_transformers(run: Run) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    from rlhf import bridge
     from rlhf.models import load_processor
 
     folder = run.folder / run.stage("rl-mixed")["artifact"]["path"]
     assert load_processor(folder).tokenizer.eos_token_id is not None
-    code = (
-        "import torch, rlhf.bridge; rlhf.bridge.register(); from transformers import AutoModelForImageTextToText as A;"
-        f"print(type(A.from_pretrained({str(folder)!r})).__name__)"
-    )
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
-    assert "BridgeMoeForConditionalGeneration" in shown.stdout
+    bridge.register()
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    assert type(model).__name__ == "BridgeMoeForConditionalGeneration"
 
 
 def test_somebody_can_watch(run: Run) -> None:
@@ -157,8 +157,8 @@ def test_a_killed_rollout_worker_is_replaced(run: Run) -> None:
 
 def test_a_stage_that_loses_its_trainer_is_computed_again_to_the_same_numbers(run: Run) -> None:
     after = run.steps(JUDGE)
-    assert [line["step"] for line in after] == list(range(1, 41))
-    assert 5 <= len(run.judge_before) < 40
+    assert [line["step"] for line in after] == list(range(1, 31))
+    assert 5 <= len(run.judge_before) < 30
     assert run.output.count("[11/19 judge] sft starts") == 2
     assert [line["metrics"] for line in after[: len(run.judge_before)]] == [x["metrics"] for x in run.judge_before]
 
