@@ -12,8 +12,9 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial, reduce
+from operator import or_
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -27,6 +28,7 @@ from rlhf.agreement import Agreement, compare, localise
 from rlhf.architecture import base_of
 from rlhf.recipe import Deadlines
 from rlhf.roles import ActorLostError, SyncError
+from rlhf.tasks import under_way
 from rlhf.types import Batch, Group, Probe, ProbeScores, Prompt, Publication, Sampling, Score, StepStats, TrainSpec
 
 T = TypeVar("T")
@@ -117,8 +119,11 @@ class EngineHandle:
     workers: list[Any] = field(default_factory=list)
     refit: Callable[[Any], Awaitable[None]] | None = None
     expected: tuple[Sequence[Probe], ProbeScores] | None = None  # what the weights it was given last compute
+    sleeps: bool = False  # it shares GPUs with the trainer
+    asleep: bool = False
     restarts: int = 0
     restarting: asyncio.Lock = field(default_factory=asyncio.Lock)
+    waking: asyncio.Lock = field(default_factory=asyncio.Lock)
     calls: defaultdict[int, asyncio.Semaphore] = field(default_factory=lambda: defaultdict(_calls))
 
     @cached_property
@@ -134,6 +139,7 @@ class EngineHandle:
     async def stream(self, prompts: Sequence[Prompt], sampling: Sampling) -> AsyncGenerator[tuple[int, Group]]:
         """Sample on every worker at once; (place among the prompts, group) as they are finished. A prompt goes to the
         worker that has the fewest."""
+        await self._wake()
         shares: defaultdict[int, list[int]] = defaultdict(list)
         for place in range(len(prompts)):
             shares[self.waiting.add()].append(place)
@@ -153,20 +159,37 @@ class EngineHandle:
                 task.cancel()
             await asyncio.gather(*asking, return_exceptions=True)
 
+    async def sleep(self) -> None:
+        """Give up the GPU's memory until something is asked; an engine with a GPU of its own keeps it."""
+        async with self.waking:
+            if self.sleeps and not self.asleep:
+                await self._every("sleep", "going to sleep")
+                self.asleep = True
+
+    async def _wake(self) -> None:
+        async with self.waking:  # who comes meanwhile waits, too
+            if self.asleep:
+                await self._every("wake", "waking up")
+                self.asleep = False
+
+    async def _every(self, method: str, doing: str) -> None:
+        async def ask(worker: Any) -> None:
+            what = f"engine {self.name!r} {doing}"
+            await within(self.deadlines.sync, "sync", what, getattr(worker, method).remote())
+
+        await asyncio.gather(*(self._call(index, ask) for index in range(len(self.workers))))
+
     def dismiss(self) -> None:
         """End every worker."""
         for worker in self.workers:
             ray.kill(worker)
 
-    async def load(self, publish: Callable[[], Awaitable[Publication]]) -> None:
-        """Give every worker what is published, and remember it for workers that have to be started again."""
+    async def load(self, publish: Callable[[], Awaitable[Callable[[Any], Awaitable[None]]]]) -> None:
+        """Publish weights, give them to every worker by what that returns, and keep it for workers that have to be
+        started again."""
         async with self.restarting:  # one that is being started takes the weights of before, which this writes over
-            self.refit, self.expected = partial(self._fetch, await publish()), None
+            self.refit, self.expected = await publish(), None
         await self._refit_all()
-
-    async def _fetch(self, publication: Publication, worker: Any) -> None:
-        call = worker.fetch.remote(publication)
-        await within(self.deadlines.sync, "sync", f"engine {self.name!r} loading weights", call)
 
     async def open(self, folder: Path) -> None:
         """Give every worker an artifact's weights, proven by the probe scores that lie beside them."""
@@ -196,6 +219,7 @@ class EngineHandle:
 
     async def score(self, probes: Sequence[Probe]) -> list[ProbeScores]:
         """Every worker's live log-probs on the probes."""
+        await self._wake()
         indices = range(len(self.workers))
         return list(await asyncio.gather(*(self._call(i, lambda w: self._score_on(w, probes)) for i in indices)))
 
@@ -206,11 +230,13 @@ class EngineHandle:
 
     async def fingerprints(self, probes: Sequence[Probe]) -> Any:
         """What the first worker's modules compute on the probes, for naming a parameter group that is wrong."""
+        await self._wake()
         call = self.workers[0].fingerprints.remote(probes)
         return await within(self.deadlines.sync, "sync", f"engine {self.name!r} fingerprints", call)
 
     async def _refit_all(self) -> None:
         assert self.refit is not None
+        await self._wake()
         for index, worker in enumerate(self.workers):
             try:
                 await self.refit(worker)
@@ -286,7 +312,9 @@ class TrainerHandle:
     ranks: list[Any]
     deadlines: Deadlines
     transport: str = "cpu"  # of what is published
+    line_size: int = 2  # processes of a line: the rank that sends, and those of an engine
     probes: Sequence[Probe] = ()
+    lines: dict[tuple[Any, Any], str] = field(default_factory=dict)  # of a rank and a worker
 
     async def begin(self, spec: TrainSpec, probes: Sequence[Probe]) -> Mapping[str, float]:
         self.probes = probes
@@ -312,12 +340,51 @@ class TrainerHandle:
 
     async def publish(self, engine: EngineHandle, version: int) -> float:  # type: ignore[override]
         started = time.perf_counter()
-        await engine.load(partial(self._publication, version))
+        await engine.load(partial(self._published, engine.name, version))
         return time.perf_counter() - started
 
-    async def _publication(self, version: int) -> Publication:
-        publication: Publication = (await self._all("publication", "sync", version, self.transport))[0]
-        return publication
+    async def _published(self, engine: str, version: int) -> Callable[[Any], Awaitable[None]]:
+        """How a worker of the engine gets what is published now, for as long as nothing else is."""
+        first, *others = await self._all("publication", "sync", version, self.transport)
+        if self.transport == "ipc":  # each rank has the buckets of its GPU
+            held = zip(*(one.buckets for one in (first, *others)), strict=True)
+            first = replace(first, buckets=tuple(reduce(or_, same) for same in held))
+        return partial(self._send if self.transport == "nccl" else self._hand_over, engine, first)
+
+    async def _hand_over(self, engine: str, publication: Publication, worker: Any) -> None:
+        call = worker.fetch.remote(publication)
+        await within(self.deadlines.sync, "sync", f"engine {engine!r} loading weights", call)
+
+    async def _send(self, engine: str, publication: Publication, worker: Any) -> None:
+        """Both ends at once: either waits for the other."""
+        line, what = await self._line(engine, worker), f"the trainer sending weights to engine {engine!r}"
+        sending = within(self.deadlines.sync, "sync", what, self._first.send.remote(line))
+        try:
+            async with under_way(sending) as sent:
+                await self._hand_over(engine, publication, worker)
+                await sent
+        except Exception:  # whatever it was, one end may be in the middle of a bucket
+            del self.lines[self._first, worker]
+            self._first.hang_up.remote(line)
+            raise
+
+    async def _line(self, engine: str, worker: Any) -> str:
+        """The line to a worker, connected when it is first asked for."""
+        ends = (self._first, worker)
+        if ends not in self.lines:
+            line, seconds, what = uuid4().hex, self.deadlines.sync, f"connecting the trainer with engine {engine!r}"
+            timeout = seconds / 2  # the rank must be back before those who wait for it give it up
+            address = await within(seconds, "sync", what, self._first.listen.remote(line, timeout))
+            await asyncio.gather(
+                within(seconds, "sync", what, worker.connect.remote(address, self.line_size, timeout)),
+                within(seconds, "sync", what, self._first.connect.remote(line, self.line_size, timeout)),
+            )
+            self.lines[ends] = line
+        return self.lines[ends]
+
+    @property
+    def _first(self) -> Any:
+        return self.ranks[0]
 
     async def save(self, folder: Path) -> None:
         await self._all("save", "save", str(folder))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import signal
 import socket
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -21,6 +22,7 @@ from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.artifacts import read_weights
+from actors.device import Copies, Line, SentBucket, listen
 from actors.handles import CALLS, EngineHandle, RewardsHandle, TrainerHandle, reason, within
 from actors.reward import RewardWorker
 from actors.rollout import EngineSettings, RolloutWorker
@@ -46,25 +48,65 @@ class RolloutActor(RolloutWorker):
         """Load an artifact's weights from its folder; returns the engine's seconds."""
         weights = read_weights(Path(folder))
         names = {name: tuple(array.shape) for name, array in weights}
-        return self.load(Publication(version, self.settings.transport, (), names), [weights]).seconds
+        return self.load(Publication(version, (), names), [weights]).seconds
 
 
 class TrainerActor(TrainerRank):
-    """A trainer rank that hands out its weights, in shared memory or through the object store."""
+    """A trainer rank that hands out its weights, by the transport that is asked for."""
 
-    def publication(self, version: int, transport: str) -> Publication | None:
-        """Rank 0's answer holds the buckets; the other ranks only take part in gathering."""
+    def publication(self, version: int, transport: str) -> Publication:
+        """Rank 0's answer holds the buckets, by ipc every rank's those of its GPU; others take part in gathering."""
         names: dict[str, tuple[int, ...]] = {}
         sent: list[Any] = []
-        for bucket in self.buckets(BUCKET_BYTES):
-            names |= {name: tuple(array.shape) for name, array in bucket}
-            sent.append(self._shared.put(len(sent), bucket) if transport == "shm" else ray.put(bucket))
-        self._shared.trim(len(sent))
-        return Publication(version, transport, tuple(sent), names)
+        if transport in ("ipc", "nccl"):
+            for part in self.parts(BUCKET_BYTES, everywhere=transport == "ipc"):
+                names |= {name: tuple(value.shape) for name, value in part}
+                size, places = self._copies.put(len(sent), part)
+                shared = transport == "ipc"
+                sent.append(self._copies.shared(len(sent), places) if shared else SentBucket(size, places))
+            self._copies.finish(len(sent))
+        else:
+            for bucket in self.buckets(BUCKET_BYTES):
+                names |= {name: tuple(array.shape) for name, array in bucket}
+                sent.append(self._shared.put(len(sent), bucket) if transport == "shm" else ray.put(bucket))
+            self._shared.trim(len(sent))
+        return Publication(version, tuple(sent), names)
+
+    def listen(self, line: str, timeout: float) -> str:
+        """Where an engine finds the line of that name: "host:port"."""
+        host = ray.util.get_node_ip_address()
+        self._stores[line] = listen(host, timeout)
+        return f"{host}:{self._stores[line].port}"
+
+    def connect(self, line: str, size: int, timeout: float) -> None:
+        """Wait for the engine's end of the line."""
+        self._lines[line] = Line(self._stores[line], 0, size, self.device, timeout)
+
+    def send(self, line: str) -> None:
+        """Send every bucket of the latest publication."""
+        for memory in self._copies:
+            self._lines[line].send(memory)
+
+    def hang_up(self, line: str) -> None:
+        """Forget a line whose engine is gone."""
+        self._lines.pop(line, None)
+        self._stores.pop(line, None)
 
     @cached_property
     def _shared(self) -> Owner:
         return Owner()
+
+    @cached_property
+    def _copies(self) -> Copies:
+        return Copies(self.device)
+
+    @cached_property
+    def _stores(self) -> dict[str, Any]:
+        return {}
+
+    @cached_property
+    def _lines(self) -> dict[str, Line]:
+        return {}
 
 
 @ray.remote(num_cpus=0)
@@ -75,9 +117,27 @@ def rendezvous() -> str:
         return f"{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
 
 
+def reserved(plan: Plan) -> tuple[list[dict[str, float]], dict[str, list[int]]]:
+    """The bundles of a plan, and which of them each process of a role stands in: one of its own or, where trainer and
+    engines share GPUs, that of a GPU. Processes go round the GPUs, so that no two trainer ranks meet on one."""
+    shares = [{"CPU": 0.0, "GPU": 1.0} for _ in range(plan.cluster.gpus if plan.colocated else 0)]
+    turns, bundles = itertools.cycle(range(len(shares))), dict[str, list[int]]()
+    for actor in plan.actors:
+        places = bundles[actor.role] = []
+        for _ in range(actor.count):
+            if plan.colocated and actor.gpus:
+                place = next(turns)
+                shares[place]["CPU"] += actor.cpus
+            else:
+                place = len(shares)
+                shares.append({"CPU": actor.cpus} | ({"GPU": actor.gpus} if actor.gpus else {}))
+            places.append(place)
+    return shares, bundles
+
+
 @dataclass
 class Placement:
-    """Where actors stand: a placement group with one bundle for each process of the plan."""
+    """Where actors stand: a placement group with the plan's bundles (`reserved`)."""
 
     recipe: Recipe
     plan: Plan
@@ -88,11 +148,7 @@ class Placement:
     @classmethod
     async def reserve(cls, recipe: Recipe, plan: Plan) -> Placement:
         """Reserve every process's share at once, so that a job never half-starts. Raises ActorTimeoutError."""
-        shares: list[dict[str, float]] = []
-        bundles: dict[str, list[int]] = {}
-        for actor in plan.actors:
-            bundles[actor.role] = list(range(len(shares), len(shares) + actor.count))
-            shares += [{"CPU": actor.cpus} | ({"GPU": actor.gpus} if actor.gpus else {})] * actor.count
+        shares, bundles = reserved(plan)
         group = placement_group(shares, strategy="PACK")
         await within(recipe.deadlines.start, "start", f"reserving {shares} on the cluster", group.ready())
         return cls(recipe, plan, group, bundles, plan.implementation)
@@ -125,7 +181,7 @@ class Placement:
             tensor_parallel=resources.tensor_parallel,
             device=resources.device,
             masked_tokens=masked_ids(load_processor(folder)),
-            transport=self.plan.transport,
+            sleeps=self.plan.colocated,
             deadline=self.recipe.deadlines.generate,
             start_deadline=self.recipe.deadlines.start,
         )
@@ -181,6 +237,8 @@ class Cast:
         for role, folder in models.items():
             engines[role] = await self._engine(role, folder, list(engines.values()))
         yield engines
+        for engine in engines.values():
+            await engine.sleep()
 
     async def _engine(self, role: str, folder: Path, busy: list[EngineHandle]) -> EngineHandle:
         kind = architecture_as_saved(folder).digest
@@ -191,7 +249,10 @@ class Cast:
         first = sum(len(engine.workers) for engine in self.engines)
         count = self.placement.recipe.resources.rollout_workers if role == "policy" else 1
         deadlines = self.placement.recipe.deadlines
-        engine = EngineHandle(role, folder, kind, lambda i, path: self.placement.rollout(first + i, path), deadlines)
+        sleeps = self.placement.plan.colocated
+        engine = EngineHandle(
+            role, folder, kind, lambda i, path: self.placement.rollout(first + i, path), deadlines, sleeps=sleeps
+        )
         engine.workers = [engine.start(index, base_of(folder)) for index in range(count)]
         what = f"engine {role!r} starting on {folder}"
         try:
@@ -237,7 +298,8 @@ async def launch(recipe: Recipe, plan: Plan, address: str | None = None) -> Asyn
         ranks = await placement.trainer()
         workers = [placement.reward(index) for index in range(recipe.resources.reward_workers)]
         rewards = RewardsHandle(placement.reward, recipe.deadlines, workers)
-        yield Cast(placement, TrainerHandle(ranks, recipe.deadlines, plan.transport), rewards)
+        lines = 1 + recipe.resources.tensor_parallel
+        yield Cast(placement, TrainerHandle(ranks, recipe.deadlines, plan.transport, lines), rewards)
     except RayActorError as error:  # a process that nobody replaces; Ray's error is no RuntimeError
         raise RuntimeError(f"a process of the run died: {reason(error)}") from error
     finally:

@@ -178,14 +178,14 @@ class Policy(Learner):
         reduced = totals.reduce(self.world_size)
         return {"loss": reduced["nll"], "tokens": reduced["tokens"]}
 
-    def parts(self, bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
-        """(name, value in host memory) of every parameter under the base model's names, in parts of about bucket_bytes;
-        empty parts on ranks other than 0. On a CPU the parameters themselves: a part is good until the next is asked
-        for. Collective under ZeRO-3."""
+    def parts(self, bucket_bytes: int, everywhere: bool = False) -> Iterator[list[tuple[str, Tensor]]]:
+        """(name, value) of every parameter under the base model's names, in parts of about bucket_bytes, empty on ranks
+        other than 0 unless `everywhere`. Mostly the parameters themselves: a part is good until the next is asked for.
+        Collective under ZeRO-3."""
         for names in _chunks(self._sources(), bucket_bytes):
             parameters = [p for _, needed in names for p in needed]
             with self._gathered(parameters):
-                yield [(name, self._whole(name)) for name, _ in names] if self.rank == 0 else []
+                yield [(name, self._whole(name)) for name, _ in names] if self.rank == 0 or everywhere else []
 
     def _sources(self) -> Iterator[tuple[str, list[nn.Parameter]]]:
         """Base name of every parameter, and the parameters needed to compute it."""
@@ -210,7 +210,7 @@ class Policy(Learner):
                     value = value.detach() + layer.get_delta_weight("default")
             else:
                 value = layer.get_parameter(leaf)
-        return value.detach().cpu()
+        return value.detach()
 
     @contextmanager
     def _gathered(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
@@ -222,7 +222,8 @@ class Policy(Learner):
 
     def export(self, folder: Path) -> None:
         if self.spec.lora is None:
-            tensors = {name: value.clone() for part in self.parts(1 << 30) for name, value in part}
+            parts = self.parts(1 << 30)
+            tensors = {name: value.to("cpu", copy=True) for part in parts for name, value in part}
         else:
             tensors = self._adapter()
         if self.rank == 0:

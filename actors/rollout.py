@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from PIL import Image
 
-from actors.shared import Reader, SharedBucket
 from rlhf.recipe import Implementation
 from rlhf.roles import ActorLostError
 from rlhf.types import Finish, Group, Media, Probe, ProbeScores, Prompt, Publication, Rollout, Sampling
@@ -47,6 +46,7 @@ class EngineSettings:
     """What one engine may use.
 
     masked_tokens   ids that are never sampled (the image placeholder, padding): their logits become -inf
+    sleeps          whether `sleep` may be called, which needs a GPU
     deadline        seconds without a reply after which a call is given up and aborted, and TimeoutError raised
     start_deadline  seconds after which starting is given up
     """
@@ -61,7 +61,7 @@ class EngineSettings:
     tensor_parallel: int = 1
     device: Literal["cpu", "cuda"] = "cpu"
     masked_tokens: tuple[int, ...] = ()
-    transport: str = "cpu"
+    sleeps: bool = False
     deadline: float = 300.0
     start_deadline: float = 300.0
 
@@ -130,7 +130,6 @@ class RolloutWorker:
         self._paused = False
         self._closed = False
         self._error: BaseException | None = None
-        self._reader = Reader()
         self._decoded = lru_cache(maxsize=DECODED_IMAGES)(_decode)
         ready: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, args=(ready,), name="engine", daemon=True)
@@ -179,11 +178,17 @@ class RolloutWorker:
     def load(self, publication: Publication, buckets: Sequence[Any]) -> LoadReport:
         """Take new weights between two steps; requests may be running.
 
-        `buckets` are those of the publication, as data or as Ray references. Requests in flight are computed anew under
+        `buckets` are those of the publication, or data. Requests in flight are computed anew under
         the new weights from their next token on (their text so far stays), so each token's log-prob is exactly its
         version's. Raises CoverageError when the weights do not cover the model.
         """
         return self._do(lambda: self._load(publication, buckets))
+
+    def connect(self, address: str, size: int, timeout: float) -> None:
+        """Join the trainer's line of `size` processes at "host:port", by which weights that are sent come."""
+        init = {"address": address, "size": size, "timeout": timeout}
+        rpc = self._engine.collective_rpc
+        self._do(lambda: rpc("init_weight_transfer_engine", timeout=self.settings.deadline, args=(init,)))
 
     def fingerprints(self, probes: Sequence[Probe]) -> Fingerprints:
         """Prints of every parameter group on the probes, under the trainer's names. For diagnosis: requests still
@@ -205,6 +210,15 @@ class RolloutWorker:
     def resume(self) -> None:
         """Step again."""
         self._set_paused(False)
+
+    def sleep(self) -> None:
+        """Give the GPU's memory back: the weights go to the host, keys and values are dropped, and what still runs is
+        aborted. Ask nothing before `wake`."""
+        self._do(self._sleep)
+
+    def wake(self) -> None:
+        """Take the memory again, with the weights of before."""
+        self._do(self._engine.wake_up)
 
     def abort(self, name: str | None = None) -> None:
         """End all requests, or those of the stream of that name: what was sampled so far is returned, with finish
@@ -331,11 +345,10 @@ class RolloutWorker:
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        from actors import vllm_plugin, weights
+        from actors import vllm_plugin
         from rlhf.models import load_processor
 
         vllm_plugin.register()
-        self._transport = weights.transport(settings.transport)
         self._processor = load_processor(Path(self._model))
         self._tokenizer = self._processor.tokenizer
         on_cpu = settings.device == "cpu"
@@ -363,7 +376,8 @@ class RolloutWorker:
                 scheduling_policy="priority",
                 mm_processor_cache_gb=PIXELS_GIB,
                 generation_config="vllm",
-                weight_transfer_config=WeightTransferConfig(backend=self._transport.backend),
+                enable_sleep_mode=settings.sleeps,
+                weight_transfer_config=WeightTransferConfig(backend=vllm_plugin.TRANSFER),
                 disable_log_stats=True,
             )
         )
@@ -508,23 +522,25 @@ class RolloutWorker:
     def _load(self, publication: Publication, buckets: Sequence[Any]) -> LoadReport:
         from actors import weights
 
-        if publication.transport != self._transport.name:
-            raise ValueError(f"weights come by {publication.transport!r}, this engine takes {self._transport.name!r}")
         start = time.perf_counter()
         rpc, deadline = self._engine.collective_rpc, self.settings.deadline
         try:
             rpc("start_weight_update", timeout=deadline)
             for bucket in buckets:
-                data = weights.fetch(bucket, self._reader, deadline)
-                rpc("update_weights", timeout=deadline, args=(self._transport.update(data, publication.names),))
+                update = {"weights": weights.fetch(bucket, deadline), "names": publication.names}
+                rpc("update_weights", timeout=deadline, args=(update,))
             rpc("finish_weight_update", timeout=deadline)
         except Exception as error:
             self._error = error  # half of the weights are new: this engine must not answer again
             raise
-        self._reader.keep(bucket for bucket in buckets if isinstance(bucket, SharedBucket))
         self._forget()
         self._version = publication.version
         return LoadReport(publication.version, time.perf_counter() - start)
+
+    def _sleep(self) -> None:
+        self._abort_all()
+        self._engine.reset_encoder_cache()
+        self._engine.sleep(level=1)
 
     def _forget(self) -> None:
         """Drop everything computed with the weights of before: keys and values, image features."""

@@ -98,13 +98,17 @@ class TrainerRank:
         with self._begun.evaluating() as (model, processor, visual):
             return fingerprint_model(model, processor, visual, probes)
 
+    def parts(self, bucket_bytes: int, everywhere: bool = False) -> Iterator[list[tuple[str, Tensor]]]:
+        """All parameters, whole, LoRA merged, under the model's own names, in parts of about bucket_bytes each, on this
+        rank's device. A part is good until the next is asked for. On rank 0, or `everywhere`; other ranks take part, to
+        the end, and get empty ones."""
+        return self._begun.parts(bucket_bytes, everywhere)
+
     def buckets(self, bucket_bytes: int) -> Iterator[Bucket]:
-        """All parameters, whole, LoRA merged, under the model's own names, in buckets of about bucket_bytes each;
-        bfloat16 as its bits in uint16. A bucket is good until the next is asked for. On rank 0; other ranks take part,
-        to the end, and get none."""
-        for part in self._begun.parts(bucket_bytes):
+        """Parts in host memory, bfloat16 as its bits in uint16; on rank 0 only."""
+        for part in self.parts(bucket_bytes):
             if self.rank == 0:
-                yield [(name, _as_array(value)) for name, value in part]
+                yield [(name, _as_array(value.cpu())) for name, value in part]
 
     def weights(self, bucket_bytes: int) -> list[Bucket]:
         """Copies of `buckets`."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 
+TRANSFER = "buckets"  # our weight transfer among vLLM's
 CPU_NORM = "cpu_kernel"  # of the IR's providers of rms_norm
 LANES = 16  # elements of a vector at most: the kernel refuses rows that are no multiple of its own
 _BACKEND = "vllm.model_executor.models.transformers"
 
 
 def register() -> None:
-    """Enter the bridge (Auto classes, vLLM architectures) and the `cpu` weight transfer. Calling again is harmless."""
+    """Enter the bridge (Auto classes, vLLM architectures) and our weight transfer. Calling again is harmless."""
     from rlhf import bridge  # before vLLM: it prepares for torchvision
 
     bridge.register()
@@ -24,8 +25,8 @@ def register() -> None:
         served_by = "TransformersMultiModalMoEForCausalLM" if moe else "TransformersMultiModalForCausalLM"
         if name not in known:
             ModelRegistry.register_model(name, f"{_BACKEND}:{served_by}")
-    if "cpu" not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine("cpu", "actors.weights", "CpuWeightTransferEngine")
+    if TRANSFER not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(TRANSFER, "actors.weights", "BucketTransferEngine")
 
 
 def _offer_cpu_norm() -> None:

@@ -1,18 +1,18 @@
-"""Weights on their way from the trainer to the engines: both ends of one protocol.
+"""How an engine takes the weights that a trainer publishes, or that lie in an artifact.
 
-The trainer cuts its parameters into buckets (`TrainerRank.weights`); a `Publication` carries handles; the rollout
-worker turns each into the update its engine takes (`transport(name).update`), between `start` and `finish`.
+The trainer cuts its parameters into buckets; a `Publication` carries handles, and the rollout worker gives each to its
+engine, between `start` and `finish`. The recipe's `resources.transport` says where a bucket lies:
 
-    shm    (name, array) pairs in memory that the processes of one node share (`actors.shared`)
-    cpu    the same through Ray's object store, to any node; `CpuWeightTransferEngine` below loads both
-    ipc    vLLM's own engine: CUDA IPC handles, trainer and engine on one GPU
-    nccl   vLLM's own engine: broadcast in a process group, trainer and engine on different GPUs
+    shm    memory that the processes of one node share (`actors.shared`)
+    cpu    Ray's object store, for any node
+    ipc    GPU memory of the trainer, for engines on the same GPU (`actors.device`)
+    nccl   the same, sent over a process group, for engines on other GPUs
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
+from actors.device import DeviceBucket, Line, Opened, SentBucket
 from actors.shared import Bucket, Reader, SharedBucket
 
 
@@ -46,76 +47,74 @@ def from_array(array: NDArray[Any]) -> torch.Tensor:
     return tensor.view(torch.bfloat16) if array.dtype == np.uint16 else tensor
 
 
-@dataclass(frozen=True)
-class Transport:
-    """How weights reach an engine: `backend` is vLLM's name, `update` makes its update of a bucket and the names."""
-
-    name: str
-    backend: str
-    update: Callable[[Any, Mapping[str, tuple[int, ...]]], dict[str, Any]]
-
-
-def fetch(bucket: Any, reader: Reader, deadline: float) -> Any:
-    """A bucket's data, of a bucket handed over as it is, in shared memory or as a Ray reference. Waits `deadline`
-    seconds at most."""
-    if isinstance(bucket, SharedBucket):
-        return reader.read(bucket)
+def fetch(bucket: Any, deadline: float) -> Any:
+    """What an engine takes: the object itself of a reference into Ray's object store, which engines' own ranks cannot
+    read, awaited `deadline` seconds at most; any other bucket as it is."""
     return ray.get(bucket, timeout=deadline) if isinstance(bucket, ray.ObjectRef) else bucket
 
 
-def transport(name: str) -> Transport:
-    """The transport of that name. Raises ValueError for any but shm, cpu, ipc and nccl."""
-    # vLLM's engines take the update their trainer side made (names, dtypes, shapes, handles), so a bucket is one.
-    known = {
-        "shm": Transport("shm", "cpu", lambda bucket, names: {"weights": bucket, "names": names}),
-        "cpu": Transport("cpu", "cpu", lambda bucket, names: {"weights": bucket, "names": names}),
-        "ipc": Transport("ipc", "ipc", lambda bucket, _names: dict(bucket)),
-        "nccl": Transport("nccl", "nccl", lambda bucket, _names: dict(bucket)),
-    }
-    if name not in known:
-        raise ValueError(f"no weight transport {name!r}; choose one of {', '.join(known)}")
-    return known[name]
+@dataclass
+class LineInit(WeightTransferInitInfo):
+    """Where the trainer listens for the engine's end of a line: "host:port", the processes of the group, seconds."""
+
+    address: str
+    size: int
+    timeout: float
 
 
 @dataclass
-class CpuInit(WeightTransferInitInfo):
-    """Nothing to agree on: shared memory and the object store are already there."""
-
-
-@dataclass
-class CpuUpdate(WeightTransferUpdateInfo):
+class BucketUpdate(WeightTransferUpdateInfo):
     """One bucket, and every name of the publication with its shape."""
 
-    weights: Bucket
+    weights: Bucket | SharedBucket | DeviceBucket | SentBucket
     names: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
-class CpuWeightTransferEngine(WeightTransferEngine[CpuInit, CpuUpdate]):
-    """vLLM weight transfer from arrays in memory, in checkpoint layout, by layerwise reload.
+class BucketTransferEngine(WeightTransferEngine[LineInit, BucketUpdate]):
+    """vLLM weight transfer of buckets in checkpoint layout, wherever they lie, by layerwise reload.
 
     `finish_weight_update` raises CoverageError unless the buckets held exactly the published names with their shapes
     and these filled every parameter of the model. The model is unusable after an error: restart the worker.
     """
 
-    init_info_cls = CpuInit
-    update_info_cls = CpuUpdate
+    init_info_cls = LineInit
+    update_info_cls = BucketUpdate
 
-    def init_transfer_engine(self, init_info: CpuInit) -> None:  # noqa: ARG002 - vLLM's signature
-        return None
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._reader, self._opened = Reader(), Opened(self.device)
+        self._line: Line | None = None
+
+    def init_transfer_engine(self, init_info: LineInit) -> None:
+        """Join the trainer's line; without one, buckets that are sent cannot be received."""
+        rank = 1 + self.parallel_config.rank
+        self._line = Line.join(init_info.address, rank, init_info.size, self.device, init_info.timeout)
 
     def start_weight_update(self) -> None:
         self._names: dict[str, tuple[int, ...]] = {}
         self._received: dict[str, tuple[int, ...]] = {}
+        self._read: list[Any] = []
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         self.receive_weights(self.parse_update_info(update_info))
 
-    def receive_weights(self, update_info: CpuUpdate) -> None:
+    def receive_weights(self, update_info: BucketUpdate) -> None:
         self._names.update(update_info.names)
-        for name, array in update_info.weights:
-            self._received[name] = tuple(array.shape)
-        self.model.load_weights([(name, from_array(array)) for name, array in update_info.weights])
+        self._read.append(update_info.weights)
+        weights = self._tensors(update_info.weights)
+        self._received.update((name, tuple(value.shape)) for name, value in weights)
+        self.model.load_weights(weights)
+
+    def _tensors(self, bucket: Bucket | SharedBucket | DeviceBucket | SentBucket) -> list[tuple[str, torch.Tensor]]:
+        if isinstance(bucket, DeviceBucket):
+            return self._opened.read(bucket)
+        if isinstance(bucket, SentBucket):
+            if self._line is None:
+                raise RuntimeError("weights are sent, and this engine has no line to the trainer")
+            return self._line.receive(bucket)
+        arrays = self._reader.read(bucket) if isinstance(bucket, SharedBucket) else bucket
+        return [(name, from_array(array)) for name, array in arrays]
 
     def finish_weight_update(self) -> None:
         check_received(self._names, self._received)
@@ -126,8 +125,13 @@ class CpuWeightTransferEngine(WeightTransferEngine[CpuInit, CpuUpdate]):
                 "publish every parameter of the policy under its checkpoint name"
             )
         finalize_layerwise_reload(self.model, self.model_config)
-        prepack_experts(self.model)
-        prepack_tied_head(self.model)
+        if self.device.type == "cpu":
+            prepack_experts(self.model)
+            prepack_tied_head(self.model)
+        else:  # the trainer writes over the memory that was read
+            torch.cuda.synchronize(self.device)
+        self._reader.keep(bucket for bucket in self._read if isinstance(bucket, SharedBucket))
+        self._opened.keep(bucket for bucket in self._read if isinstance(bucket, DeviceBucket))
 
     def shutdown(self) -> None:
         return None

@@ -43,6 +43,10 @@ class Engine(Protocol):
         """The same, (place among the prompts, group) as each group is finished."""
         ...
 
+    async def sleep(self) -> None:
+        """Until it is asked again, leave the memory of a GPU it shares to the trainer; elsewhere it does nothing."""
+        ...
+
 
 class Trainer(Protocol):
     """The policy's optimiser, over all its ranks. Every method raises ActorLostError when one of them died."""

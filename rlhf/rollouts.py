@@ -189,14 +189,23 @@ class OnPolicy(Rollouts):
         done = list[Part]()
         try:
             for task in parts:
-                part = await task
-                done.append(replace(part, alone=task is parts[-1]))
+                part = replace(await task, alone=task is parts[-1])
+                done.append(part)
                 self._require_rewards(done)
+                if part.alone and self.stage.learn:
+                    await self._rest()
                 if part.kept:
-                    yield done[-1]
+                    yield part
             self._measure(done)
         finally:
             await ended(parts)
+
+    async def _rest(self) -> None:
+        """Nothing is asked before the next publish."""
+        await self.proven()
+        for engine in (self.engine, *(judge.engine for judge in self.judges.values())):
+            assert engine is not None
+            await engine.sleep()
 
     async def _part(self, version: int, index: int, before: asyncio.Task[Part] | None) -> Part:
         stage, kept, seen = self.stage, list[Group](), list[Group]()

@@ -195,12 +195,11 @@ class ProbeScores:
 class Publication:
     """One version of the policy's weights on its way to the engines.
 
-    buckets are transport handles (places in shared memory, references to Ray's object store), each (name, array) pairs;
-    names maps every parameter to its shape: the coverage an engine checks.
+    buckets are handles, of shared memory, Ray's object store, GPU memory or what is sent (`actors.weights`); names maps
+    every parameter to its shape: the coverage an engine checks.
     """
 
     version: int
-    transport: str
     buckets: tuple[Any, ...]
     names: Mapping[str, tuple[int, ...]]
 

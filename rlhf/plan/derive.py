@@ -9,7 +9,7 @@ from rlhf.architecture import Architecture, algorithm_of, architecture_of
 from rlhf.plan import feasibility
 from rlhf.plan.cluster import Cluster
 from rlhf.plan.engines import engine_uses
-from rlhf.plan.placement import actors_of, memory_of, tenants_of, too_large
+from rlhf.plan.placement import actors_of, awake_of, memory_of, tenants_of, too_large
 from rlhf.plan.refusals import crowded_cores, misplaced, unfit_stages
 from rlhf.plan.types import EngineUse, Plan, PlanError, StagePlan, Transport
 from rlhf.plan.verdicts import Verdict, chosen
@@ -30,7 +30,7 @@ def make_plan(recipe: Recipe, cluster: Cluster | None = None, verdicts: Sequence
     stages = tuple(_stage(recipe, stage, architectures[stage.name], uses[stage.name]) for stage in recipe.stages)
     engines = sum(stage.cold_starts for stage in stages)
     tenants, memory = tenants_of(recipe, cluster, engines), memory_of(recipe, stages)
-    _refuse(too_large(recipe, cluster, tenants, memory))
+    _refuse(too_large(recipe, cluster, tenants, awake_of(recipe, cluster, stages), memory))
     resources = recipe.resources
     return Plan(
         recipe=recipe.name,
@@ -38,7 +38,7 @@ def make_plan(recipe: Recipe, cluster: Cluster | None = None, verdicts: Sequence
         actors=actors_of(recipe, cluster, engines, tenants, memory),
         stages=stages,
         world_size=resources.trainer_ranks,
-        transport=_transport(recipe, cluster),
+        transport=_transport(recipe, cluster, tenants > 1),
         colocated=tenants > 1,
         implementation=implementation,
         memory=memory,
@@ -48,10 +48,13 @@ def make_plan(recipe: Recipe, cluster: Cluster | None = None, verdicts: Sequence
     )
 
 
-def _transport(recipe: Recipe, cluster: Cluster) -> Transport:
-    asked = recipe.resources.transport
-    if asked != "auto":
-        return asked
+def _transport(recipe: Recipe, cluster: Cluster, colocated: bool) -> Transport:
+    """GPU to GPU where that is possible: two processes on one GPU can share memory and not be in one NCCL group."""
+    r = recipe.resources
+    if r.transport != "auto":
+        return r.transport
+    if r.device == "cuda" and (not colocated or r.trainer_ranks == cluster.gpus):
+        return "ipc" if colocated else "nccl"
     return "shm" if cluster.nodes == 1 else "cpu"
 
 

@@ -16,11 +16,20 @@ ENGINE_GIB, TRAINER_GIB, REWARD_GIB, DRIVER_GIB, RAY_GIB = 1.3, 1.0, 0.3, 0.6, 0
 
 def tenants_of(recipe: Recipe, cluster: Cluster, engines: int) -> int:
     """How many processes hold one GPU together: trainer ranks and all `engines` of the curriculum, over the GPUs there
-    are. They keep their memory: an engine does not sleep while the trainer works. 0 on a CPU."""
+    are. 0 on a CPU."""
     r = recipe.resources
     if r.device == "cpu":
         return 0
     return math.ceil((r.trainer_ranks + engines * r.tensor_parallel) / cluster.gpus)
+
+
+def awake_of(recipe: Recipe, cluster: Cluster, stages: Sequence[StagePlan]) -> int:
+    """How many engines of a shared GPU a stage uses at once, at most: the others sleep, as all do while the trainer
+    works alone. 0 on a CPU."""
+    if recipe.resources.device == "cpu":
+        return 0
+    most = max((sum(use.workers for use in stage.engines) for stage in stages), default=0)
+    return math.ceil(most * recipe.resources.tensor_parallel / cluster.gpus)
 
 
 def memory_of(recipe: Recipe, stages: Sequence[StagePlan]) -> Memory:
@@ -43,7 +52,8 @@ def memory_of(recipe: Recipe, stages: Sequence[StagePlan]) -> Memory:
     base = DRIVER_GIB + RAY_GIB + r.reward_workers * REWARD_GIB
     base += r.trainer_ranks * TRAINER_GIB + processes * ENGINE_GIB * r.tensor_parallel
     on_host = r.trainer_ranks * trainer + engines if r.device == "cpu" else r.trainer_ranks * offloaded
-    return Memory(base + published + on_host, trainer, engine)
+    # from GPU to GPU a publish is a copy beside the rank's own
+    return Memory(base + published + on_host, trainer + (published if r.device == "cuda" else 0.0), engine)
 
 
 def _trainer_bytes(recipe: Recipe, plan: StagePlan) -> int:
@@ -89,7 +99,7 @@ def _parameters(recipe: Recipe, plan: StagePlan) -> tuple[int, int]:
     return (parameters, parameters) if adapters is None else (parameters + adapters, adapters)
 
 
-def too_large(recipe: Recipe, cluster: Cluster, tenants: int, memory: Memory) -> Iterator[str]:
+def too_large(recipe: Recipe, cluster: Cluster, tenants: int, awake: int, memory: Memory) -> Iterator[str]:
     """Problems of fitting it into the memory there is."""
     r = recipe.resources
     advice = "lower resources.kv_cache_gib, token_budget or the number of workers"
@@ -108,12 +118,22 @@ def too_large(recipe: Recipe, cluster: Cluster, tenants: int, memory: Memory) ->
             f"{tenants} processes would share a GPU of the {cluster.gpus} here, which engines with "
             f"tensor_parallel = {r.tensor_parallel} cannot; use tensor_parallel = 1, or more GPUs"
         )
+    if r.device == "cuda" and r.transport == "nccl" and tenants > 1:
+        yield (
+            f'resources.transport = "nccl": {tenants} processes would share a GPU of the {cluster.gpus} here, and two '
+            'on one GPU can be in no NCCL group; use "auto", or more GPUs'
+        )
+    if r.device == "cuda" and r.transport == "ipc" and (tenants == 1 or r.trainer_ranks != cluster.gpus):
+        yield (
+            f'resources.transport = "ipc": an engine reads the weights of a trainer rank on its own GPU, and there are '
+            f'{r.trainer_ranks} rank(s) for {cluster.gpus} GPU(s), {tenants} process(es) on each; use "auto"'
+        )
     if r.device == "cuda" and cluster.gpu_memory_gib is not None:
-        together = f"{tenants} processes on one GPU (engines do not sleep while the trainer works)"
+        together = f"a trainer rank and {awake} engine(s) awake on one GPU"
         for who, needed in (
             ("a trainer rank", memory.trainer),
             ("an engine", memory.engine),
-            *([(together, memory.trainer + (tenants - 1) * memory.engine)] if tenants > 1 else []),
+            *([(together, memory.trainer + awake * memory.engine)] if tenants > 1 else []),
         ):
             if needed > cluster.gpu_memory_gib:
                 yield (

@@ -92,11 +92,8 @@ def crowded_cores(recipe: Recipe, cluster: Cluster) -> Iterator[str]:
 def misplaced(recipe: Recipe, cluster: Cluster) -> Iterator[str]:
     """Problems of placing the recipe on the machine."""
     r = recipe.resources
-    if r.transport in ("ipc", "nccl"):
-        yield (
-            f'resources.transport = "{r.transport}": engines can receive it, but the trainer has no sender for it yet; '
-            'use "auto", which goes through host memory'
-        )
+    if r.transport in ("ipc", "nccl") and r.device == "cpu":
+        yield f'resources.transport = "{r.transport}" is for device = "cuda"; on a CPU use "auto", "shm" or "cpu"'
     if r.transport == "shm" and cluster.nodes > 1:
         yield (
             f'resources.transport = "shm": the cluster has {cluster.nodes} nodes, which share no memory; use "auto" or '

@@ -118,7 +118,9 @@ class Resources(Table):
     memory_gib: Positive = 8.0
     token_budget: PositiveInt = 8192  # of a micro-batch
     packing: bool = True  # rows end to end without padding, a group's prompt once; bridges only
-    transport: Literal["auto", "shm", "cpu", "ipc", "nccl"] = "auto"  # shm on one node, else cpu: Ray's object store
+    # of weights to engines; auto: ipc where trainer and engines share GPUs, nccl where they have their own; on CPUs shm
+    # on one node, else cpu, which is Ray's object store
+    transport: Literal["auto", "shm", "cpu", "ipc", "nccl"] = "auto"
 
 
 class Deadlines(Table):

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -19,6 +20,7 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from actors.device import Copies, Line, SentBucket, listen
 from actors.shared import Owner
 from rlhf import bridge
 from rlhf.agreement import compare, fingerprint_model, group_name, localise, make_probes, probe_model
@@ -187,7 +189,7 @@ class Engine:
                 buckets.append(bucket)
                 bucket = []
         buckets.append(bucket)
-        return Publication(self.version, "cpu", (), {name: tuple(v.shape) for name, v in named.items()}), buckets
+        return Publication(self.version, (), {name: tuple(v.shape) for name, v in named.items()}), buckets
 
     def publish(self, named: Mapping[str, torch.Tensor]) -> Any:
         return self("load", *self.publication(named))
@@ -356,6 +358,33 @@ def test_the_engine_keeps_nothing_in_the_trainers_memory(pair: Any) -> None:
     after = engine("score", probes_of(model))
     for mine, theirs in zip(before.logprobs, after.logprobs, strict=True):
         np.testing.assert_allclose(mine, theirs, atol=1e-6)
+
+
+def test_weights_come_by_a_line(pair: Any) -> None:
+    """What NCCL does between GPUs, by gloo."""
+    engine, model, _ = pair
+    copies, named = Copies(torch.device("cpu")), {name: value.detach() for name, value in parameters(model).items()}
+    store = listen("127.0.0.1", DEADLINE)
+    with ThreadPoolExecutor(1) as pool:
+        joined = pool.submit(engine, "connect", f"127.0.0.1:{store.port}", 2, float(DEADLINE))
+        line = Line(store, 0, 2, torch.device("cpu"), DEADLINE)
+        joined.result(DEADLINE)
+        engine.publish({name: value + 0.1 for name, value in named.items()})
+        spoiled = engine("score", probes_of(model))
+        publication, buckets = engine.publication(named)
+        sent = [
+            SentBucket(*copies.put(index, [(name, torch.from_numpy(array)) for name, array in bucket]))
+            for index, bucket in enumerate(buckets)
+        ]
+        loading = pool.submit(engine, "load", publication, sent)
+        for memory in copies:
+            line.send(memory)
+        loading.result(DEADLINE)
+    after = engine("score", probes_of(model))
+    engine.publish(named)
+    wanted = engine("score", probes_of(model))
+    assert not np.allclose(spoiled.logprobs[0], wanted.logprobs[0], atol=1e-3)
+    assert after == wanted
 
 
 def probes_of(model: Any) -> list[Probe]:

@@ -28,6 +28,10 @@ class FakeEngine:
         self.skill = skill
         self.version = 0
         self.asked: list[str] = []
+        self.asleep = False
+
+    async def sleep(self) -> None:
+        self.asleep = True
 
     async def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
         return [self._group(prompt, sampling) for prompt in prompts]
@@ -50,6 +54,7 @@ class FakeEngine:
 
     def _group(self, prompt: Prompt, sampling: Sampling) -> Group:
         self.asked.append(prompt.key)
+        self.asleep = False
         rollouts = []
         for index in range(sampling.num):
             draw = random.Random(f"{sampling.seed}/{prompt.key}/{index}")

@@ -64,6 +64,22 @@ def test_the_next_part_is_sampled_while_the_trainer_learns(
     assert calls == {"generate": 6 * share, "step": 6}
 
 
+@pytest.mark.parametrize("updates", [1, 2])
+def test_engines_sleep_while_the_trainer_learns_alone(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, updates: int
+) -> None:
+    seen = list[tuple[bool, bool]]()
+    step = FakeTrainer.step
+
+    async def watched(trainer: FakeTrainer, batch: Batch, fresh: bool = False, alone: bool = True) -> StepStats:
+        seen.append((alone, trainer.engine.asleep))
+        return await step(trainer, batch, fresh, alone)
+
+    monkeypatch.setattr(FakeTrainer, "step", watched)
+    improve(prepared, tmp_path / "run", f"steps = 2, updates_per_step = {updates}")
+    assert seen == [(False, False), (True, True)][-updates:] * 2
+
+
 def test_tokens_of_another_version_end_the_run(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     publish = FakeTrainer.publish
 

@@ -12,11 +12,12 @@ import pytest
 from ray.exceptions import RayActorError
 
 from actors import handles
+from actors.device import DeviceBucket
 from actors.handles import EngineHandle, Loads, RewardsHandle, TrainerHandle, reason
 from rewards.base import Item
 from rlhf.recipe import Deadlines
 from rlhf.roles import ActorLostError, SyncError
-from rlhf.types import Batch, Group, Probe, ProbeScores, Prompt, Rollout, Sampling, Score, StepStats
+from rlhf.types import Batch, Group, Probe, ProbeScores, Prompt, Publication, Rollout, Sampling, Score, StepStats
 
 T = TypeVar("T")
 Ended = list[tuple[int, Group]]
@@ -120,8 +121,9 @@ def test_an_engine_that_dies_under_several_calls_is_started_once(tmp_path: Path)
     assert [len(found) for found in groups] == [2] * 4
 
 
-async def published() -> Any:
-    """A publication that no fake looks into."""
+async def published() -> Callable[[Any], Awaitable[None]]:
+    """How a worker gets a publication that no fake looks into."""
+    return lambda worker: worker.fetch.remote(None)
 
 
 def test_weights_are_not_written_over_while_a_new_worker_reads_them(tmp_path: Path) -> None:
@@ -136,9 +138,9 @@ def test_weights_are_not_written_over_while_a_new_worker_reads_them(tmp_path: Pa
             said.append(f"has read {publication}")
             return 0.0
 
-        async def written(version: str) -> Any:
+        async def written(version: str) -> Callable[[Any], Awaitable[None]]:
             said.append(f"writes {version}")
-            return version
+            return lambda worker: worker.fetch.remote(version)
 
         handle = EngineHandle("policy", tmp_path, "digest", lambda index, folder: replacement, Deadlines(), [lost])
         await handle.load(lambda: written("first"))
@@ -161,6 +163,115 @@ def test_weights_are_not_written_over_while_a_new_worker_reads_them(tmp_path: Pa
         "reads second",
         "has read second",
     ]
+
+
+def test_an_engine_that_shares_a_gpu_sleeps_until_it_is_asked(tmp_path: Path) -> None:
+    async def go(sleeps: bool) -> list[str]:
+        said, worker = list[str](), Engine()
+
+        async def tell(what: str) -> None:
+            await asyncio.sleep(0)
+            said.append(what)
+
+        async def answer(asked: list[Prompt], _: Sampling) -> list[Group]:
+            said.append("answers")
+            return [Group(prompt, (1,), ()) for prompt in asked]
+
+        worker.sleep, worker.wake = Remote(lambda: tell("sleeps")), Remote(lambda: tell("wakes"))  # type: ignore[attr-defined]
+        worker.stream, worker.fetch = Streaming(answer), Remote(lambda _: tell("loads"))
+        handle = EngineHandle(
+            "policy", tmp_path, "digest", lambda index, folder: worker, Deadlines(), [worker], sleeps=sleeps
+        )
+        for _ in range(2):
+            await handle.sleep()
+        calls = [handle.generate(prompts(1), Sampling(seed=1)) for _ in range(2)]
+        await asyncio.wait_for(asyncio.gather(*calls), 10)
+        await handle.sleep()
+        await asyncio.wait_for(handle.load(published), 10)
+        return said
+
+    assert asyncio.run(go(True)) == ["sleeps", "wakes", "answers", "answers", "sleeps", "wakes", "loads"]
+    assert asyncio.run(go(False)) == ["answers", "answers", "loads"]
+
+
+class Sender:
+    """The trainer's first rank, and a worker's end of its line: either waits for the other, as a broadcast does."""
+
+    def __init__(self, said: list[str]) -> None:
+        self.said, self.meet = said, asyncio.Barrier(2)
+        self.publication = Remote(lambda version, transport: _ready(Publication(version, (transport,), {})))
+        self.listen = Remote(lambda line, timeout: _ready("here:1"))
+        self.connect, self.send = Remote(self._connect), Remote(self._send)
+        self.hang_up = Remote(lambda line: said.append("hung up"))
+
+    async def _connect(self, line: str, size: int, seconds: float) -> None:
+        await self.meet.wait()
+        self.said.append(f"line of {size}, {seconds:g} s")
+
+    async def _send(self, line: str) -> None:
+        await self.meet.wait()
+        self.said.append("sent")
+
+    def engine(self, dies: bool = False) -> Engine:
+        async def connect(address: str, size: int, seconds: float) -> None:
+            assert address == "here:1"
+            await self.meet.wait()
+
+        async def fetch(publication: Publication) -> float:
+            if dies:
+                raise RayActorError
+            await self.meet.wait()
+            self.said.append(f"has {publication.version}")
+            return 0.0
+
+        made = Engine()
+        made.connect, made.fetch = Remote(connect), Remote(fetch)  # type: ignore[attr-defined]
+        return made
+
+
+def test_weights_that_are_sent_have_a_line_for_each_worker(tmp_path: Path) -> None:
+    async def go() -> tuple[list[str], int]:
+        said = list[str]()
+        sender = Sender(said)
+        trainer = TrainerHandle([sender], Deadlines(sync=5), "nccl", 3)
+        lost = sender.engine(dies=True)
+        workers = [sender.engine(), lost]
+        handle = EngineHandle("policy", tmp_path, "digest", lambda index, folder: sender.engine(), Deadlines(), workers)
+        for version in (1, 2):
+            await asyncio.wait_for(trainer.publish(handle, version), 10)
+        return said, len(trainer.lines)
+
+    said, lines = asyncio.run(go())
+    connected = "line of 3, 2.5 s"
+    first, second, replacement = [connected, "sent", "has 1"], [connected, "hung up"], [connected, "sent", "has 1"]
+    assert sorted(said[:8]) == sorted([*first, *second, *replacement])
+    assert sorted(said[8:]) == sorted(["sent", "has 2"] * 2)  # by the lines there are
+    assert lines == 2
+
+
+def test_every_rank_hands_out_what_is_on_its_gpu() -> None:
+    def rank(uuid: str) -> Any:
+        class Rank:
+            publication = Remote(
+                lambda version, transport: _ready(
+                    Publication(version, tuple(DeviceBucket({uuid: (uuid, i)}, ()) for i in range(2)), {"w": (1,)})
+                )
+            )
+
+        return Rank()
+
+    async def go() -> Publication:
+        trainer, given = TrainerHandle([rank("a"), rank("b")], Deadlines(), "ipc"), list[Publication]()
+
+        class Worker:
+            fetch = Remote(lambda publication: _ready(given.append(publication)))
+
+        await (await trainer._published("policy", 7))(Worker())
+        return given[0]
+
+    found = asyncio.run(go())
+    assert (found.version, found.names) == (7, {"w": (1,)})
+    assert [dict(bucket.handles) for bucket in found.buckets] == [{"a": ("a", i), "b": ("b", i)} for i in range(2)]
 
 
 @pytest.mark.parametrize("wrong", [False, True])

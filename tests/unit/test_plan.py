@@ -154,20 +154,40 @@ def test_transport_and_placement_on_gpus() -> None:
     assert plan(cluster=several).transport == plan("resources.transport = 'cpu'").transport == "cpu"
     with pytest.raises(PlanError, match=r"the cluster has 3 nodes, which share no memory"):
         plan("resources.transport = 'shm'", cluster=several)
-    assert (made := plan("resources.device = 'cuda'", cluster=one)).transport == "shm"
+    assert (made := plan("resources.device = 'cuda'", cluster=one)).transport == "ipc"
     # the policy's engine, the judge's and a trainer rank
     assert made.colocated
     assert [actor.gpus for actor in made.actors] == [0.33, 0.33, 0]
     assert [actor.gpus for actor in plan("resources.device = 'cuda'", cluster=two).actors] == [0.5, 0.5, 0]
     three = plan("resources.device = 'cuda'", cluster=Cluster(16, 128, 3, 80.0))
     assert not three.colocated
+    # two on one GPU share memory and no NCCL group; an engine beside no trainer rank shares no memory
+    assert (three.transport, plan("resources.device = 'cuda'", cluster=two).transport) == ("nccl", "shm")
+    with pytest.raises(PlanError, match=r'"nccl": 3 processes would share a GPU of the 1 here'):
+        plan("resources = {device = 'cuda', transport = 'nccl'}", cluster=one)
+    with pytest.raises(PlanError, match=r'"ipc": .* there are 1 rank\(s\) for 2 GPU\(s\), 2 process\(es\) on each'):
+        plan("resources = {device = 'cuda', transport = 'ipc'}", cluster=two)
     assert [actor.gpus for actor in three.actors] == [1, 1, 0]
-    with pytest.raises(PlanError, match=r"3 processes on one GPU .* would need about"):
+    with pytest.raises(PlanError, match=r"a trainer rank and 2 engine\(s\) awake on one GPU would need about"):
         plan("resources.device = 'cuda'", "resources.kv_cache_gib = 1", cluster=Cluster(16, 128, 1, 1.5))
     with pytest.raises(PlanError, match=r"3 processes would share a GPU .* use tensor_parallel = 1"):
         plan("resources = {device = 'cuda', tensor_parallel = 2}", cluster=two)
     with pytest.raises(PlanError, match=r"3 processes would share a GPU"):  # how much memory it has is no matter
         plan("resources = {device = 'cuda', tensor_parallel = 2}", cluster=Cluster(16, 128, 2, None))
+
+
+def test_no_two_trainer_ranks_meet_on_one_gpu() -> None:
+    from actors.launch import reserved
+
+    two = Cluster(16, 128, 2, 80.0)
+    shares, bundles = reserved(plan("resources = {device = 'cuda', trainer_ranks = 2}", cluster=two))
+    assert [share.get("GPU") for share in shares] == [1, 1, None]
+    assert bundles["trainer"] == [0, 1]
+    assert bundles["rollout"] == [0, 1]
+    assert sum(share["CPU"] for share in shares) <= two.cpus
+    shares, bundles = reserved(plan())
+    assert bundles == {"trainer": [0], "rollout": [1, 2], "reward": [3]}
+    assert all(set(share) == {"CPU"} for share in shares)
 
 
 def test_verdicts_are_quoted_for_the_installed_versions_only() -> None:
@@ -322,7 +342,7 @@ REFUSALS = {
     "no room for the picture": ("stages.improve.max_tokens = 165", r"of up to 16 tokens and max_tokens \+ judg"),
     "budget under a row": ("resources.token_budget = 128", "token_budget = 128 is less than resources.max_model_len"),
     "cuda without gpus": ("resources.device = 'cuda'", "there is no GPU here"),
-    "nccl on cpu": ("resources.transport = 'nccl'", "the trainer has no sender for it yet"),
+    "nccl on cpu": ("resources.transport = 'nccl'", 'is for device = "cuda"'),
     "tensor parallel on cpu": ("resources.tensor_parallel = 2", "tensor_parallel needs GPUs"),
     "a clip that never binds": ("stages.improve.clip_high = 0.2", "a clip range of 0.2 never binds for GSPO"),
     "same name as a source": (
@@ -401,7 +421,6 @@ def test_gpu_refusals() -> None:
         "resources.tensor_parallel = 4": "tensor_parallel = 4 on 2 GPUs",
         "resources.trainer_ranks = 4": "trainer_ranks = 4 on 2 GPUs",
         "resources.rollout_workers = 3": "on 2 GPUs; lower one",
-        "resources.transport = 'ipc'": "the trainer has no sender for it yet",
         "resources.kv_cache_gib = 4": "a GPU has 0.5",
     }.items():
         with pytest.raises(PlanError, match=words):
