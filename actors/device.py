@@ -7,7 +7,7 @@ The trainer learns on beside the copy, so an engine that is started again takes 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import count
@@ -50,8 +50,9 @@ class Copies:
     """The trainer's side: buckets in memory of their own on one device. A bucket is good until the next of its index;
     a publish writes where the one before it wrote."""
 
-    def __init__(self, device: torch.device, export: Callable[[Tensor], Any] | None = None) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, room: int = 0, export: Callable[[Tensor], Any] | None = None) -> None:
+        """Each memory has `room` for so many bytes, or for its first bucket where that is larger."""
+        self.device, self._room = device, room
         self._export = export or _export
         self._held: list[tuple[Tensor, tuple[str, Any] | None]] = []
         self._serial = count()
@@ -63,12 +64,17 @@ class Copies:
             places.append((name, value.dtype, tuple(value.shape), size))
             size += -(-value.numel() * value.element_size() // ALIGNMENT) * ALIGNMENT
         if index == len(self._held) or self._held[index][0].numel() < size:
-            self.trim(index)  # those after it are of another model too
-            self._held.append((torch.empty(max(size, 1), dtype=torch.uint8, device=self.device), None))
+            # kept for good: torch frees exported memory only where it is opened exactly once
+            memory = torch.empty(max(size, self._room, 1), dtype=torch.uint8, device=self.device)
+            self._held[index : index + 1] = [(memory, None)]
         memory, _ = self._held[index]
         for place, (_, value) in zip(places, part, strict=True):
             _view(memory, place).copy_(value)
-        return memory.numel(), tuple(places)
+        return size, tuple(places)
+
+    def sent(self, bucket: int, size: int) -> Tensor:
+        """The bytes of a bucket."""
+        return self._held[bucket][0][:size]
 
     def shared(self, index: int, places: tuple[Place, ...]) -> DeviceBucket:
         """How a process on the same GPU opens the bucket; call `finish` before it does."""
@@ -78,18 +84,10 @@ class Copies:
             self._held[index] = memory, handle
         return DeviceBucket({uuid_of(self.device): handle}, places)
 
-    def finish(self, buckets: int) -> None:
-        """Wait until what was put is there, and give up all but the first `buckets`."""
-        self.trim(buckets)
+    def finish(self) -> None:
+        """Wait until what was put is there."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-    def trim(self, buckets: int) -> None:
-        """Give up all but the first `buckets`."""
-        del self._held[buckets:]
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return (memory for memory, _ in self._held)
 
 
 class Opened:
@@ -126,12 +124,19 @@ class Line:
     def __init__(self, store: Store, rank: int, size: int, device: torch.device, timeout: float) -> None:
         self.device, self._timeout = device, timedelta(seconds=timeout)
         prefixed = PrefixStore("line", store)
+        # NCCL itself waits for the others without a limit
+        prefixed.set(str(rank), "here")
+        prefixed.wait([str(other) for other in range(size)], self._timeout)
         if device.type == "cuda":
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = self._timeout
+            # else a watchdog ends the process where a call took too long; read when the group is made
+            os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"
             self._group: Any = dist.ProcessGroupNCCL(prefixed, rank, size, options)
+            del os.environ["TORCH_NCCL_BLOCKING_WAIT"]
         else:
             self._group = dist.ProcessGroupGloo(prefixed, rank, size, timeout=self._timeout)
+        self._broadcast(torch.zeros(1, dtype=torch.uint8, device=device))  # NCCL connects at the first
 
     @classmethod
     def join(cls, address: str, rank: int, size: int, device: torch.device, timeout: float) -> Line:

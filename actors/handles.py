@@ -42,6 +42,10 @@ class ActorTimeoutError(TimeoutError):
     """A remote call missed its deadline; names the actor, the call and the recipe key of the deadline."""
 
 
+class TrainerLostError(ActorLostError):
+    """The trainer died while a worker took weights from it: nothing is wrong with the worker."""
+
+
 # a worker of which one of these was heard is of no use any more: its process, its engine or its answer is gone
 LOST = (RayActorError, ActorLostError, ActorTimeoutError)
 
@@ -240,6 +244,8 @@ class EngineHandle:
         for index, worker in enumerate(self.workers):
             try:
                 await self.refit(worker)
+            except TrainerLostError:
+                raise
             except LOST:
                 await self._restart(index, worker)
 
@@ -279,6 +285,8 @@ class EngineHandle:
             worker = self.workers[index]
             try:
                 return await call(worker)
+            except TrainerLostError:
+                raise
             except LOST as error:
                 if attempt == 2:
                     raise RuntimeError(
@@ -315,6 +323,7 @@ class TrainerHandle:
     line_size: int = 2  # processes of a line: the rank that sends, and those of an engine
     probes: Sequence[Probe] = ()
     lines: dict[tuple[Any, Any], str] = field(default_factory=dict)  # of a rank and a worker
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)  # a rank does one thing after another
 
     async def begin(self, spec: TrainSpec, probes: Sequence[Probe]) -> Mapping[str, float]:
         self.probes = probes
@@ -357,34 +366,48 @@ class TrainerHandle:
 
     async def _send(self, engine: str, publication: Publication, worker: Any) -> None:
         """Both ends at once: either waits for the other."""
-        line, what = await self._line(engine, worker), f"the trainer sending weights to engine {engine!r}"
-        sending = within(self.deadlines.sync, "sync", what, self._first.send.remote(line))
-        try:
-            async with under_way(sending) as sent:
-                await self._hand_over(engine, publication, worker)
-                await sent
-        except Exception:  # whatever it was, one end may be in the middle of a bucket
-            del self.lines[self._first, worker]
-            self._first.hang_up.remote(line)
-            raise
+        async with self.turn:
+            line = await self._line(engine, worker)
+            async with under_way(self._at_first("send", f"sending weights to engine {engine!r}", line)) as sent:
+                try:
+                    await self._hand_over(engine, publication, worker)
+                    await sent
+                except BaseException as error:  # either end may be in the middle of a bucket
+                    self._hang_up(line)
+                    if isinstance(error, Exception):
+                        await _raise_trainers(sent)
+                    raise
 
     async def _line(self, engine: str, worker: Any) -> str:
         """The line to a worker, connected when it is first asked for."""
-        ends = (self._first, worker)
+        ends = (self.ranks[0], worker)
         if ends not in self.lines:
-            line, seconds, what = uuid4().hex, self.deadlines.sync, f"connecting the trainer with engine {engine!r}"
-            timeout = seconds / 2  # the rank must be back before those who wait for it give it up
-            address = await within(seconds, "sync", what, self._first.listen.remote(line, timeout))
-            await asyncio.gather(
-                within(seconds, "sync", what, worker.connect.remote(address, self.line_size, timeout)),
-                within(seconds, "sync", what, self._first.connect.remote(line, self.line_size, timeout)),
-            )
+            line, what = uuid4().hex, f"connecting with engine {engine!r}"
+            timeout = self.deadlines.sync / 2  # the rank must be back before those who wait for it give it up
+            try:
+                address = await self._at_first("listen", what, line, timeout)
+                joining = worker.connect.remote(address, self.line_size, timeout)
+                await asyncio.gather(
+                    within(self.deadlines.sync, "sync", f"engine {engine!r} connecting with the trainer", joining),
+                    self._at_first("connect", what, line, self.line_size, timeout),
+                )
+            except BaseException:
+                self._hang_up(line)
+                raise
             self.lines[ends] = line
         return self.lines[ends]
 
-    @property
-    def _first(self) -> Any:
-        return self.ranks[0]
+    def _hang_up(self, line: str) -> None:
+        self.lines = {ends: other for ends, other in self.lines.items() if other != line}
+        self.ranks[0].hang_up.remote(line)
+
+    async def _at_first(self, method: str, doing: str, *arguments: Any) -> Any:
+        """What rank 0 answers. Raises TrainerLostError when it is dead, lest its death be taken for an engine's."""
+        call = getattr(self.ranks[0], method).remote(*arguments)
+        try:
+            return await within(self.deadlines.sync, "sync", f"trainer rank 0 {doing}", call)
+        except RayActorError as error:
+            raise TrainerLostError(f"trainer rank 0 died {doing}: {reason(error)}") from error
 
     async def save(self, folder: Path) -> None:
         await self._all("save", "save", str(folder))
@@ -440,6 +463,10 @@ class TrainerHandle:
         """Call every rank; the first failure ends the wait, since the others may be stuck in a collective.
 
         The first to fail need not be the one that died: the others lose their connection to it before Ray knows."""
+        async with self.turn:
+            return await self._at_once(method, deadline, *arguments)
+
+    async def _at_once(self, method: str, deadline: str, *arguments: Any) -> list[Any]:
         seconds = getattr(self.deadlines, deadline)
         calls = [
             asyncio.ensure_future(
@@ -462,6 +489,13 @@ class TrainerHandle:
             for call in calls:
                 call.cancel()
             await asyncio.gather(*calls, return_exceptions=True)
+
+
+async def _raise_trainers(sent: asyncio.Task[Any]) -> None:
+    """Raise that the trainer was lost, where its end is why the engine's failed."""
+    await asyncio.wait([sent], timeout=GRACE_SECONDS)
+    if sent.done() and isinstance(lost := sent.exception(), TrainerLostError):
+        raise lost
 
 
 def _failures(calls: Sequence[asyncio.Future[Any]]) -> list[BaseException]:

@@ -64,12 +64,13 @@ class TrainerActor(TrainerRank):
                 size, places = self._copies.put(len(sent), part)
                 shared = transport == "ipc"
                 sent.append(self._copies.shared(len(sent), places) if shared else SentBucket(size, places))
-            self._copies.finish(len(sent))
+            self._copies.finish()
         else:
             for bucket in self.buckets(BUCKET_BYTES):
                 names |= {name: tuple(array.shape) for name, array in bucket}
                 sent.append(self._shared.put(len(sent), bucket) if transport == "shm" else ray.put(bucket))
             self._shared.trim(len(sent))
+        self._sent = sent
         return Publication(version, tuple(sent), names)
 
     def listen(self, line: str, timeout: float) -> str:
@@ -84,8 +85,8 @@ class TrainerActor(TrainerRank):
 
     def send(self, line: str) -> None:
         """Send every bucket of the latest publication."""
-        for memory in self._copies:
-            self._lines[line].send(memory)
+        for index, bucket in enumerate(self._sent):
+            self._lines[line].send(self._copies.sent(index, bucket.size))
 
     def hang_up(self, line: str) -> None:
         """Forget a line whose engine is gone."""
@@ -98,7 +99,7 @@ class TrainerActor(TrainerRank):
 
     @cached_property
     def _copies(self) -> Copies:
-        return Copies(self.device)
+        return Copies(self.device, BUCKET_BYTES)
 
     @cached_property
     def _stores(self) -> dict[str, Any]:

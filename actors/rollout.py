@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pickle
 import threading
 import time
 from collections import Counter, defaultdict, deque
@@ -377,6 +378,8 @@ class RolloutWorker:
                 mm_processor_cache_gb=PIXELS_GIB,
                 generation_config="vllm",
                 enable_sleep_mode=settings.sleeps,
+                # else vLLM wants nearly all of the GPU to be free, though the cache has its size
+                **({"gpu_memory_utilization": 0.01} if settings.sleeps else {}),
                 weight_transfer_config=WeightTransferConfig(backend=vllm_plugin.TRANSFER),
                 disable_log_stats=True,
             )
@@ -527,7 +530,10 @@ class RolloutWorker:
         try:
             rpc("start_weight_update", timeout=deadline)
             for bucket in buckets:
-                update = {"weights": weights.fetch(bucket, deadline), "names": publication.names}
+                data = weights.fetch(bucket, deadline)
+                if self.settings.tensor_parallel > 1:  # vLLM's own messages between processes know few types
+                    data = pickle.dumps(data)
+                update = {"weights": data, "names": publication.names}
                 rpc("update_weights", timeout=deadline, args=(update,))
             rpc("finish_weight_update", timeout=deadline)
         except Exception as error:

@@ -11,6 +11,7 @@ engine, between `start` and `finish`. The recipe's `resources.transport` says wh
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +33,8 @@ from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from actors.device import DeviceBucket, Line, Opened, SentBucket
 from actors.shared import Bucket, Reader, SharedBucket
+
+AnyBucket = Bucket | SharedBucket | DeviceBucket | SentBucket
 
 
 class CoverageError(RuntimeError):
@@ -64,9 +67,10 @@ class LineInit(WeightTransferInitInfo):
 
 @dataclass
 class BucketUpdate(WeightTransferUpdateInfo):
-    """One bucket, and every name of the publication with its shape."""
+    """One bucket, pickled where the engine's ranks are processes of their own, and every name of the publication with
+    its shape."""
 
-    weights: Bucket | SharedBucket | DeviceBucket | SentBucket
+    weights: AnyBucket | bytes
     names: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
@@ -93,7 +97,7 @@ class BucketTransferEngine(WeightTransferEngine[LineInit, BucketUpdate]):
     def start_weight_update(self) -> None:
         self._names: dict[str, tuple[int, ...]] = {}
         self._received: dict[str, tuple[int, ...]] = {}
-        self._read: list[Any] = []
+        self._read: list[SharedBucket | DeviceBucket] = []
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -101,12 +105,16 @@ class BucketTransferEngine(WeightTransferEngine[LineInit, BucketUpdate]):
 
     def receive_weights(self, update_info: BucketUpdate) -> None:
         self._names.update(update_info.names)
-        self._read.append(update_info.weights)
-        weights = self._tensors(update_info.weights)
+        bucket = update_info.weights
+        if isinstance(bucket, bytes):
+            bucket = pickle.loads(bucket)  # noqa: S301 - of our own rollout worker
+        weights = self._tensors(bucket)
         self._received.update((name, tuple(value.shape)) for name, value in weights)
         self.model.load_weights(weights)
 
-    def _tensors(self, bucket: Bucket | SharedBucket | DeviceBucket | SentBucket) -> list[tuple[str, torch.Tensor]]:
+    def _tensors(self, bucket: AnyBucket) -> list[tuple[str, torch.Tensor]]:
+        if isinstance(bucket, SharedBucket | DeviceBucket):
+            self._read.append(bucket)
         if isinstance(bucket, DeviceBucket):
             return self._opened.read(bucket)
         if isinstance(bucket, SentBucket):

@@ -41,7 +41,7 @@ from rlhf.recipe import Evaluate, Gate, Optimised, Preference, Recipe, Rl, Sft, 
 from rlhf.roles import ActorLostError, Actors, Engine
 from rlhf.scoring import Judge
 from rlhf.stage import Context, derive, packs
-from rlhf.tasks import under_way
+from rlhf.tasks import beside
 from rlhf.tracking import Tracker, stage_folder
 from rlhf.types import Correction, Loss, Media, Sample, TrainSpec
 
@@ -185,8 +185,7 @@ class Curriculum:
             judges = {name: self.artifact(name) for name in stage.judges}
             models = judges if stage.replay is not None else {"policy": context.model, **judges}
             # at once: a process that starts has one core busy, with imports
-            async with under_way(self._begin_rl(stage)) as begun, self.actors.serving(models) as engines:
-                facts = await begun
+            async with beside(self._begin_rl(stage), self.actors.serving(models)) as (facts, engines):
                 loop = online.run if stage.learn else replay.gather
                 metrics = await loop(stage, context, engines.get("policy"), self._judges(engines, judges))
             if not stage.learn:

@@ -44,6 +44,8 @@ async def run(stage: Rl, context: Context, engine: Engine | None, judges: Mappin
                     with clock("proof"):  # while the engine sampled; nothing is learned before
                         sync = await groups.proven()
                     with clock("train"):
+                        if part.alone:
+                            await groups.rest()
                         batch = await pack(stage, context, part, version)
                         learned.append(await trainer.step(batch, fresh=not learned, alone=part.alone))
             version, stats = version + 1, merged(learned)

@@ -69,6 +69,9 @@ class Recorded:
     async def proven(self) -> SyncReport:
         return await self._groups.proven()
 
+    async def rest(self) -> None:
+        await self._groups.rest()
+
     @property
     def metrics(self) -> dict[str, float]:
         return self._groups.metrics

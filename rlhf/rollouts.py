@@ -101,6 +101,12 @@ class Rollouts(ABC):
         assert self.proof is not None
         return await self.proof
 
+    async def rest(self) -> None:
+        """Nothing is asked before the next publish: engines that share a GPU with the trainer leave it their memory."""
+        for engine in (self.engine, *(judge.engine for judge in self.judges.values())):
+            if engine is not None:
+                await engine.sleep()
+
     async def _prove(self, trainer: Trainer, version: int, seconds: float) -> SyncReport:
         started = time.perf_counter()
         metrics = await trainer.prove(self.engine, version)
@@ -192,20 +198,11 @@ class OnPolicy(Rollouts):
                 part = replace(await task, alone=task is parts[-1])
                 done.append(part)
                 self._require_rewards(done)
-                if part.alone and self.stage.learn:
-                    await self._rest()
                 if part.kept:
                     yield part
             self._measure(done)
         finally:
             await ended(parts)
-
-    async def _rest(self) -> None:
-        """Nothing is asked before the next publish."""
-        await self.proven()
-        for engine in (self.engine, *(judge.engine for judge in self.judges.values())):
-            assert engine is not None
-            await engine.sleep()
 
     async def _part(self, version: int, index: int, before: asyncio.Task[Part] | None) -> Part:
         stage, kept, seen = self.stage, list[Group](), list[Group]()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Coroutine, Iterable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import Any, TypeVar
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -26,3 +27,19 @@ async def under_way(work: Coroutine[Any, Any, T]) -> AsyncIterator[asyncio.Task[
         yield task
     finally:
         await ended([task])
+
+
+@asynccontextmanager
+async def beside(work: Coroutine[Any, Any, T], entered: AbstractAsyncContextManager[S]) -> AsyncIterator[tuple[T, S]]:
+    """What `work` gives, and the context that is entered meanwhile; the first failure ends both."""
+    async with AsyncExitStack() as stack:
+        tasks = asyncio.create_task(work), asyncio.create_task(stack.enter_async_context(entered))
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+            for task in tasks:
+                if task.done():
+                    task.result()
+            found = tasks[0].result(), tasks[1].result()
+        finally:
+            await ended(tasks)
+        yield found

@@ -29,8 +29,10 @@ def make_plan(recipe: Recipe, cluster: Cluster | None = None, verdicts: Sequence
     uses = engine_uses(recipe, architectures, implementation, verdicts)
     stages = tuple(_stage(recipe, stage, architectures[stage.name], uses[stage.name]) for stage in recipe.stages)
     engines = sum(stage.cold_starts for stage in stages)
-    tenants, memory = tenants_of(recipe, cluster, engines), memory_of(recipe, stages)
-    _refuse(too_large(recipe, cluster, tenants, awake_of(recipe, cluster, stages), memory))
+    tenants = tenants_of(recipe, cluster, engines)
+    transport = _transport(recipe, cluster, tenants > 1)
+    memory = memory_of(recipe, stages, tenants, transport in ("ipc", "nccl"))
+    _refuse(too_large(recipe, cluster, tenants, awake_of(stages, tenants), memory))
     resources = recipe.resources
     return Plan(
         recipe=recipe.name,
@@ -38,7 +40,7 @@ def make_plan(recipe: Recipe, cluster: Cluster | None = None, verdicts: Sequence
         actors=actors_of(recipe, cluster, engines, tenants, memory),
         stages=stages,
         world_size=resources.trainer_ranks,
-        transport=_transport(recipe, cluster, tenants > 1),
+        transport=transport,
         colocated=tenants > 1,
         implementation=implementation,
         memory=memory,

@@ -23,17 +23,16 @@ def tenants_of(recipe: Recipe, cluster: Cluster, engines: int) -> int:
     return math.ceil((r.trainer_ranks + engines * r.tensor_parallel) / cluster.gpus)
 
 
-def awake_of(recipe: Recipe, cluster: Cluster, stages: Sequence[StagePlan]) -> int:
-    """How many engines of a shared GPU a stage uses at once, at most: the others sleep, as all do while the trainer
-    works alone. 0 on a CPU."""
-    if recipe.resources.device == "cpu":
-        return 0
+def awake_of(stages: Sequence[StagePlan], tenants: int) -> int:
+    """How many engines of a shared GPU may be awake at once: those of a stage, of those that stand there. The others
+    sleep, as all do while the trainer works alone."""
     most = max((sum(use.workers for use in stage.engines) for stage in stages), default=0)
-    return math.ceil(most * recipe.resources.tensor_parallel / cluster.gpus)
+    return min(most, tenants - 1)
 
 
-def memory_of(recipe: Recipe, stages: Sequence[StagePlan]) -> Memory:
-    """What all of it needs at the peak; what a process holds outside GPU memory counts on the host only."""
+def memory_of(recipe: Recipe, stages: Sequence[StagePlan], tenants: int, copied: bool) -> Memory:
+    """What all of it needs at the peak; what a process holds outside GPU memory counts on the host only. copied: a
+    publish is a copy in GPU memory."""
     r = recipe.resources
     trainer = max((_trainer_bytes(recipe, stage) for stage in stages), default=0) / GIB
     offloaded = max((_optimizer_bytes(recipe, stage) for stage in stages), default=0) / GIB if r.offload else 0.0
@@ -47,13 +46,15 @@ def memory_of(recipe: Recipe, stages: Sequence[StagePlan]) -> Memory:
     cold = [(use.architecture, use.cold) for stage in stages for use in stage.engines]
     processes = sum(number for _, number in cold)
     engines = sum(number * (weights[architecture] + r.kv_cache_gib) for architecture, number in cold)
+    asleep = sum(number * weights[architecture] for architecture, number in cold) if tenants > 1 else 0.0
     # a publish lies once in shared memory or the object store while the engines read it
     published = max(weights.values(), default=0.0) * r.tensor_parallel * 4 / width
     base = DRIVER_GIB + RAY_GIB + r.reward_workers * REWARD_GIB
     base += r.trainer_ranks * TRAINER_GIB + processes * ENGINE_GIB * r.tensor_parallel
     on_host = r.trainer_ranks * trainer + engines if r.device == "cpu" else r.trainer_ranks * offloaded
-    # from GPU to GPU a publish is a copy beside the rank's own
-    return Memory(base + published + on_host, trainer + (published if r.device == "cuda" else 0.0), engine)
+    if copied:  # GPU to GPU, beside the rank's own
+        return Memory(base + asleep + on_host, trainer + published, engine)
+    return Memory(base + asleep + published + on_host, trainer, engine)
 
 
 def _trainer_bytes(recipe: Recipe, plan: StagePlan) -> int:

@@ -377,8 +377,8 @@ def test_weights_come_by_a_line(pair: Any) -> None:
             for index, bucket in enumerate(buckets)
         ]
         loading = pool.submit(engine, "load", publication, sent)
-        for memory in copies:
-            line.send(memory)
+        for index, bucket in enumerate(sent):
+            line.send(copies.sent(index, bucket.size))
         loading.result(DEADLINE)
     after = engine("score", probes_of(model))
     engine.publish(named)

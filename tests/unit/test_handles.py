@@ -249,6 +249,40 @@ def test_weights_that_are_sent_have_a_line_for_each_worker(tmp_path: Path) -> No
     assert lines == 2
 
 
+@pytest.mark.parametrize("first", ["the trainer's end", "the engine's end"])
+def test_a_trainer_that_dies_sending_is_not_taken_for_the_engine(tmp_path: Path, first: str) -> None:
+    async def go() -> int:
+        sender, heard = Sender([]), asyncio.Event()
+
+        async def send(line: str) -> None:
+            if first == "the engine's end":
+                await heard.wait()
+            raise RayActorError
+
+        async def fetch(publication: Publication) -> None:
+            if first == "the engine's end":
+                heard.set()
+                raise ActorLostError("the engine of this rollout worker ended with RuntimeError: connection closed")
+            await asyncio.Event().wait()
+
+        worker = sender.engine()
+        worker.fetch, sender.send = Remote(fetch), Remote(send)
+        started = list[Engine]()
+
+        def start(index: int, folder: Path) -> Engine:
+            started.append(Engine())
+            return started[-1]
+
+        trainer = TrainerHandle([sender], Deadlines(sync=1), "nccl", 2)
+        handle = EngineHandle("policy", tmp_path, "digest", start, Deadlines(), [worker])
+        with pytest.raises(ActorLostError, match="rank 0 died sending weights to engine 'policy'"):
+            await asyncio.wait_for(trainer.publish(handle, 1), 10)
+        assert not trainer.lines
+        return len(started)
+
+    assert asyncio.run(go()) == 0
+
+
 def test_every_rank_hands_out_what_is_on_its_gpu() -> None:
     def rank(uuid: str) -> Any:
         class Rank:
