@@ -108,7 +108,7 @@ class Replayed(Rollouts):
         self.serving = version
 
     async def proven(self) -> SyncReport:
-        return SyncReport(self.serving, 0.0, 0.0, {})
+        return SyncReport(0.0, 0.0, {})
 
 
 async def gather(stage: Rl, context: Context, engine: Engine | None, judges: Mapping[str, Judge]) -> dict[str, float]:

@@ -18,7 +18,6 @@ from rlhf.types import Batch, Group, Probe, Prompt, Sampling, Score, StepStats, 
 class SyncReport:
     """One publish: seconds of the transfer, seconds of its proof, and what the proof measured (sync_probe.*)."""
 
-    version: int
     seconds: float
     proof_seconds: float
     metrics: Mapping[str, float]

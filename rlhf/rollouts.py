@@ -110,7 +110,7 @@ class Rollouts(ABC):
     async def _prove(self, trainer: Trainer, version: int, seconds: float) -> SyncReport:
         started = time.perf_counter()
         metrics = await trainer.prove(self.engine, version)
-        return SyncReport(version, seconds, time.perf_counter() - started, metrics)
+        return SyncReport(seconds, time.perf_counter() - started, metrics)
 
     def state(self) -> dict[str, Any]:
         """JSON-able; see `restore`."""

@@ -254,7 +254,7 @@ class TrainSpec:
     reset    globs of parameters to initialise anew; upcycle (num_experts, top_k), its
              routers calibrated on the rows of `calibration`; lora (rank, alpha, target modules)
     muon     hidden matrices learn by Muon: (ratio to their learning rates, momentum); None: all by AdamW
-    beside   OpenMP threads of each rank in steps while engines sample; else as many as it was started with
+    beside   OpenMP threads of each rank in steps and probes while engines sample; else as many as it was started with
     packed   rows of a micro-batch lie end to end, a shared prompt once, without padding; for bridges only
     reference  keep a frozen copy of `model` to measure divergences from; with LoRA the base is that
     critic   the learning rate of a second model, begun from `model`, that foretells the rewards; None: there is none

@@ -76,16 +76,13 @@ def _engine_panels(run: RunView) -> list[str]:
             "word's probability far.</small></p>"
             "</figure>"
         )
-    syncs = [
-        Series(stage.name, tone, points)
-        for tone, stage in zip(
-            TONES, [s for s in run.stages if any(v for _, v in s.curve("sync", "seconds"))], strict=False
-        )
-        if (points := stage.curve("sync", "seconds"))
-    ]
+    curves = [(stage.name, stage.curve("sync", "seconds")) for stage in run.stages]
+    # a replay hands nothing over, in some microseconds
+    handed = [(name, points) for name, points in curves if any(seconds >= 1e-3 for _, seconds in points)]
+    syncs = [Series(name, tone, points) for tone, (name, points) in zip(TONES, handed, strict=False)]
     if syncs:
         panels.append(
-            "<figure><figcaption><b>Handing over new weights</b></figcaption><p>After each step the writer gets "
+            "<figure><figcaption><b>Handing over new weights</b></figcaption><p>Before each step the writer gets "
             "the learner's "
             f"weights; this is how long that took.</p>{legend(syncs)}"
             + line_chart(syncs, Axis("seconds", number, 0.0), summary="Seconds of each weight sync over steps")

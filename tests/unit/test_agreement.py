@@ -141,7 +141,7 @@ def test_probes_without_pictures_are_scored_beside_the_row_that_brings_one() -> 
 
 
 def test_a_large_gap_at_a_tie_is_a_flip() -> None:
-    totals, sync = Totals(), SyncReport(1, 0.1, 0.1, {})
+    totals, sync = Totals(), SyncReport(0.1, 0.1, {})
     totals.add({}, StepStats({}, [1e-6, 2e-4, 3e-4, 1e-6], [True, True, False, False]), sync)
     totals.add({}, StepStats({}, [1.0], [True]), sync)
     found = totals.metrics()
