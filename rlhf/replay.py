@@ -215,7 +215,7 @@ def _group(found: Mapping[str, Any], folder: Path) -> Group:
         Prompt(**prompt),
         tuple(found["prompt_ids"]),
         tuple(
-            Rollout(tuple(r["token_ids"]), tuple(r["logprobs"]), tuple(r["versions"]), r["text"], r["finish"])
+            Rollout(**r | {name: tuple(r[name]) for name in ("token_ids", "logprobs", "versions")})
             for r in found["rollouts"]
         ),
         tuple(Score(**score) for score in found["scores"]),

@@ -5,8 +5,9 @@ Every group goes its own way: it is sampled as soon as an engine has room, and s
 max_staleness 0  a step's groups are asked for when the weights that it starts from are published, and taken in the
                  order of their prompts, however long each takes: the same seed gives the same run.
 max_staleness S  up to S + 1 steps' groups are under way or waiting, while the trainer learns; they are taken as they
-                 are finished, so that the slowest holds nobody up. One whose oldest token was sampled more than S
-                 versions ago is dropped, counted, and another is asked for.
+                 are finished, so that the slowest holds nobody up. Tokens sampled more than S versions ago are counted
+                 and not learned from: the rest of their reply is, which they are then part of the prompt of. A group
+                 that has no others is dropped, and another is asked for.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import time
 from abc import ABC, abstractmethod
+from bisect import bisect_left
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
@@ -262,18 +264,19 @@ class Ahead(Rollouts):
     async def take(self, version: int) -> AsyncGenerator[Part]:
         stage, parts, taken = self.stage, list[Part](), 0
         share = stage.prompts_per_step // stage.updates_per_step
-        lags, dropped = list[int](), 0
+        oldest, lags, stale, dropped = version - stage.max_staleness, list[int](), list[int](), 0
         room = stage.prompts_per_step * min(stage.max_staleness + 1, stage.steps - version)
         for index in range(stage.updates_per_step):
             kept, seen = list[Group](), list[Group]()
             while len(kept) < share and (left := share * (1 + stage.refill_rounds) - len(seen)) > 0:
                 self._ask(room - taken)
                 found = await self._oldest(min(left, share - len(kept)))
-                behind = [(version - min(v for r in group.rollouts for v in r.versions), group) for group in found]
-                fresh = [(lag, group) for lag, group in behind if lag <= stage.max_staleness]
-                lags += [lag for lag, _ in fresh]
+                fresh = [group for group in found if newest(group) >= oldest]
                 dropped += len(found) - len(fresh)
-                scored = await self._held_back([group for _, group in fresh], version, index)
+                whole = await self._held_back(fresh, version, index)
+                scored = [without_stale(group, oldest) for group in whole]
+                lags += [version - version_of_oldest(group) for group in scored]
+                stale += [rollout.stale for group in scored for rollout in group.rollouts]
                 teaching = [group for group in scored if self._teaches(group)]
                 seen += scored
                 kept += teaching
@@ -288,6 +291,7 @@ class Ahead(Rollouts):
             "staleness": sum(lags) / len(lags),
             "staleness_max": float(max(lags)),
             "stale_dropped": float(dropped),
+            "stale_tokens": float(sum(stale)),
         }
 
     def _ask(self, limit: int) -> None:
@@ -387,6 +391,22 @@ def informative(group: Group) -> bool:
     return len(values) > 1
 
 
+def without_stale(group: Group, oldest: int) -> Group:
+    """The group, its tokens that versions before `oldest` sampled marked. Versions only grow along a reply."""
+    rollouts = tuple(replace(one, stale=bisect_left(one.versions, oldest)) for one in group.rollouts)
+    return replace(group, rollouts=rollouts)
+
+
+def newest(group: Group) -> int:
+    """The version that sampled the group's last token."""
+    return max(rollout.versions[-1] for rollout in group.rollouts)
+
+
+def version_of_oldest(group: Group) -> int:
+    """The version that sampled the first of the group's tokens that are learned from."""
+    return min(one.versions[one.stale] for one in group.rollouts if one.stale < len(one.versions))
+
+
 async def pack(stage: Rl, context: Context, part: Part, version: int) -> Batch:
     """The optimizer step that learns from `part`: its groups with their advantages, cut into ranks and micro-batches.
     Failed scores weigh 0."""
@@ -399,24 +419,27 @@ async def pack(stage: Rl, context: Context, part: Part, version: int) -> Batch:
     else:
         critic = stage.foretelling
         assert critic is not None
-        said = await context.actors.trainer.values(context.batch(samples, index), part.alone)
-        values = [said[one.key] for one in samples]
-        scores = [score.value for group in groups for score in group.scores]
-        rows = zip(samples, *credited(scores, values, critic.discount, critic.smoothing), strict=True)
-        samples = [replace(one, advantages=tuple(row), returns=tuple(returns)) for one, row, returns in rows]
-    return context.batch(samples, index)
+        scored = zip(samples, (score.value for group in groups for score in group.scores), strict=True)
+        learned = [(one, score) for one, score in scored if one.num_completion]
+        said = await context.actors.trainer.values(context.batch([one for one, _ in learned], index), part.alone)
+        values = [said[one.key] for one, _ in learned]
+        given = credited([score for _, score in learned], values, critic.discount, critic.smoothing)
+        rows = zip(learned, *given, strict=True)
+        samples = [replace(one, advantages=tuple(row), returns=tuple(returns)) for (one, _), row, returns in rows]
+    return context.batch([one for one in samples if one.num_completion], index)
 
 
 def samples_of(groups: Sequence[Group], version: int) -> list[Sample]:
-    """A sample of each rollout, before anything is said of its advantage."""
+    """A sample of each rollout, before anything is said of its advantage; its tokens too old to learn from are part of
+    its prompt."""
     return [
         Sample(
             key=key(group, version, place, i),
             token_ids=group.prompt_ids + rollout.token_ids,
-            prompt_length=len(group.prompt_ids),
+            prompt_length=len(group.prompt_ids) + rollout.stale,
             media=group.prompt.media,
             weight=float(group.scores[i].outcome == "scored"),
-            logprobs=rollout.logprobs,
+            logprobs=rollout.logprobs[rollout.stale :],
             current=set(rollout.versions) == {version},
         )
         for place, group in enumerate(groups)

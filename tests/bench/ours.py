@@ -78,7 +78,9 @@ def measure(
     shape = {"prompts": PROMPTS, "group": GROUP, "max_tokens": workload.max_tokens}
     lines = run_stage(folder, name, seed, model, rows, steps=steps, updates=updates, staleness=staleness, **shape)
     counted = lines[skip:]
-    tokens = sum(line["metrics"]["tokens.mean"] * line["metrics"]["rollouts"] for line in counted)
+    sampled = sum(line["metrics"]["tokens.mean"] * line["metrics"]["rollouts"] for line in counted)
+    stale = sum(line["metrics"].get("stale_tokens", 0.0) for line in counted)
+    tokens = sampled - stale
     seconds = lines[-1]["time"] - lines[skip - 1]["time"]
     phases: dict[str, float] = {}
     for line in counted:
@@ -91,8 +93,9 @@ def measure(
         "seconds": seconds,
         "phases": phases,
         "overhead": 1 - named / seconds,
-        "mean_length": tokens / sum(line["metrics"]["rollouts"] for line in counted),
+        "mean_length": sampled / sum(line["metrics"]["rollouts"] for line in counted),
         "staleness": [line["metrics"].get("staleness", 0.0) for line in counted],
+        "stale": stale,
         "dropped": sum(line["metrics"].get("stale_dropped", 0.0) for line in counted),
     }
 

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from rlhf.roles import SyncError
-from rlhf.types import Batch, StepStats
+from rlhf.rollouts import samples_of, without_stale
+from rlhf.types import Batch, Group, Prompt, Rollout, Score, StepStats
 from tests.loop.cast import FakeCast, FakeEngine, FakeRewards, FakeTrainer, KilledError
 from tests.loop.test_curriculum import recipe, run
 
@@ -387,6 +388,35 @@ def test_a_group_too_stale_is_dropped_and_counted(
     assert max(line["staleness_max"] for line in found) <= 1
     # every update still learns from as many groups, and the last step asks for no more than it needs
     assert {len(keys(batch)) for batch in cast.trainer.batches} == {2 * 2}
+
+
+def test_tokens_too_stale_are_context_for_the_rest_of_their_reply(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Replies of slow groups began too long ago, and ended under weights that are fresh."""
+    Uneven(monkeypatch, late=12, steps=8, mixed=True)
+    settings = "steps = 8, prompts_per_step = 4, refill_rounds = 0, max_staleness = 1, group_size = 2"
+    cast = improve(prepared, tmp_path / "run", settings + ", algorithm = 'reinforce++'")
+    found = [line["metrics"] for line in lines(tmp_path / "run")]
+    stale = sum(line["stale_tokens"] for line in found)
+    assert stale > 0
+    assert max(line["staleness_max"] for line in found) <= 1
+    sampled = sum(line["tokens.mean"] * line["rollouts"] for line in found)
+    assert sum(batch.num_tokens for batch in cast.trainer.batches) == pytest.approx(sampled - stale)
+
+
+def test_a_sample_starts_where_its_tokens_are_fresh() -> None:
+    prompt = Prompt("data/1", "data", "?", (1, 2))
+    rollouts = (
+        Rollout((5, 6, 7), (-0.1, -0.2, -0.3), (3, 4, 5), "new", "stop"),
+        Rollout((8,), (-0.4,), (3,), "old", "stop"),
+    )
+    group = Group(prompt, (1, 9, 2), rollouts, (Score("scored", 1.0), Score("scored", 0.0)))
+    late, gone = samples_of([without_stale(group, 4)], 5)
+    assert (late.token_ids, late.prompt_length, late.logprobs) == ((1, 9, 2, 5, 6, 7), 4, (-0.2, -0.3))
+    assert gone.num_completion == 0
+    whole, _ = samples_of([without_stale(group, 3)], 5)
+    assert (whole.prompt_length, whole.logprobs) == (3, (-0.1, -0.2, -0.3))
 
 
 def test_only_tokens_of_the_present_weights_are_compared(
