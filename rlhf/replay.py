@@ -22,7 +22,7 @@ from rlhf.evaluation import record
 from rlhf.models import masked_ids
 from rlhf.recipe import Rl
 from rlhf.roles import Engine, SyncReport, Trainer
-from rlhf.rollouts import Ahead, OnPolicy, Part, Rollouts
+from rlhf.rollouts import AsFinished, InOrder, Part, Rollouts
 from rlhf.scoring import Judge
 from rlhf.stage import Context
 from rlhf.types import Group, Media, Prompt, Rollout, Score
@@ -35,7 +35,8 @@ def groups_of(
     stage: Rl, context: Context, engine: Engine | None, judges: Mapping[str, Judge], stream: Stream
 ) -> Rollouts | Recorded:
     """The stage's source of groups."""
-    kind = Replayed if stage.replay is not None else Ahead if stage.max_staleness else OnPolicy
+    live = InOrder if stage.in_order and not stage.max_staleness else AsFinished
+    kind = live if stage.replay is None else Replayed
     groups = kind(stage, context, engine, judges, stream)
     return groups if stage.record is None else Recorded(groups, Path(stage.record))
 
@@ -119,7 +120,7 @@ async def gather(stage: Rl, context: Context, engine: Engine | None, judges: Map
     stream.restore(saved["stream"])
     sums: dict[str, float] = saved["sums"]
     judge = next((name for name, part in stage.rewards.items() if part.judge is not None), None)
-    async with Recorded(OnPolicy(stage, context, engine, judges, stream), Path(stage.record)) as groups:
+    async with Recorded(InOrder(stage, context, engine, judges, stream), Path(stage.record)) as groups:
         for step in range(int(saved["step"]), stage.steps):
             async with aclosing(groups.take(step)) as parts:
                 async for _ in parts:

@@ -2,12 +2,12 @@
 
 Every group goes its own way: it is sampled as soon as an engine has room, and scored as soon as it is there.
 
-max_staleness 0  a step's groups are asked for when the weights that it starts from are published, and taken in the
-                 order of their prompts, however long each takes: the same seed gives the same run.
-max_staleness S  up to S + 1 steps' groups are under way or waiting, while the trainer learns; they are taken as they
-                 are finished, so that the slowest holds nobody up. Tokens sampled more than S versions ago are counted
-                 and not learned from: the rest of their reply is, which they are then part of the prompt of. A group
-                 that has no others is dropped, and another is asked for.
+InOrder     a step's groups are asked for when the weights that it starts from are published, and taken in the order of
+            their prompts, however long each takes: the same seed gives the same run. max_staleness is 0.
+AsFinished  the slowest group holds nobody up. With max_staleness S, up to S + ½ steps' groups are under way or waiting
+            while the trainer learns; the half step that is not asked for leaves the long ones time to end. Tokens
+            sampled more than S versions ago are counted and not learned from: the rest of their reply is, which they
+            are then part of the prompt of. A group that has no others is dropped, and another is asked for.
 """
 
 from __future__ import annotations
@@ -184,8 +184,8 @@ class Rollouts(ABC):
 
 
 @dataclass
-class OnPolicy(Rollouts):
-    """Staleness 0. All parts of a step are under way at once, and take turns in the engine, so that the first is soon
+class InOrder(Rollouts):
+    """All parts of a step are under way at once, and take turns in the engine, so that the first is soon
     there: the trainer learns from it while the next is sampled."""
 
     sampling: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -234,8 +234,8 @@ class OnPolicy(Rollouts):
 
 
 @dataclass
-class Ahead(Rollouts):
-    """Staleness above 0. Groups have numbers, in the order they are asked for.
+class AsFinished(Rollouts):
+    """Groups have numbers, in the order they are asked for.
 
     drawn     rows of those that are under way, or finished and not taken
     finished  (number, group or what went wrong), the one asked for first at the front
@@ -265,7 +265,8 @@ class Ahead(Rollouts):
         stage, parts, taken = self.stage, list[Part](), 0
         share = stage.prompts_per_step // stage.updates_per_step
         oldest, lags, stale, dropped = version - stage.max_staleness, list[int](), list[int](), 0
-        room = stage.prompts_per_step * min(stage.max_staleness + 1, stage.steps - version)
+        ahead = max(stage.max_staleness + 0.5, 1)
+        room = int(stage.prompts_per_step * min(ahead, stage.steps - version))
         for index in range(stage.updates_per_step):
             kept, seen = list[Group](), list[Group]()
             while len(kept) < share and (left := share * (1 + stage.refill_rounds) - len(seen)) > 0:
@@ -282,7 +283,8 @@ class Ahead(Rollouts):
                 kept += teaching
                 # where groups are refilled, one that teaches nothing makes room for another
                 taken += len(teaching if stage.refill_rounds else scored)
-            parts.append(Part(index, kept, seen))
+            alone = stage.max_staleness == 0 and index == stage.updates_per_step - 1 and not self.drawn
+            parts.append(Part(index, kept, seen, alone))
             self._require_rewards(parts)
             if kept:
                 yield parts[-1]

@@ -357,8 +357,10 @@ class Rl(Optimised):
     replay       such a folder, whose groups the stage learns from: no engine starts, nothing is sampled or scored, and
                  what says how (rewards, group_size, prompts_per_step, overlong, max_staleness) does nothing
     learn        false: only sample, score and record; the policy stays as it is, and the stage leaves no model
+    in_order     false: a step's updates take groups as they are finished, so that the trainer learns from quick ones
+                 while slow ones are sampled; true: in the order of their prompts, and the same seed gives the same run
     max_staleness  how many versions old the weights that sampled a token may be; above 0 engines sample while the
-                 trainer learns, up to so many steps ahead"""
+                 trainer learns, up to so many steps ahead, and nothing is in order"""
 
     kind: Literal["rl"]
     algorithm: Literal[
@@ -392,6 +394,7 @@ class Rl(Optimised):
     temperature: Positive = 1.0
     max_tokens: PositiveInt = 96
     refill_rounds: Annotated[int, Field(ge=0)] = 2
+    in_order: bool = True
     max_staleness: Annotated[int, Field(ge=0)] = 0
     max_failed_rewards: Fraction = 0.05
     record: UserPath | None = None
