@@ -51,6 +51,7 @@ group_size = {group}
 refill_rounds = 0
 updates_per_step = {updates}
 max_staleness = {staleness}
+in_order = {in_order}
 lr = 1e-6
 max_tokens = {max_tokens}
 evaluate = "none"
@@ -70,13 +71,14 @@ def random(item):
 
 
 def measure(
-    workload: Workload, folder: Path, staleness: int, updates: int, steps: int, skip: int, seed: int
+    workload: Workload, folder: Path, staleness: int, updates: int, in_order: bool, steps: int, skip: int, seed: int
 ) -> dict[str, Any]:
     """Useful completion tokens a second over the steps after the first `skip`, end to end, and where the time went."""
     model, rows = make(workload, folder)
     name = f"{workload.name}-s{staleness}-u{updates}-{seed}"
-    shape = {"prompts": PROMPTS, "group": GROUP, "max_tokens": workload.max_tokens}
-    lines = run_stage(folder, name, seed, model, rows, steps=steps, updates=updates, staleness=staleness, **shape)
+    shape = {"prompts": PROMPTS, "group": GROUP, "max_tokens": workload.max_tokens, "in_order": str(in_order).lower()}
+    shape |= {"steps": steps, "updates": updates, "staleness": staleness}
+    lines = run_stage(folder, name, seed, model, rows, **shape)
     counted = lines[skip:]
     sampled = sum(line["metrics"]["tokens.mean"] * line["metrics"]["rollouts"] for line in counted)
     stale = sum(line["metrics"].get("stale_tokens", 0.0) for line in counted)
@@ -100,7 +102,7 @@ def measure(
     }
 
 
-def run_stage(folder: Path, name: str, seed: int, model: Path, rows: Path, **shape: int) -> list[dict[str, Any]]:
+def run_stage(folder: Path, name: str, seed: int, model: Path, rows: Path, **shape: Any) -> list[dict[str, Any]]:
     """The lines of every step of a recipe with one stage of reinforcement learning, run by the command line."""
     reward = folder / "random_reward.py"
     reward.write_text(REWARD)

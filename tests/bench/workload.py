@@ -23,7 +23,7 @@ from rlhf.data.tokenizer import train_tokenizer
 from rlhf.recipe import Chat
 
 ROWS, SIDE, VOCABULARY = 256, 32, 300
-PROMPTS, GROUP = 16, 8  # a step: 128 completions
+PROMPTS, GROUP = 32, 8  # a step: 256 completions, as in the digits recipe
 SPEC = {
     "vision": {
         "type": "siglip",
