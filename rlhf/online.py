@@ -1,7 +1,7 @@
 """The loop of reinforcement learning, on one screen.
 
-A step learns from groups in as many parts as it has updates. On the policy (staleness 0) the engine samples the next
-part while the trainer learns from one; above, it never waits for the trainer (`rlhf.rollouts`).
+A step learns from groups in as many parts as it has updates. On the policy (staleness 0) the engine samples what is
+left of a step while the trainer learns from its first parts; above, it never waits for the trainer (`rlhf.rollouts`).
 """
 
 from __future__ import annotations

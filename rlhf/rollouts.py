@@ -4,15 +4,16 @@ Every group goes its own way: it is sampled as soon as an engine has room, and s
 
 InOrder     a step's groups are asked for when the weights that it starts from are published, and taken in the order of
             their prompts, however long each takes: the same seed gives the same run. max_staleness is 0.
-AsFinished  the slowest group holds nobody up. With max_staleness S, up to S + ½ steps' groups are under way or waiting
-            while the trainer learns; the half step that is not asked for leaves the long ones time to end. Tokens
-            sampled more than S versions ago are counted and not learned from: the rest of their reply is, which they
-            are then part of the prompt of. A group that has no others is dropped, and another is asked for.
+AsFinished  the slowest group holds nobody up. With max_staleness S, a step begins with S + ½ steps' groups under way or
+            waiting; the half step that is not asked for leaves the long ones time to end. Tokens sampled more than S
+            versions ago are counted and not learned from: the rest of their reply is, which they are then part of the
+            prompt of. A group that has no others is dropped, and another is asked for.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from abc import ABC, abstractmethod
 from bisect import bisect_left
@@ -264,27 +265,27 @@ class AsFinished(Rollouts):
     async def take(self, version: int) -> AsyncGenerator[Part]:
         stage, parts, taken = self.stage, list[Part](), 0
         share = stage.prompts_per_step // stage.updates_per_step
-        oldest, lags, stale, dropped = version - stage.max_staleness, list[int](), list[int](), 0
+        earliest, lags, stale, dropped = version - stage.max_staleness, list[int](), list[int](), 0
         ahead = max(stage.max_staleness + 0.5, 1)
-        room = int(stage.prompts_per_step * min(ahead, stage.steps - version))
+        room = math.ceil(stage.prompts_per_step * min(ahead, stage.steps - version))
         for index in range(stage.updates_per_step):
-            kept, seen = list[Group](), list[Group]()
+            kept, seen, after = list[Group](), list[Group](), room - share * (index + 1)
             while len(kept) < share and (left := share * (1 + stage.refill_rounds) - len(seen)) > 0:
-                self._ask(room - taken)
+                self._ask(min(room - taken, left + after))
                 found = await self._oldest(min(left, share - len(kept)))
-                fresh = [group for group in found if newest(group) >= oldest]
+                fresh = [group for group in found if last_version(group) >= earliest]
                 dropped += len(found) - len(fresh)
                 whole = await self._held_back(fresh, version, index)
-                scored = [without_stale(group, oldest) for group in whole]
-                lags += [version - version_of_oldest(group) for group in scored]
-                stale += [rollout.stale for group in scored for rollout in group.rollouts]
+                scored = [mark_stale(group, earliest) for group in whole]
+                lags += [version - first_version(group) for group in scored]
+                stale += [rollout.num_stale for group in scored for rollout in group.rollouts]
                 teaching = [group for group in scored if self._teaches(group)]
                 seen += scored
                 kept += teaching
                 # where groups are refilled, one that teaches nothing makes room for another
                 taken += len(teaching if stage.refill_rounds else scored)
-            alone = stage.max_staleness == 0 and index == stage.updates_per_step - 1 and not self.drawn
-            parts.append(Part(index, kept, seen, alone))
+            taken = share * (index + 1)  # what a part lacks, no other has a place for
+            parts.append(Part(index, kept, seen, alone=not after and not self.drawn))
             self._require_rewards(parts)
             if kept:
                 yield parts[-1]
@@ -393,25 +394,25 @@ def informative(group: Group) -> bool:
     return len(values) > 1
 
 
-def without_stale(group: Group, oldest: int) -> Group:
-    """The group, its tokens that versions before `oldest` sampled marked. Versions only grow along a reply."""
-    rollouts = tuple(replace(one, stale=bisect_left(one.versions, oldest)) for one in group.rollouts)
+def mark_stale(group: Group, earliest: int) -> Group:
+    """The group, its tokens that versions before `earliest` sampled counted. Versions only grow along a reply."""
+    rollouts = tuple(replace(one, num_stale=bisect_left(one.versions, earliest)) for one in group.rollouts)
     return replace(group, rollouts=rollouts)
 
 
-def newest(group: Group) -> int:
-    """The version that sampled the group's last token."""
-    return max(rollout.versions[-1] for rollout in group.rollouts)
-
-
-def version_of_oldest(group: Group) -> int:
+def first_version(group: Group) -> int:
     """The version that sampled the first of the group's tokens that are learned from."""
-    return min(one.versions[one.stale] for one in group.rollouts if one.stale < len(one.versions))
+    return min(one.versions[one.num_stale] for one in group.rollouts if one.num_stale < len(one.versions))
+
+
+def last_version(group: Group) -> int:
+    """The version that sampled the group's last token."""
+    return max(one.versions[-1] for one in group.rollouts)
 
 
 async def pack(stage: Rl, context: Context, part: Part, version: int) -> Batch:
     """The optimizer step that learns from `part`: its groups with their advantages, cut into ranks and micro-batches.
-    Failed scores weigh 0."""
+    Failed scores weigh 0; rollouts whose every token is too old are compared with and left out."""
     groups, index = part.kept, version * stage.updates_per_step + part.index
     samples, estimator = samples_of(groups, version), estimator_of(stage)
     if estimator is not None:
@@ -438,11 +439,11 @@ def samples_of(groups: Sequence[Group], version: int) -> list[Sample]:
         Sample(
             key=key(group, version, place, i),
             token_ids=group.prompt_ids + rollout.token_ids,
-            prompt_length=len(group.prompt_ids) + rollout.stale,
+            prompt_length=len(group.prompt_ids) + rollout.num_stale,
             media=group.prompt.media,
             weight=float(group.scores[i].outcome == "scored"),
-            logprobs=rollout.logprobs[rollout.stale :],
-            current=set(rollout.versions) == {version},
+            logprobs=rollout.logprobs[rollout.num_stale :],
+            current=set(rollout.versions[rollout.num_stale :]) == {version},
         )
         for place, group in enumerate(groups)
         for i, rollout in enumerate(group.rollouts)

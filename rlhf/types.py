@@ -79,7 +79,7 @@ class Rollout:
     token_ids  [T] the sampled ids, end-of-text included where it was sampled
     logprobs   [T] log-probabilities after temperature and token mask
     versions   [T] the policy version that sampled each token
-    stale      so many of the first tokens are of versions too old to learn from
+    num_stale  so many of the first tokens are of versions too old to learn from
     """
 
     token_ids: tuple[int, ...]
@@ -87,7 +87,7 @@ class Rollout:
     versions: tuple[int, ...]
     text: str
     finish: Finish
-    stale: int = 0
+    num_stale: int = 0
 
 
 @dataclass(frozen=True)

@@ -355,8 +355,8 @@ class Rl(Optimised):
     overlong     tokens before max_tokens in which a soft punishment for length grows to −1 (DAPO)
     record       a folder that gets the groups of every step, with their scores
     replay       such a folder, whose groups the stage learns from: no engine starts, nothing is sampled or scored, and
-                 what says how (rewards, group_size, prompts_per_step, overlong, max_staleness) does nothing
-    learn        false: only sample, score and record; the policy stays as it is, and the stage leaves no model
+                 what says how (rewards, group_size, prompts_per_step, overlong, in_order, max_staleness) does nothing
+    learn        false: only sample, score and record, in order; the policy stays, and the stage leaves no model
     in_order     false: a step's updates take groups as they are finished, so that the trainer learns from quick ones
                  while slow ones are sampled; true: in the order of their prompts, and the same seed gives the same run
     max_staleness  how many versions old the weights that sampled a token may be; above 0 engines sample while the

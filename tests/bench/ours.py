@@ -75,7 +75,7 @@ def measure(
 ) -> dict[str, Any]:
     """Useful completion tokens a second over the steps after the first `skip`, end to end, and where the time went."""
     model, rows = make(workload, folder)
-    name = f"{workload.name}-s{staleness}-u{updates}-{seed}"
+    name = f"{workload.name}-s{staleness}-u{updates}-{'turns' if in_order else 'finished'}-{seed}"
     shape = {"prompts": PROMPTS, "group": GROUP, "max_tokens": workload.max_tokens, "in_order": str(in_order).lower()}
     shape |= {"steps": steps, "updates": updates, "staleness": staleness}
     lines = run_stage(folder, name, seed, model, rows, **shape)

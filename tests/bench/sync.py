@@ -41,9 +41,9 @@ def model_of(folder: Path) -> Path:
 def ours(folder: Path, seed: int) -> dict[str, Any]:
     """Median seconds of a publish, from the trainer's call to the engine's last parameter, and of its proof."""
     model, rows = model_of(folder), make_rows(folder)
-    lines = run_stage(
-        folder, f"sync-{seed}", seed, model, rows, steps=STEPS, prompts=2, group=2, max_tokens=8, updates=1, staleness=0
-    )
+    shape = {"steps": STEPS, "prompts": 2, "group": 2, "max_tokens": 8}
+    shape |= {"updates": 1, "staleness": 0, "in_order": "true"}
+    lines = run_stage(folder, f"sync-{seed}", seed, model, rows, **shape)
     counted = lines[SKIP:]
     found = {phase: median(line["seconds"][phase] for line in counted) for phase in ("sync", "proof")}
     return found | {"all": [line["seconds"]["sync"] for line in counted]}

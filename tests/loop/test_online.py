@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from rlhf.roles import SyncError
-from rlhf.rollouts import samples_of, without_stale
+from rlhf.rollouts import mark_stale, samples_of
 from rlhf.types import Batch, Group, Prompt, Rollout, Score, StepStats
 from tests.loop.cast import FakeCast, FakeEngine, FakeRewards, FakeTrainer, KilledError
 from tests.loop.test_curriculum import recipe, run
@@ -212,7 +212,7 @@ def test_a_trainer_lost_between_updates_leaves_no_part_under_way(
     assert lost.trainer.batches == whole.trainer.batches
 
 
-def in_order(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+def places_of(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """The place of each prompt among those asked, by its key, as they come."""
     generate, places = FakeEngine.generate, dict[str, int]()
 
@@ -232,7 +232,7 @@ def share_of(updates: int) -> int:
 def test_a_part_without_a_signal_keeps_its_place_in_the_schedule(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    score, places, share = FakeRewards.score, in_order(monkeypatch), share_of(2)
+    score, places, share = FakeRewards.score, places_of(monkeypatch), share_of(2)
 
     async def level(rewards: FakeRewards, function: str, groups: Any) -> Any:
         scores = await score(rewards, function, groups)
@@ -279,7 +279,7 @@ def test_a_step_after_whose_checkpoint_nothing_is_heard_has_its_line(
 def test_only_an_algorithm_that_compares_within_groups_drops_equal_ones(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str, kept: float
 ) -> None:
-    score, places = FakeRewards.score, in_order(monkeypatch)
+    score, places = FakeRewards.score, places_of(monkeypatch)
 
     async def half(rewards: FakeRewards, function: str, groups: Any) -> Any:
         """Every second group has equal scores; the others do not."""
@@ -318,7 +318,8 @@ def test_a_critic_tells_the_tokens_of_a_rollout_apart(prepared: Path, tmp_path: 
 
 class Uneven:
     """An engine in which every fifth group takes until `late` others are there, or in the last step nothing else is
-    under way; its tokens keep the version it began with, or with `mixed` take on the present one halfway."""
+    under way. Tokens keep the version their group began with; with `mixed` a group's first reply takes on the present
+    one halfway."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, late: int, steps: int, mixed: bool = False) -> None:
         self.late, self.steps, self.mixed = late, steps, mixed
@@ -349,11 +350,11 @@ class Uneven:
             await asyncio.sleep(0)
 
     def _dated(self, group: Any, first: int, last: int) -> Any:
-        def versions(count: int) -> tuple[int, ...]:
-            half = count // 2 if self.mixed else count
+        def versions(place: int, count: int) -> tuple[int, ...]:
+            half = count // 2 if self.mixed and place == 0 else count
             return (first,) * half + (last,) * (count - half)
 
-        rollouts = [dataclasses.replace(r, versions=versions(len(r.versions))) for r in group.rollouts]
+        rollouts = [dataclasses.replace(r, versions=versions(i, len(r.versions))) for i, r in enumerate(group.rollouts)]
         return dataclasses.replace(group, rollouts=tuple(rollouts))
 
 
@@ -380,8 +381,8 @@ def test_slow_groups_hold_nobody_up_and_are_at_most_so_stale(
 def test_updates_may_take_groups_as_they_are_finished(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first of four groups ends when two others did: it is of the second update, and the policy's all the same."""
-    places, step, resting = in_order(monkeypatch), FakeTrainer.step, list[bool]()
+    """The first of four groups ends after the others: the second update learns from it, and the policy sampled it."""
+    places, step, resting = places_of(monkeypatch), FakeTrainer.step, list[bool]()
     Uneven(monkeypatch, late=3, steps=1)
 
     async def seen(trainer: FakeTrainer, batch: Batch, fresh: bool = False, alone: bool = True) -> StepStats:
@@ -411,13 +412,14 @@ def test_a_group_too_stale_is_dropped_and_counted(
     assert {len(keys(batch)) for batch in cast.trainer.batches} == {2 * 2}
 
 
+@pytest.mark.parametrize("algorithm", ["reinforce++", "ppo"])
 def test_tokens_too_stale_are_context_for_the_rest_of_their_reply(
-    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    algorithm: str, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Replies of slow groups began too long ago, and ended under weights that are fresh."""
+    """Of a slow group one reply began too long ago and ended under weights that are fresh, the other is all too old."""
     Uneven(monkeypatch, late=7, steps=8, mixed=True)
     settings = "steps = 8, prompts_per_step = 4, refill_rounds = 0, max_staleness = 1, group_size = 2"
-    cast = improve(prepared, tmp_path / "run", settings + ", algorithm = 'reinforce++'")
+    cast = improve(prepared, tmp_path / "run", settings + f", algorithm = '{algorithm}'")
     found = [line["metrics"] for line in lines(tmp_path / "run")]
     stale = sum(line["stale_tokens"] for line in found)
     assert stale > 0
@@ -433,10 +435,10 @@ def test_a_sample_starts_where_its_tokens_are_fresh() -> None:
         Rollout((8,), (-0.4,), (3,), "old", "stop"),
     )
     group = Group(prompt, (1, 9, 2), rollouts, (Score("scored", 1.0), Score("scored", 0.0)))
-    late, gone = samples_of([without_stale(group, 4)], 5)
+    late, gone = samples_of([mark_stale(group, 4)], 5)
     assert (late.token_ids, late.prompt_length, late.logprobs) == ((1, 9, 2, 5, 6, 7), 4, (-0.2, -0.3))
     assert gone.num_completion == 0
-    whole, _ = samples_of([without_stale(group, 3)], 5)
+    whole, _ = samples_of([mark_stale(group, 3)], 5)
     assert (whole.prompt_length, whole.logprobs) == (3, (-0.1, -0.2, -0.3))
 
 
@@ -531,7 +533,7 @@ def test_an_engine_that_fails_ends_the_stage_by_its_own_error(
 def test_refills_make_up_for_groups_that_teach_nothing_ahead_too(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    score, places = FakeRewards.score, in_order(monkeypatch)
+    score, places = FakeRewards.score, places_of(monkeypatch)
 
     async def half(rewards: FakeRewards, function: str, groups: Any) -> Any:
         scores = await score(rewards, function, groups)

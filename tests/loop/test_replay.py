@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.loop.cast import FakeCast, FakeEngine, FakeRewards
-from tests.loop.test_online import NAME, go_on, improve, share_of
+from tests.loop.test_online import NAME, Uneven, go_on, improve, share_of
 
 
 def recorded(prepared: Path, tmp_path: Path, more: str = "") -> tuple[FakeCast, Path]:
@@ -24,7 +24,10 @@ def test_a_record_teaches_what_the_run_taught(
     monkeypatch: pytest.MonkeyPatch,
     staleness: int,
 ) -> None:
-    live, record = recorded(prepared, tmp_path, f", max_staleness = {staleness}")
+    with monkeypatch.context() as patch:
+        if staleness:
+            Uneven(patch, late=12, steps=3, mixed=True)
+        live, record = recorded(prepared, tmp_path, f", refill_rounds = 0, max_staleness = {staleness}")
     assert [path.name for path in sorted(record.glob("*.json"))] == [
         "record.json",
         *(f"step-{index:06d}.json" for index in range(3)),
@@ -40,6 +43,7 @@ def test_a_record_teaches_what_the_run_taught(
     assert again.served[-1] == {}
     steps = [(tmp_path / run / "stages").glob(f"*-{NAME}/steps.jsonl") for run in ("live", "again")]
     first, second = ([json.loads(line)["metrics"] for line in next(path).read_text().splitlines()] for path in steps)
+    assert sum(line.get("stale_tokens", 0) for line in first) > 0 or not staleness
     for ours, theirs in zip(first, second, strict=True):
         assert ours.items() >= theirs.items()  # but for what only an engine can tell
         assert {name.partition(".")[0].partition("_")[0] for name in ours.keys() - theirs.keys()} <= {
