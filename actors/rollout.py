@@ -154,7 +154,7 @@ class RolloutWorker:
         """Sample `sampling.num` rollouts of every prompt; lists of (place among the prompts, group) of those that were
         finished meanwhile. By its name it can be aborted.
 
-        Every rollout has a seed of its own, made from (sampling.seed, prompt.key, index): the same request gives the
+        With a seed every rollout has its own, made from (sampling.seed, prompt.key, index): the same request gives the
         same tokens whatever runs beside it. Log-probs are those of the sampled distribution: after temperature and
         token mask. Raises ValueError naming the prompt that cannot be served.
         """
@@ -443,7 +443,7 @@ class RolloutWorker:
                     params = SamplingParams(
                         temperature=sampling.temperature,
                         max_tokens=sampling.max_tokens,
-                        seed=rollout_seed(sampling.seed, prompt.key, index),
+                        seed=None if sampling.seed is None else rollout_seed(sampling.seed, prompt.key, index),
                         stop_token_ids=self._stop_ids,
                         logprobs=0,
                         detokenize=False,

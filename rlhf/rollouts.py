@@ -4,10 +4,10 @@ Every group goes its own way: it is sampled as soon as an engine has room, and s
 
 InOrder     a step's groups are asked for when the weights that it starts from are published, and taken in the order of
             their prompts, however long each takes: the same seed gives the same run. max_staleness is 0.
-AsFinished  the slowest group holds nobody up. With max_staleness S, a step begins with S + ½ steps' groups under way or
-            waiting; the half step that is not asked for leaves the long ones time to end. Tokens sampled more than S
-            versions ago are counted and not learned from: the rest of their reply is, which they are then part of the
-            prompt of. A group that has no others is dropped, and another is asked for.
+AsFinished  the slowest group holds nobody up. Above staleness 0, a step begins with the groups of two steps and more
+            under way or waiting (`AHEAD`). Tokens sampled more than max_staleness versions ago are counted and not
+            learned from: the rest of their reply is, which they are then part of the prompt of. A group that has no
+            others is dropped, and another is asked for.
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ from rlhf.stage import Context, derive
 from rlhf.tasks import ended
 from rlhf.types import Batch, Group, Prompt, Sample, Sampling
 
+# Steps' groups under way or waiting as a step begins, and so much more for each version that tokens may be old. With
+# more the engine is fuller, and long replies have less time before they are too old
+AHEAD, MORE = 1.5, 0.5
 EXAMPLES = 4  # groups of a step that are kept for the report
 AT_ONCE = 2  # calls of the rewards: a judge goes on with one's while functions score the other's
 
@@ -125,10 +128,8 @@ class Rollouts(ABC):
     def _prompts(self, drawn: Sequence[Drawn]) -> list[Prompt]:
         return as_prompts(drawn, self.context.tokenizer, True, self.context.recipe.chat)
 
-    def _sampling(self, *place: int) -> Sampling:
-        stage = self.stage
-        seed = derive(self.context.recipe.seed, stage.name, "rollout", *place)
-        return Sampling(stage.group_size, stage.temperature, stage.max_tokens, seed)
+    def _sampling(self, seed: int | None) -> Sampling:
+        return Sampling(self.stage.group_size, self.stage.temperature, self.stage.max_tokens, seed)
 
     def _asked(self, prompts: Sequence[Prompt], sampling: Sampling) -> AsyncGenerator[tuple[int, Group]]:
         assert self.engine is not None
@@ -214,7 +215,8 @@ class InOrder(Rollouts):
             await asyncio.wait([before])  # prompts are drawn in one order, however long replies take
         for refill in range(stage.refill_rounds + 1):
             prompts = self._prompts(self.stream.take(share - len(kept)))
-            groups = await self._together(prompts, self._sampling(version, index, refill))
+            seed = derive(self.context.recipe.seed, stage.name, "rollout", version, index, refill)
+            groups = await self._together(prompts, self._sampling(seed))
             _require_version(groups, self.serving)
             seen += await self._held_back(groups, version, index)
             kept = [group for group in seen if self._teaches(group)]
@@ -266,7 +268,7 @@ class AsFinished(Rollouts):
         stage, parts, taken = self.stage, list[Part](), 0
         share = stage.prompts_per_step // stage.updates_per_step
         earliest, lags, stale, dropped = version - stage.max_staleness, list[int](), list[int](), 0
-        ahead = max(stage.max_staleness + 0.5, 1)
+        ahead = AHEAD + MORE * stage.max_staleness if stage.max_staleness else 1
         room = math.ceil(stage.prompts_per_step * min(ahead, stage.steps - version))
         for index in range(stage.updates_per_step):
             kept, seen, after = list[Group](), list[Group](), room - share * (index + 1)
@@ -306,7 +308,7 @@ class AsFinished(Rollouts):
         del self.again[:missing]
         numbers = range(self.asked, self.asked + missing)
         self.drawn |= dict(zip(numbers, rows, strict=True))
-        stream = asyncio.create_task(self._stream(numbers, self._prompts(rows), self._sampling(self.asked)))
+        stream = asyncio.create_task(self._stream(numbers, self._prompts(rows), self._sampling(None)))
         self.streams.add(stream)
         stream.add_done_callback(self.streams.discard)
         self.asked += missing

@@ -64,12 +64,13 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample: `num` rollouts a prompt. temperature 0 is greedy. seed makes every request replayable."""
+    """How to sample: `num` rollouts a prompt. temperature 0 is greedy. seed makes every request replayable; None: the
+    engine draws as it comes, which costs it nothing a reply."""
 
     num: int = 1
     temperature: float = 1.0
     max_tokens: int = 96
-    seed: int = 0
+    seed: int | None = 0
 
 
 @dataclass(frozen=True)

@@ -264,6 +264,14 @@ def test_same_request_same_tokens_alone_or_together(pair: Any) -> None:
     assert greedy.rollouts[0].token_ids == greedy.rollouts[1].token_ids
 
 
+def test_without_a_seed_a_request_is_drawn_anew(pair: Any) -> None:
+    engine, _, _ = pair
+    drawn = [engine("generate", prompts(4), Sampling(num=3, max_tokens=16, seed=None)) for _ in range(2)]
+    first, again = ([rollout.token_ids for group in groups for rollout in group.rollouts] for groups in drawn)
+    assert first != again
+    assert len(set(first)) > 4  # nor is one reply of a group like the next
+
+
 def test_text_keeps_think_marks_and_drops_the_end(pair: Any) -> None:
     engine, model, _ = pair
     shouting = {name: value.detach().clone() for name, value in parameters(model).items()}

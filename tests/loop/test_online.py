@@ -402,7 +402,7 @@ def test_updates_may_take_groups_as_they_are_finished(
 def test_a_group_too_stale_is_dropped_and_counted(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Uneven(monkeypatch, late=7, steps=8)
+    Uneven(monkeypatch, late=12, steps=8)
     settings = "steps = 8, prompts_per_step = 4, refill_rounds = 0, max_staleness = 1, group_size = 2"
     cast = improve(prepared, tmp_path / "run", settings + ", algorithm = 'reinforce++'")
     found = [line["metrics"] for line in lines(tmp_path / "run")]
@@ -417,7 +417,7 @@ def test_tokens_too_stale_are_context_for_the_rest_of_their_reply(
     algorithm: str, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a slow group one reply began too long ago and ended under weights that are fresh, the other is all too old."""
-    Uneven(monkeypatch, late=7, steps=8, mixed=True)
+    Uneven(monkeypatch, late=12, steps=8, mixed=True)
     settings = "steps = 8, prompts_per_step = 4, refill_rounds = 0, max_staleness = 1, group_size = 2"
     cast = improve(prepared, tmp_path / "run", settings + f", algorithm = '{algorithm}'")
     found = [line["metrics"] for line in lines(tmp_path / "run")]
