@@ -187,8 +187,8 @@ class Rollouts(ABC):
 
 @dataclass
 class InOrder(Rollouts):
-    """All parts of a step are under way at once, and take turns in the engine, so that the first is soon
-    there: the trainer learns from it while the next is sampled."""
+    """All parts of a step are under way at once, and take turns in the engine, so that the first is soon there: the
+    trainer learns from it while the next is sampled."""
 
     sampling: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -420,7 +420,8 @@ async def pack(stage: Rl, context: Context, part: Part, version: int) -> Batch:
     if estimator is not None:
         found = estimator.estimate([[score.value for score in group.scores] for group in groups])
         advantages = [advantage for row in found for advantage in row]
-        samples = [replace(one, advantage=advantage) for one, advantage in zip(samples, advantages, strict=True)]
+        rated = zip(samples, advantages, strict=True)
+        samples = [replace(one, advantage=advantage) for one, advantage in rated if one.num_completion]
     else:
         critic = stage.foretelling
         assert critic is not None
@@ -431,7 +432,7 @@ async def pack(stage: Rl, context: Context, part: Part, version: int) -> Batch:
         given = credited([score for _, score in learned], values, critic.discount, critic.smoothing)
         rows = zip(learned, *given, strict=True)
         samples = [replace(one, advantages=tuple(row), returns=tuple(returns)) for (one, _), row, returns in rows]
-    return context.batch([one for one in samples if one.num_completion], index)
+    return context.batch(samples, index)
 
 
 def samples_of(groups: Sequence[Group], version: int) -> list[Sample]:

@@ -534,11 +534,7 @@ def test_an_engine_that_fails_ends_the_stage_by_its_own_error(
 def test_refills_make_up_for_groups_that_teach_nothing(
     how: str, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    score, places, generate, asked = FakeRewards.score, places_of(monkeypatch), FakeEngine.generate, [0]
-
-    async def counted(engine: FakeEngine, prompts: Any, sampling: Any) -> Any:
-        asked[0] += sampling.num * len(prompts)
-        return await generate(engine, prompts, sampling)
+    score, places = FakeRewards.score, places_of(monkeypatch)
 
     async def half(rewards: FakeRewards, function: str, groups: Any) -> Any:
         scores = await score(rewards, function, groups)
@@ -548,39 +544,30 @@ def test_refills_make_up_for_groups_that_teach_nothing(
         ]
 
     monkeypatch.setattr(FakeRewards, "score", half)
-    monkeypatch.setattr(FakeEngine, "generate", counted)
     settings = f"steps = 2, prompts_per_step = 4, group_size = 2, evaluate = 'none', refill_rounds = 8, {how}"
     cast = improve(prepared, tmp_path / "run", settings)
     assert {len(keys(batch)) for batch in cast.trainer.batches} == {2 * 2}
     found = [line["metrics"] for line in lines(tmp_path / "run")]
     assert all(line["informative"] < 1 for line in found)
     if "in_order" in how:  # nothing was left over of a step
-        assert asked[0] == sum(line["rollouts"] for line in found)
+        assert 2 * len(cast.engine.asked) == sum(line["rollouts"] for line in found)
 
 
 @pytest.mark.parametrize(("updates", "teaching"), [(1, {0}), (2, {0, 4, 5, 6})])
 def test_a_step_on_the_policy_leaves_nothing_over_where_refills_do_not_suffice(
     updates: int, teaching: set[int], prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    score, generate, asked = FakeRewards.score, FakeEngine.generate, list[str]()
-
-    async def counted(engine: FakeEngine, prompts: Any, sampling: Any) -> Any:
-        asked.extend(prompt.key for prompt in prompts)
-        return await generate(engine, prompts, sampling)
+    score, places = FakeRewards.score, places_of(monkeypatch)
 
     async def few(rewards: FakeRewards, function: str, groups: Any) -> Any:
         scores = await score(rewards, function, groups)
         return [
-            [
-                dataclasses.replace(one, value=float(asked.index(g.prompt.key) in teaching and r))
-                for r, one in enumerate(row)
-            ]
+            [dataclasses.replace(one, value=float(places[g.prompt.key] in teaching and r)) for r, one in enumerate(row)]
             for g, row in zip(groups, scores, strict=True)
         ]
 
     monkeypatch.setattr(FakeRewards, "score", few)
-    monkeypatch.setattr(FakeEngine, "generate", counted)
     settings = f"steps = 1, prompts_per_step = 4, updates_per_step = {updates}, group_size = 2, refill_rounds = 1"
-    improve(prepared, tmp_path / "run", settings + ", evaluate = 'none', in_order = false")
+    cast = improve(prepared, tmp_path / "run", settings + ", evaluate = 'none', in_order = false")
     (line,) = lines(tmp_path / "run")
-    assert 2 * len(asked) == line["metrics"]["rollouts"]
+    assert 2 * len(cast.engine.asked) == line["metrics"]["rollouts"]
