@@ -18,7 +18,7 @@ import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -470,7 +470,8 @@ class RolloutWorker:
 
         prompt: dict[str, Any] = {"prompt_token_ids": list(token_ids)}
         if media:
-            digests, images = zip(*map(self._decoded, media), strict=True)
+            seen = media if self._processor.reads else [replace(one, question=()) for one in media]
+            digests, images = zip(*map(self._decoded, seen), strict=True)
             if fresh:
                 self._serial += 1
                 digests = tuple(f"{digest}#{self._serial}.{place}" for place, digest in enumerate(digests))
@@ -615,4 +616,4 @@ def fused_parts(model: nn.Module) -> Callable[[str, nn.Module], Parts]:
 
 
 def _decode(media: Media) -> tuple[str, Image.Image]:
-    return hashlib.sha256(media.data).hexdigest(), media.open()
+    return media.digest(reads=True), media.open()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -90,7 +90,8 @@ def make_probes(
     probes = []
     for index in range(num):
         ids = tuple(draw.choice(allowed) for _ in range(length))
-        shown = (media[(index // 2) % len(media)],) if media and index % 2 == 0 else ()
+        # with a question, for bridges whose connector reads
+        shown = (replace(media[(index // 2) % len(media)], question=ids[:8]),) if media and index % 2 == 0 else ()
         probes.append(Probe((image_token_id,) * len(shown) + ids, shown))
     return probes
 

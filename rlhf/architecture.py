@@ -8,14 +8,18 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from rlhf.bridge.geometry import Geometry
 from rlhf.bridge.naming import DENSE, MODEL_TYPE, MOE
+from rlhf.bridge.packers import PACKERS
+from rlhf.bridge.sparsity import dense_layers
 from rlhf.recipe import Lora, Model, Rl
 
 GIB = float(2**30)
@@ -46,6 +50,14 @@ VISION_DEFAULTS: dict[str, dict[str, Any]] = {
         "mlp_bias": False,
         "is_native": False,
     },
+    "clip": {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "image_size": 224,
+        "patch_size": 32,
+    },
+    "patches": {"patch_size": 30},
 }
 DECODER_DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen3": {
@@ -124,11 +136,8 @@ class Architecture:
 
     @property
     def image_tokens(self) -> int | None:
-        """Most placeholders one picture can become; None for models other than bridges."""
-        if not self.is_bridge:
-            return None
-        geometry = geometry_of(self.tables)
-        return geometry.tokens_per_tile * geometry.tiler.most_tiles
+        """Most tokens one picture can become; None for models other than bridges."""
+        return geometry_of(self.tables).most_tokens if self.is_bridge else None
 
     @property
     def parameters(self) -> int | None:
@@ -137,9 +146,10 @@ class Architecture:
             return self.stored_parameters
         if not self.is_bridge or self.decoder["type"] not in DECODER_DEFAULTS:
             return None
-        vision, decoder = self.tables["vision"], self.decoder
-        connector = _connector(self.tables["connector"], vision["hidden_size"], decoder["hidden_size"])
-        return _vision(vision) + connector + _decoder(decoder)
+        geometry, vision, width = geometry_of(self.tables), self.tables["vision"], self.decoder["hidden_size"]
+        connector = geometry.connector.parameters(geometry.encoder.width(vision), width, self.decoder["vocab_size"])
+        between = geometry.encoder.parameters(vision) + connector + geometry.packer.parameters(width)
+        return _vision(vision, self.tables["encoder"]) + between + _decoder(self.decoder)
 
     def lora_parameters(self, lora: Lora) -> int | None:
         """Parameters of the adapters on the decoder's linear layers."""
@@ -158,7 +168,7 @@ class Architecture:
         }
         return int(sum(ends.get(name, 0) for name in lora.target_modules) * lora.rank * d["num_hidden_layers"])
 
-    def upcycled(self, num_experts: int, top_k: int) -> Architecture:
+    def upcycled(self, num_experts: int, top_k: int, layers: str = "all") -> Architecture:
         """This dense bridge after `upcycle`. Raises ValueError where `rlhf.bridge.upcycle` would."""
         if self.experts is not None:
             raise ValueError(f"its decoder already has {self.experts[0]} experts; leave `upcycle` out")
@@ -172,6 +182,7 @@ class Architecture:
             "num_experts_per_tok": top_k,
             "moe_intermediate_size": self.decoder["intermediate_size"],
             "decoder_sparse_step": 1,
+            "mlp_only_layers": dense_layers(layers, self.decoder["num_hidden_layers"]),
         }
         return replace(self, name=MOE, spec=_canonical({**self.tables, "decoder": decoder}), stored_parameters=None)
 
@@ -302,8 +313,13 @@ def of_config(config: Mapping[str, Any], folder: Path) -> Architecture:
 
 def geometry_of(tables: Mapping[str, Mapping[str, Any]]) -> Geometry:
     """The media contract of a bridge's tables. Raises ValueError where components do not fit together."""
-    # the packer's wrap names tokens, whose ids only a tokenizer knows; they do not change what is counted here
-    packer = {key: value for key, value in tables["packer"].items() if key != "wrap"}
+    # the packer names tokens, whose ids only a tokenizer knows; any will do to count them
+    ids: defaultdict[Any, int] = defaultdict(count(-1, -1).__next__)
+    packer = dict(tables["packer"])
+    for key in PACKERS.find(packer).token_keys:
+        named = packer.get(key)
+        if named is not None:
+            packer[key] = [ids[token] for token in named] if isinstance(named, list | tuple) else ids[named]
     return Geometry.of(
         tiler=tables["tiler"],
         encoder=tables["encoder"],
@@ -339,26 +355,23 @@ def activation_bytes(architecture: Architecture, tokens: int) -> int:
     return int(4 * tokens * (16 * decoder["num_hidden_layers"] * decoder["hidden_size"] + 3 * decoder["vocab_size"]))
 
 
-def _vision(v: Mapping[str, Any]) -> int:
-    hidden, inner, layers = v["hidden_size"], v["intermediate_size"], v["num_hidden_layers"]
+def _vision(v: Mapping[str, Any], encoder: Mapping[str, Any]) -> int:
+    if v["type"] == "patches":
+        return 0
+    chosen = encoder.get("layer", -1)
+    dropped = -1 - (chosen if isinstance(chosen, int) else max(chosen))  # layers above the highest that is read
+    hidden, inner, layers = v["hidden_size"], v["intermediate_size"], v["num_hidden_layers"] - dropped
     patch, image = _area(v["patch_size"]), _area(v["image_size"])
-    embedding = 3 * patch * hidden + hidden
+    patches = 3 * patch * hidden
     positions = 0 if v.get("is_native") else image // patch * hidden
-    if v["type"] == "siglip":
-        layer = 4 * (hidden * hidden + hidden) + 2 * hidden * inner + inner + hidden + 4 * hidden
-        return int(embedding + positions + layers * layer + 2 * hidden)
-    biases = 4 * hidden * bool(v.get("qkv_bias")) + (2 * inner + hidden) * bool(v.get("mlp_bias"))
-    layer = 4 * hidden * hidden + 3 * hidden * inner + 2 * hidden + biases
-    return int(embedding + hidden + positions + layers * layer + hidden)
-
-
-def _connector(connector: Mapping[str, Any], vision: int, text: int) -> int:
-    kind, factor = connector.get("kind", "mlp2x_gelu"), connector.get("factor", 2)
-    if kind == "linear":
-        return vision * text + text
-    wide = vision * factor**2 if kind == "pixel_shuffle_mlp" else vision
-    norm = 2 * wide if kind == "pixel_shuffle_mlp" else 0
-    return int(norm + wide * text + text + text * text + text)
+    if v["type"] == "aimv2":
+        biases = 4 * hidden * bool(v.get("qkv_bias")) + (2 * inner + hidden) * bool(v.get("mlp_bias"))
+        layer = 4 * hidden * hidden + 3 * hidden * inner + 2 * hidden + biases
+        return int(patches + hidden + hidden + positions + layers * layer + hidden * (not dropped))
+    layer = 4 * (hidden * hidden + hidden) + 2 * hidden * inner + inner + hidden + 4 * hidden
+    # CLIP: a class token with its position, a norm before the layers, no bias and no norm after them
+    ends = 2 * hidden + 2 * hidden if v["type"] == "clip" else hidden + 2 * hidden * (not dropped)
+    return int(patches + positions + layers * layer + ends)
 
 
 def _decoder(d: Mapping[str, Any]) -> int:

@@ -6,7 +6,6 @@ one micro-batch ─collate→ Tensors (on the rank, decoding its own pixels)
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -219,7 +218,7 @@ class Tensors:
     input_ids       [B, L]
     attention_mask  [B, L] 1 on tokens, 0 on padding
     position_ids    [B, L], or None where the model computes its own
-    media           what else the model's forward takes, by its own argument names (pixel_values, num_tiles, …)
+    media           what else the model's forward takes, by its own argument names (pixel_values, …)
     mask            [B, L − 1] the row's weight where token t + 1 is a completion token, 0 elsewhere
     old_logprobs    [B, L − 1] of token t + 1 under the sampling policy; 0 where unknown
     advantages      [B, L − 1] of token t + 1
@@ -305,6 +304,7 @@ class Visual(Protocol):
     pad_id: int
     explicit_positions: bool
     packs: bool  # the model takes rows end to end (`Packing`)
+    reads: bool  # what becomes of a picture depends on what is asked beside it
 
     def read(self, media: Media) -> Mapping[str, Tensor]:
         """Tensors of one media item. Raises ValueError if its bytes cannot be decoded."""
@@ -318,19 +318,20 @@ class Visual(Protocol):
 
 
 class BridgeVisual:
-    """Media of a think-fusion bridge: pixel_values [tiles, 3, height, width] and num_tiles [items].
-    The model itself runs a zero-weight vision pass on text-only rows."""
+    """Media of a think-fusion bridge: what `BridgeModel.get_image_features` takes. The model itself runs a zero-weight
+    vision pass on text-only rows."""
 
     explicit_positions = True
 
     def __init__(self, processor: Any, packs: bool = False) -> None:
         self._processor = processor
         self.packs = packs
+        self.reads = processor.reads
         self.pad_id = pad_of(processor.tokenizer)
 
     def read(self, media: Media) -> Mapping[str, Tensor]:
-        pixels = self._processor.pixel_values([media.open()])
-        return {"pixel_values": pixels, "num_tiles": torch.tensor([len(pixels)])}
+        found: Mapping[str, Tensor] = self._processor.image_inputs([media.open()])
+        return found
 
     def join(self, items: Sequence[Mapping[str, Tensor]], input_ids: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
         return concatenate(items)
@@ -340,19 +341,20 @@ class BridgeVisual:
 
 
 class Cached:
-    """A Visual that remembers the last `size` media items by the hash of their bytes: the rollouts of a group share
+    """A Visual that remembers the last `size` media items by their digest: the rollouts of a group share
     a picture, and small data comes round again."""
 
     def __init__(self, visual: Visual, size: int = 512) -> None:
         self._visual = visual
         self._size = size
-        self._items: OrderedDict[bytes, Mapping[str, Tensor]] = OrderedDict()
+        self._items: OrderedDict[str, Mapping[str, Tensor]] = OrderedDict()
         self.pad_id = visual.pad_id
         self.explicit_positions = visual.explicit_positions
         self.packs = visual.packs
+        self.reads = visual.reads
 
     def read(self, media: Media) -> Mapping[str, Tensor]:
-        digest = hashlib.sha256(media.kind.encode() + b"\0" + media.data).digest()
+        digest = media.digest(self.reads)
         if digest in self._items:
             self._items.move_to_end(digest)
             return self._items[digest]

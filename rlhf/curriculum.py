@@ -418,7 +418,8 @@ def train_spec(recipe: Recipe, stage: Sft | Preference | Rl, model: Path, masked
     else:
         loss = Loss(kind="nll", normalise=stage.normalise, router_aux=stage.router_aux)
         updates = 1
-        upcycle = (stage.upcycle.num_experts, stage.upcycle.top_k) if stage.upcycle else None
+        made = stage.upcycle
+        upcycle = (made.num_experts, made.top_k, made.layers) if made else None
     resources = recipe.resources
     return TrainSpec(
         model=str(model),

@@ -54,6 +54,8 @@ class ForeignProcessor:
     """An ordinary processor under the names a bridge's has: one placeholder for each image in un-expanded ids, and
     `expand` for as many as the model takes."""
 
+    reads = False
+
     def __init__(self, processor: Any) -> None:
         self._inner = processor
         self.tokenizer = processor.tokenizer
@@ -87,6 +89,7 @@ class ForeignVisual:
 
     explicit_positions = False
     packs = False
+    reads = False
 
     def __init__(self, model: PreTrainedModel, processor: ForeignProcessor) -> None:
         self._processor = processor

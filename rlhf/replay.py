@@ -228,4 +228,5 @@ def _media(found: Mapping[str, Any], folder: Path) -> Media:
     data = path.read_bytes() if path.is_file() else b""
     if hashlib.sha256(data).hexdigest() != found["data"]:
         raise ValueError(f"{path} is missing or was changed; record it again")
-    return Media(data, tuple(found["size"]), found["kind"], tuple(found["times"]))
+    asked = tuple(found.get("question", ()))
+    return Media(data, tuple(found["size"]), found["kind"], tuple(found["times"]), asked)

@@ -12,6 +12,7 @@ Every class is frozen; bulk data (media) is kept as encoded bytes until pixels a
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,17 +30,26 @@ Normalise = Literal["token", "row", "row_mean", "constant"]
 class Media:
     """One image (or, later, video) of a row, as encoded bytes (PNG, JPEG, …).
 
-    size is (width, height) in pixels; times are the seconds of a video's frames, empty for an image.
+    size is (width, height) in pixels; times are the seconds of a video's frames, empty for an image; question the token
+    ids of what is asked beside it, for bridges whose connector reads.
     """
 
     data: bytes
     size: tuple[int, int]
     kind: MediaKind = "image"
     times: tuple[float, ...] = ()
+    question: tuple[int, ...] = ()
 
     def open(self) -> Image.Image:
-        """Decode to an RGB image."""
-        return Image.open(io.BytesIO(self.data)).convert("RGB")
+        """Decode to an RGB image, with the question in its `info`."""
+        image = Image.open(io.BytesIO(self.data)).convert("RGB")
+        image.info["question"] = self.question
+        return image
+
+    def digest(self, reads: bool) -> str:
+        """Equal for equal bytes; for a bridge that `reads` the question, if that is equal too."""
+        asked = ",".join(map(str, self.question)) if reads else ""
+        return hashlib.sha256(f"{self.kind}\0{asked}\0".encode() + self.data).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -254,7 +264,7 @@ class TrainSpec:
     model    folder of the artifact to continue from
     train    globs over parameter names (without the leading "model.") to learning rates; the rest is frozen
     steps    optimizer steps of the whole stage, for the schedule; warmup is a fraction of them
-    reset    globs of parameters to initialise anew; upcycle (num_experts, top_k), its
+    reset    globs of parameters to initialise anew; upcycle (num_experts, top_k, layers), its
              routers calibrated on the rows of `calibration`; lora (rank, alpha, target modules)
     muon     hidden matrices learn by Muon: (ratio to their learning rates, momentum); None: all by AdamW
     beside   OpenMP threads of each rank in steps and probes while engines sample; else as many as it was started with
@@ -277,7 +287,7 @@ class TrainSpec:
     offload: bool = False
     precision: Literal["float32", "bfloat16"] = "float32"
     reset: tuple[str, ...] = ()
-    upcycle: tuple[int, int] | None = None
+    upcycle: tuple[int, int, str] | None = None
     calibration: tuple[Sample, ...] = ()
     lora: tuple[int, float, tuple[str, ...]] | None = None
     muon: tuple[float, float] | None = None

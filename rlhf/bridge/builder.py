@@ -18,11 +18,18 @@ from transformers import (
 
 from rlhf.bridge.config import BridgeConfig, is_moe
 from rlhf.bridge.model import BridgeForConditionalGeneration, BridgeMoeForConditionalGeneration
+from rlhf.bridge.naming import PATCHES
+from rlhf.bridge.packers import PACKERS
 from rlhf.bridge.processor import BridgeImageProcessor, BridgeProcessor
 from rlhf.bridge.slots import unknown
 
 SLOTS = ("vision", "encoder", "tiler", "connector", "packer", "decoder")
-VISION_TYPES = {"siglip": "siglip_vision_model", "aimv2": "aimv2_vision_model"}
+VISION_TYPES = {
+    "siglip": "siglip_vision_model",
+    "aimv2": "aimv2_vision_model",
+    "clip": "clip_vision_model",
+    "patches": PATCHES,
+}
 # Read by transformers though not fields of every config class that honours them.
 MORE_KEYS = ("head_dim", "rope_theta")
 IMAGE_TOKEN = "<image>"  # noqa: S105 - a token of text
@@ -38,10 +45,26 @@ def _config(slot: str, model_type: str, keys: Mapping[str, Any]) -> PretrainedCo
     return cls(**keys)
 
 
-def _token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
-    if token not in tokenizer.get_vocab():
+def _token_id(tokenizer: PreTrainedTokenizerBase, token: str | int) -> int:
+    """Of a special token, or of text that is one token (a comma, a new line)."""
+    if isinstance(token, int):
+        return token
+    ids = tokenizer.encode(token, add_special_tokens=False)
+    if len(ids) != 1:
         raise ValueError(f"the tokenizer has no token {token!r}: add it as a special token first")
-    return int(tokenizer.convert_tokens_to_ids(token))
+    return int(ids[0])
+
+
+def _packer(table: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """A recipe's packer with ids in place of the tokens it names."""
+    found = dict(table)
+    for key in PACKERS.find(found).token_keys:
+        named = found.get(key)
+        if isinstance(named, list | tuple):
+            found[key] = [_token_id(tokenizer, token) for token in named]
+        elif named is not None:
+            found[key] = _token_id(tokenizer, named)
+    return found
 
 
 def new(config: BridgeConfig, seed: int) -> BridgeForConditionalGeneration:
@@ -59,7 +82,7 @@ def build(
 
     `spec` has a table for each slot: `vision`, `decoder` and `tiler` are required. `vision` and `decoder` take a
     `type` and any key of that transformers config; the others are read by their packages. The tokenizer holds
-    `<image>`, a pad and an eos token, and any token named in `packer.wrap`. Raises `ValueError` on an unknown key.
+    `<image>`, a pad and an eos token, and any token that the packer names. Raises `ValueError` on an unknown key.
     """
     for key in spec:
         if key not in SLOTS:
@@ -79,20 +102,24 @@ def build(
     text = {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id} | ends | decoder
     if text["vocab_size"] < len(tokenizer):
         raise ValueError(f"decoder.vocab_size {text['vocab_size']} is below the tokenizer's {len(tokenizer)}")
-    packer = dict(spec.get("packer", {"type": "segments"}))
-    if packer.get("wrap") is not None:
-        packer["wrap"] = [t if isinstance(t, int) else _token_id(tokenizer, t) for t in packer["wrap"]]
     config = BridgeConfig(
         vision_config=_config("vision", VISION_TYPES[vision_type], vision),
         text_config=_config("decoder", decoder_type, text),
         tiler=dict(spec["tiler"]),
         encoder=dict(spec.get("encoder", {"type": "tower"})),
         connector=dict(spec.get("connector", {"type": "mlp"})),
-        packer=packer,
+        packer=_packer(spec.get("packer", {"type": "segments"}), tokenizer),
         image_token_id=_token_id(tokenizer, IMAGE_TOKEN),
         **ends,
     )
-    return new(config, seed), BridgeProcessor(BridgeImageProcessor(config.geometry.to_dict()), tokenizer)
+    processor = BridgeProcessor(BridgeImageProcessor(config.geometry.to_dict()), tokenizer)
+    for size in config.geometry.tiler.extremes:  # vLLM reads the pattern from text
+        pattern = config.geometry.expand([config.image_token_id], [size])
+        if tokenizer.encode(processor.pattern_text(size), add_special_tokens=False) != pattern:
+            raise ValueError(
+                f"packer: the tokenizer does not read back the tokens {spec.get('packer')} as they are written"
+            )
+    return new(config, seed), processor
 
 
 def load(path: str | PathLike[str]) -> tuple[BridgeForConditionalGeneration, BridgeProcessor]:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from rlhf.bridge.geometry import Geometry
-from rlhf.bridge.naming import DENSE, MODEL_TYPE, MOE
+from rlhf.bridge.naming import DENSE, MODEL_TYPE, MOE, PATCHES
 from rlhf.bridge.slots import settings
 
 
@@ -22,6 +22,16 @@ def _sub_config(name: str, value: PretrainedConfig | dict[str, Any] | None) -> P
     if not value or "model_type" not in value:
         raise ValueError(f"{name} needs a transformers config, or its dict with a 'model_type'; got {value!r}")
     return CONFIG_MAPPING[value["model_type"]](**{key: v for key, v in value.items() if key != "model_type"})
+
+
+class PatchesConfig(PretrainedConfig):
+    """Of `encoder.patches`, which has no vision transformer: only what a patch is."""
+
+    model_type = PATCHES
+    patch_size: int = 30
+
+
+CONFIG_MAPPING.register(PATCHES, PatchesConfig, exist_ok=True)
 
 
 class BridgeConfig(PretrainedConfig):

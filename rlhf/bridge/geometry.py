@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rlhf.bridge.connectors import CONNECTORS, Connector
 from rlhf.bridge.encoders import ENCODERS, Encoder
-from rlhf.bridge.layout import Layout
+from rlhf.bridge.layout import Layout, Tile
 from rlhf.bridge.packers import PACKERS, Packer
 from rlhf.bridge.slots import settings
 from rlhf.bridge.tilers import TILERS, Tiler
@@ -18,14 +20,15 @@ VISION_KEYS = ("patch_size", "image_size", "is_native")
 
 @dataclass(frozen=True)
 class Geometry:
-    """What the processor, the model and vLLM must agree on. `patch_grid` is (rows, cols) of patches in one tile."""
+    """What the processor, the model and vLLM must agree on.
+
+    Pixels travel as cells, [cells, 3, height, width] in the order of the layout's tiles, each row by row: whole tiles
+    where all are alike, patches where their shapes differ."""
 
     tiler: Tiler
     encoder: Encoder
     connector: Connector
     packer: Packer
-    patch_grid: tuple[int, int]
-    tokens_per_tile: int
     image_token_id: int
     vision: tuple[tuple[str, Any], ...]
 
@@ -40,16 +43,24 @@ class Geometry:
         vision: Mapping[str, Any],
         image_token_id: int,
     ) -> Geometry:
-        """From the plain dicts of a config. `vision` needs `patch_size` and `image_size`. Raises `ValueError` where
-        components do not fit together."""
+        """From the plain dicts of a config. `vision` needs `patch_size`, and for a tower `image_size`. Raises
+        `ValueError` where components do not fit together."""
         parts = TILERS.make(tiler), ENCODERS.make(encoder), CONNECTORS.make(connector), PACKERS.make(packer)
         seen = {key: vision[key] for key in VISION_KEYS if key in vision}
-        grid = parts[1].patch_grid(parts[0].box, seen)
-        tokens = parts[2].num_tokens(grid)
-        if tokens < 3:
-            # The wrap's two tokens must stay outnumbered: vLLM takes the most frequent id for the placeholder.
-            raise ValueError(f"a tile becomes {tokens} tokens, which is too few: use larger tiles or smaller patches")
-        return cls(*parts, grid, tokens, image_token_id, tuple(sorted(seen.items())))
+        geometry = cls(*parts, image_token_id, tuple(sorted(seen.items())))
+        if windows := geometry.encoder.windows:
+            most = max(math.prod(geometry.layout(*size).grid) for size in geometry.tiler.extremes)
+            if most > windows:
+                raise ValueError(f"a picture is cut into up to {most} tiles, but encoder.windows = {windows}: raise it")
+        for size in geometry.tiler.extremes:
+            layout = geometry.layout(*size)
+            ids = Counter(geometry.pattern(layout))
+            if any(count >= ids[image_token_id] for token, count in ids.items() if token != image_token_id):
+                raise ValueError(
+                    f"a picture of (width, height) = {size} becomes {ids[image_token_id]} placeholders, no more than "
+                    "of one of the tokens around them, and vLLM cannot tell them: use larger tiles or smaller patches"
+                )
+        return geometry
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Geometry:
@@ -71,13 +82,40 @@ class Geometry:
         """How a picture of this size is cut."""
         return self.tiler.layout(width, height)
 
+    @property
+    def sized(self) -> bool:
+        """Whether a picture's features depend on its size, and not on its tiles alone: the model needs it then."""
+        return (
+            not self.packer.plain
+            or self.encoder.windows > 0
+            or any(tile.box != self.tiler.cell for size in self.tiler.extremes for tile in self.layout(*size).tiles)
+        )
+
+    def features(self, tile: Tile) -> tuple[int, int]:
+        """(rows, cols) of features the encoder makes of a tile."""
+        return self.encoder.grid(tile.box, dict(self.vision))
+
+    def grids(self, layout: Layout) -> list[tuple[int, int]]:
+        """(rows, cols) of tokens each tile becomes."""
+        return [self.connector.grid(self.features(tile)) for tile in layout.tiles]
+
+    def cells(self, layout: Layout) -> int:
+        """Rows of pixels that carry the picture."""
+        high, wide = self.tiler.cell
+        return sum((tile.box[0] // high) * (tile.box[1] // wide) for tile in layout.tiles)
+
     def pattern(self, layout: Layout) -> list[int]:
         """Token ids that replace the one placeholder of a picture."""
-        return self.packer.pattern(layout, self.tokens_per_tile, self.image_token_id)
+        return self.packer.pattern(layout, self.grids(layout), self.image_token_id)
 
     def num_features(self, layout: Layout) -> int:
-        """Feature rows the model makes of the picture; equals the placeholders in `pattern(layout)`."""
-        return layout.num_tiles * self.tokens_per_tile
+        """Placeholders in `pattern(layout)`: as many features as the model makes of the picture."""
+        return self.pattern(layout).count(self.image_token_id)
+
+    @property
+    def most_tokens(self) -> int:
+        """The longest pattern a picture can become."""
+        return max(len(self.pattern(self.layout(*size))) for size in self.tiler.extremes)
 
     def expand(self, token_ids: Sequence[int], sizes: Sequence[tuple[int, int]]) -> list[int]:
         """Un-expanded ids (one placeholder a picture) -> expanded ids. `sizes` are (width, height) in order.

@@ -19,9 +19,11 @@ def require_kind(kind: str) -> None:
 
 @dataclass(frozen=True)
 class Tile:
-    """One crop the vision encoder sees: the whole picture (`global`) or cell (row, col) of the grid (`local`)."""
+    """One crop the vision encoder sees, of `box` = (height, width) pixels: the whole picture (`global`) or cell (row,
+    col) of the grid (`local`)."""
 
     role: Literal["global", "local"]
+    box: tuple[int, int]
     row: int = 0
     col: int = 0
 
@@ -44,3 +46,13 @@ class Layout:
     @property
     def num_tiles(self) -> int:
         return len(self.tiles)
+
+
+def in_grid(grid: tuple[int, int], box: tuple[int, int], overview: str, whole: tuple[int, int]) -> tuple[Tile, ...]:
+    """The tiles of a grid of (rows, cols) boxes, row by row, and where there is more than one an overview of box
+    `whole` "first" or "last"; "none" without."""
+    rows, cols = grid
+    tiles = tuple(Tile("local", box, row, col) for row in range(rows) for col in range(cols))
+    if len(tiles) == 1 or overview == "none":
+        return tiles
+    return (Tile("global", whole), *tiles) if overview == "first" else (*tiles, Tile("global", whole))

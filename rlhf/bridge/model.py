@@ -3,15 +3,22 @@ run this one definition."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
 from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput, MoeCausalLMOutputWithPast
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from rlhf.bridge.config import BridgeConfig, is_moe
+from rlhf.bridge.layout import Layout, Tile
+from rlhf.bridge.raster import from_cells
+
+PICTURES = ("pixel_values", "picture_sizes", "questions")  # what forward takes of pictures, a row for each cell
 
 
 class BridgePreTrainedModel(PreTrainedModel):
@@ -28,6 +35,15 @@ class BridgePreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Also what no file holds: `from_pretrained` builds modules without memory, their constant buffers too."""
+        super()._init_weights(module)
+        constants = getattr(module, "constants", None)
+        if callable(constants):
+            for name, value in constants().items():
+                init.copy_(module.get_buffer(name), value)
+
 
 class BridgeModel(BridgePreTrainedModel):
     """Pictures and token ids -> the decoder's hidden states."""
@@ -35,9 +51,12 @@ class BridgeModel(BridgePreTrainedModel):
     def __init__(self, config: BridgeConfig) -> None:
         super().__init__(config)
         self.geometry = config.geometry
-        vision_width, text_width = config.vision_config.hidden_size, config.text_config.hidden_size
+        vision_width = self.geometry.encoder.width(config.vision_config.to_dict())
+        text_width = config.text_config.hidden_size
         self.vision = self.geometry.encoder.build(config.vision_config)
-        self.connector = self.geometry.connector.build(self.geometry.patch_grid, vision_width, text_width)
+        self.connector = self.geometry.connector.build(vision_width, text_width, config.text_config.vocab_size)
+        self.packer = self.geometry.packer.build(text_width)
+        self.sized = self.geometry.sized
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
 
@@ -50,38 +69,86 @@ class BridgeModel(BridgePreTrainedModel):
     def get_image_features(
         self,
         pixel_values: torch.Tensor,
-        num_tiles: torch.Tensor | None = None,
+        picture_sizes: torch.Tensor | None = None,
+        questions: torch.Tensor | None = None,
         return_dict: bool = True,  # noqa: ARG002 - vLLM passes it
         **kwargs: Any,  # noqa: ARG002 - transformers may pass more
     ) -> BaseModelOutputWithPooling:
-        """`pixel_values` [tiles, 3, height, width] of all pictures in order -> an output whose `pooler_output` holds
-        the projected features: [tiles, tokens, text width], or, when `num_tiles` [pictures] is given, a list with one
-        [num_tiles * tokens, text width] for each picture. vLLM splits the tensor by itself: all tiles become equally
-        many tokens."""
-        dtype = next(self.vision.parameters()).dtype
-        patches = self.vision(pixel_values.to(dtype))
-        features = self.connector(patches)
-        if num_tiles is None:
+        """`pixel_values` [cells, 3, height, width] of all pictures in order; where features depend on it,
+        `picture_sizes` [cells, 2], (width, height) of the picture of each cell; and for a connector that reads,
+        `questions` [cells, text length], token ids of what is asked beside the picture of each cell, -1 for none -> an
+        output whose `pooler_output` holds the features that go in the placeholders' places: a list with [placeholders,
+        text width] for each picture, or, where every tile is a cell and nothing stands between them, [tiles, tokens,
+        text width], which vLLM splits by itself."""
+        pixel_values = pixel_values.to(self.dtype)
+        if not self.sized:
+            # one tile's grid is every tile's
+            grid = self.geometry.features(self.geometry.layout(*self.geometry.tiler.extremes[0]).tiles[0])
+            patches = self.vision(pixel_values)
+            features = self.connector(patches, grid, questions)
             return BaseModelOutputWithPooling(last_hidden_state=patches, pooler_output=features)
-        counts = [int(count) for count in num_tiles]
-        if sum(counts) != pixel_values.shape[0]:
+        layouts = self.layouts(pixel_values, picture_sizes)
+        tiles = [tile for layout in layouts for tile in layout.tiles]
+        windows = [
+            tile.row * layout.grid[1] + tile.col if tile.role == "local" else -1
+            for layout in layouts
+            for tile in layout.tiles
+        ]
+        found = iter(self._tile_features(pixel_values, tiles, windows, questions))
+        pictures = [
+            self.packer(layout, self.geometry.grids(layout), [next(found) for _ in layout.tiles]) for layout in layouts
+        ]
+        return BaseModelOutputWithPooling(pooler_output=cast(Any, pictures))
+
+    def layouts(self, pixel_values: torch.Tensor, picture_sizes: torch.Tensor | None) -> list[Layout]:
+        """How the pictures were cut, of which these are the cells. Raises `ValueError` where the two disagree."""
+        if picture_sizes is None or len(picture_sizes) != len(pixel_values):
+            found = "none" if picture_sizes is None else len(picture_sizes)
             raise ValueError(
-                f"num_tiles {counts} sums to {sum(counts)}, but pixel_values has {pixel_values.shape[0]} tiles"
+                f"this bridge's features depend on a picture's size: give picture_sizes, (width, height) for each of "
+                f"the {len(pixel_values)} rows of pixel_values; there are {found}"
             )
-        pictures = [part.flatten(0, 1) for part in torch.split(features, counts)]
-        return BaseModelOutputWithPooling(last_hidden_state=patches, pooler_output=cast(Any, pictures))
+        sizes = picture_sizes.tolist()
+        layouts = []
+        place = 0
+        while place < len(sizes):
+            layouts.append(self.geometry.layout(*sizes[place]))
+            place += self.geometry.cells(layouts[-1])
+        if place != len(sizes):
+            raise ValueError(
+                f"the last picture lacks {place - len(sizes)} of its {self.geometry.cells(layouts[-1])} cells"
+            )
+        return layouts
+
+    def _tile_features(
+        self,
+        pixel_values: torch.Tensor,
+        tiles: Sequence[Tile],
+        windows: Sequence[int],
+        questions: torch.Tensor | None,
+    ) -> list[torch.Tensor]:
+        """[tokens, text width] of each tile; tiles of one shape go through the encoder together."""
+        high, wide = self.geometry.tiler.cell
+        counts = [(tile.box[0] // high) * (tile.box[1] // wide) for tile in tiles]
+        cells, starts = torch.split(pixel_values, counts), [0, *accumulate(counts)]
+        found: list[torch.Tensor] = [pixel_values] * len(tiles)
+        for box in dict.fromkeys(tile.box for tile in tiles):
+            places = [place for place, tile in enumerate(tiles) if tile.box == box]
+            pictures = from_cells(torch.cat([cells[place] for place in places]), box)
+            asked = None if questions is None else questions[[starts[place] for place in places]]
+            seen_by = torch.tensor([windows[place] for place in places], device=pixel_values.device)
+            features = self.connector(self.vision(pictures, seen_by), self.geometry.features(tiles[places[0]]), asked)
+            for place, feature in zip(places, features, strict=True):
+                found[place] = feature
+        return found
 
     def _scatter(
-        self,
-        input_ids: torch.Tensor | None,
-        embeds: torch.Tensor,
-        pixel_values: torch.Tensor,
-        num_tiles: torch.Tensor | None,
+        self, input_ids: torch.Tensor | None, embeds: torch.Tensor, **pictures: torch.Tensor | None
     ) -> torch.Tensor:
         """`embeds` [rows, length, width] with the features of all pictures in place of the placeholders."""
         if input_ids is None:
             raise ValueError("pixel_values need input_ids: the placeholders say where the features go")
-        found = self.get_image_features(pixel_values, num_tiles).pooler_output
+        found = self.get_image_features(**cast(Any, pictures)).pooler_output
         features = (torch.cat(list(found)) if isinstance(found, list) else found.flatten(0, 1)).to(embeds.dtype)
         places = input_ids == self.config.image_token_id
         count = int(places.sum())
@@ -100,11 +167,14 @@ class BridgeModel(BridgePreTrainedModel):
         gathers parameters, as modules run. A rank whose rows hold no picture therefore runs the pass too, and at the
         place of the real one: after the decoder, ZeRO-2 sums wrong gradients in silence.
         """
-        height, width = self.geometry.tiler.box
-        blank = torch.zeros(1, 3, height, width, device=embeds.device)
-        features = self.get_image_features(blank).pooler_output
-        assert isinstance(features, torch.Tensor)
-        return embeds + features.sum().to(embeds.dtype) * 0
+        layout = self.geometry.layout(*self.geometry.tiler.extremes[0])
+        blank = torch.zeros(self.geometry.cells(layout), 3, *self.geometry.tiler.cell, device=embeds.device)
+        sizes = torch.tensor([layout.size] * len(blank)) if self.sized else None
+        length = self.geometry.connector.text_length
+        asked = torch.full((len(blank), length), -1, device=embeds.device) if length else None
+        features = self.get_image_features(blank, sizes, asked).pooler_output
+        found = torch.cat(list(features)) if isinstance(features, list) else cast(torch.Tensor, features)
+        return embeds + found.sum().to(embeds.dtype) * 0
 
     def forward(
         self,
@@ -114,17 +184,20 @@ class BridgeModel(BridgePreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
-        num_tiles: torch.Tensor | None = None,
+        picture_sizes: torch.Tensor | None = None,
+        questions: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> ModelOutput:
-        """`input_ids` [rows, length] are expanded; `pixel_values` [tiles, 3, height, width] hold the pictures of all
-        rows in order (a row may have none); `num_tiles` [pictures] is checked when given."""
+        """`input_ids` [rows, length] are expanded; `pixel_values` [cells, 3, height, width], and `picture_sizes`
+        [cells, 2] and `questions` [cells, text length] where they are needed, hold the
+        pictures of all rows in order (a row may have none)."""
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         decoding = past_key_values is not None and past_key_values.get_seq_length() > 0
         if pixel_values is not None:
-            inputs_embeds = self._scatter(input_ids, inputs_embeds, pixel_values, num_tiles)
+            pictures = {"pixel_values": pixel_values, "picture_sizes": picture_sizes, "questions": questions}
+            inputs_embeds = self._scatter(input_ids, inputs_embeds, **pictures)
         elif not decoding:
             if input_ids is not None and bool((input_ids == self.config.image_token_id).any()):
                 raise ValueError(
@@ -178,7 +251,8 @@ class BridgeForConditionalGeneration(BridgePreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
-        num_tiles: torch.Tensor | None = None,
+        picture_sizes: torch.Tensor | None = None,
+        questions: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
@@ -199,7 +273,8 @@ class BridgeForConditionalGeneration(BridgePreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             pixel_values=pixel_values,
-            num_tiles=num_tiles,
+            picture_sizes=picture_sizes,
+            questions=questions,
             use_cache=use_cache,
             **kwargs,
         )
@@ -241,7 +316,7 @@ class BridgeForConditionalGeneration(BridgePreTrainedModel, GenerationMixin):
             **kwargs,
         )
         if use_cache and not is_first_iteration:
-            inputs["pixel_values"] = inputs["num_tiles"] = None
+            inputs |= dict.fromkeys(PICTURES)
         return cast(dict[str, Any], inputs)
 
     def _expand_inputs_for_generation(
@@ -251,20 +326,40 @@ class BridgeForConditionalGeneration(BridgePreTrainedModel, GenerationMixin):
         input_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, dict[str, Any]]:
-        """Repeat rows for several samples a prompt. Tiles are counted over the whole batch, not one a row, so the
-        base class would repeat them in the wrong order."""
-        pixels, tiles = kwargs.pop("pixel_values", None), kwargs.pop("num_tiles", None)
-        if pixels is not None and expand_size > 1:
+        """Repeat rows for several samples a prompt. Cells are counted over the whole batch, not one a row, so the base
+        class would repeat them in the wrong order."""
+        shown = {name: value for name in PICTURES if (value := kwargs.pop(name, None)) is not None}
+        if shown and expand_size > 1:
             assert input_ids is not None
-            found = (input_ids == self.config.image_token_id).sum(dim=1)
-            rows = torch.split(pixels, (found // self.model.geometry.tokens_per_tile).tolist())
-            pixels = torch.cat([row for row in rows for _ in range(expand_size)])
-            # The check by `num_tiles` is over pictures, whose number a row is not known here; the scatter still checks.
-            tiles = None
+            found = (input_ids == self.config.image_token_id).sum(dim=1).tolist()
+            counts = self._cells_of(found, shown["pixel_values"], shown.get("picture_sizes"))
+            order = torch.cat(
+                [
+                    torch.arange(end - count, end).repeat(expand_size)
+                    for count, end in zip(counts, accumulate(counts), strict=True)
+                ]
+            )
+            shown = {name: value[order] for name, value in shown.items()}
         ids, kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
         )
-        return ids, kwargs | {"pixel_values": pixels, "num_tiles": tiles}
+        return ids, kwargs | shown
+
+    def _cells_of(self, features: Sequence[int], pixels: torch.Tensor, sizes: torch.Tensor | None) -> list[int]:
+        """How many cells belong to each row of the batch, from its number of features."""
+        geometry = self.model.geometry
+        if not self.model.sized:
+            (grid,) = {geometry.grids(geometry.layout(*size))[0] for size in geometry.tiler.extremes}
+            return [count // (grid[0] * grid[1]) for count in features]
+        pictures = iter(self.model.layouts(pixels, sizes))
+        counts = []
+        for needed in features:
+            cells = found = 0
+            while found < needed:
+                layout = next(pictures)
+                cells, found = cells + geometry.cells(layout), found + geometry.num_features(layout)
+            counts.append(cells)
+        return counts
 
 
 class BridgeMoeForConditionalGeneration(BridgeForConditionalGeneration):

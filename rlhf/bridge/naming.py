@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 MODEL_TYPE = "thinkfusion_bridge"
+PATCHES = "thinkfusion_patches"  # the vision config without a vision transformer
 
 DENSE = "BridgeForConditionalGeneration"
 MOE = "BridgeMoeForConditionalGeneration"

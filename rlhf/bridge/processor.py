@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, ClassVar, cast
 
 import numpy as np
@@ -13,6 +15,12 @@ from transformers.processing_utils import MultiModalData, ProcessingKwargs
 
 from rlhf.bridge.geometry import Geometry
 from rlhf.bridge.layout import Layout, require_kind
+from rlhf.bridge.raster import to_cells
+
+
+@lru_cache
+def _contract(fields: str) -> Geometry:
+    return Geometry.from_dict(json.loads(fields))
 
 
 def flatten(images: Any) -> Iterator[Image.Image]:
@@ -37,7 +45,7 @@ def flatten(images: Any) -> Iterator[Image.Image]:
 class BridgeImageProcessor(BaseImageProcessor):
     """Cuts and normalises pictures. `geometry` is `Geometry.to_dict()`, so a saved folder carries the contract."""
 
-    model_input_names: ClassVar[list[str]] = ["pixel_values"]
+    model_input_names: ClassVar[list[str]] = ["pixel_values", "picture_sizes", "questions"]
 
     def __init__(self, geometry: Mapping[str, Any], **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -46,24 +54,38 @@ class BridgeImageProcessor(BaseImageProcessor):
     @property
     def contract(self) -> Geometry:
         """The media contract of this bridge."""
-        return Geometry.from_dict(self.geometry)
+        return _contract(json.dumps(self.geometry))
 
-    def pixels(self, images: Sequence[Image.Image], layouts: Sequence[Layout]) -> torch.Tensor:
-        """Normalised pixels [sum of tiles, 3, height, width], pictures in order."""
+    def inputs(self, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
+        """What `BridgeModel.get_image_features` takes of pictures, in order. What is asked beside a picture is in its
+        `info["question"]`, token ids."""
         contract = self.contract
-        raw = torch.cat([contract.tiler.apply(image, layout) for image, layout in zip(images, layouts, strict=True)])
+        layouts = [contract.layout(*image.size) for image in images]
+        counts = torch.tensor([contract.cells(layout) for layout in layouts], dtype=torch.long)
+        pictures = zip(images, layouts, strict=True)
+        tiles = [tile for image, layout in pictures for tile in contract.tiler.apply(image, layout)]
+        cells = to_cells(tiles, contract.tiler.cell) if tiles else torch.empty(0, 3, *contract.tiler.cell)
         mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (contract.encoder.mean, contract.encoder.std))
-        return (raw - mean) / std
+        found = {"pixel_values": (cells - mean) / std}
+        if contract.sized:
+            sizes = torch.tensor([layout.size for layout in layouts], dtype=torch.long).reshape(-1, 2)
+            found["picture_sizes"] = sizes.repeat_interleave(counts, dim=0)
+        if length := contract.connector.text_length:
+            asked = torch.full((len(images), length), -1, dtype=torch.long)
+            for row, image in zip(asked, images, strict=True):
+                ids = image.info.get("question", ())[:length]
+                row[: len(ids)] = torch.tensor(ids, dtype=torch.long)
+            found["questions"] = asked.repeat_interleave(counts, dim=0)
+        return found
 
     def preprocess(self, images: Any, return_tensors: Any = None, **kwargs: Any) -> BatchFeature:  # noqa: ARG002
-        """`pixel_values`, and `num_patches`: tiles of each picture, under the name TRL's GRPO trainer asks for."""
+        """`inputs`, and `num_patches`: cells of each picture, under the name TRL's GRPO trainer asks for."""
         pictures = list(flatten(images))
-        contract = self.contract
-        layouts = [contract.layout(*image.size) for image in pictures]
         data: dict[str, Any] = {}
         if pictures:
-            data["pixel_values"] = self.pixels(pictures, layouts)
-            data["num_patches"] = torch.tensor([layout.num_tiles for layout in layouts])
+            data = {**self.inputs(pictures)}
+            counts = [self.contract.cells(self.contract.layout(*image.size)) for image in pictures]
+            data["num_patches"] = torch.tensor(counts)
         return BatchFeature(data, tensor_type=return_tensors)
 
     __call__ = preprocess
@@ -97,6 +119,11 @@ class BridgeProcessor(ProcessorMixin):
         """The media contract of this bridge."""
         return cast(Geometry, self.image_processor.contract)
 
+    @property
+    def reads(self) -> bool:
+        """Whether what becomes of a picture depends on what is asked beside it."""
+        return self.geometry.connector.text_length > 0
+
     def layout(self, size: tuple[int, int], kind: str = "image") -> Layout:
         """How a picture of `size` = (width, height) is cut. Raises `ValueError` for a kind other than image."""
         require_kind(kind)
@@ -106,20 +133,19 @@ class BridgeProcessor(ProcessorMixin):
         """Un-expanded ids, one placeholder a picture -> the ids the model and vLLM see. See `Geometry.expand`."""
         return self.geometry.expand(token_ids, sizes)
 
-    def pixel_values(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """Normalised pixels [sum of tiles, 3, height, width], pictures in order; [0, 3, height, width] for none."""
-        if not images:
-            return torch.empty(0, 3, *self.geometry.tiler.box)
-        return cast(torch.Tensor, self.image_processor.pixels(images, [self.layout(image.size) for image in images]))
+    def image_inputs(self, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
+        """What the model takes of pictures, in order; see `BridgeImageProcessor.inputs`."""
+        return cast(dict[str, torch.Tensor], self.image_processor.inputs(images))
 
-    def num_tiles(self, images: Sequence[Image.Image]) -> list[int]:
-        """Tiles of each picture."""
-        return [self.layout(image.size).num_tiles for image in images]
-
-    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
+    def __call__(
+        self, images: Any = None, text: Any = None, question: str | Sequence[str] | None = None, **kwargs: Any
+    ) -> BatchFeature:
         """The usual Hugging Face call: `input_ids`, `attention_mask` and, with pictures, `pixel_values`. Raises
-        `ValueError` unless the text holds exactly one `<image>` for each picture."""
+        `ValueError` unless the text holds exactly one `<image>` for each picture. `question`, one for all pictures or
+        one for each, is what a connector that reads gets beside a picture that does not bring its own."""
         pictures = list(flatten(images))
+        if question is not None:
+            pictures = self._asking(pictures, question)
         texts = [text] if isinstance(text, str) else list(text) if text is not None else []
         if pictures and all(isinstance(row, str) for row in texts) and texts:
             found = sum(row.count(self.image_token) for row in texts)
@@ -127,9 +153,21 @@ class BridgeProcessor(ProcessorMixin):
                 raise ValueError(f"{found} {self.image_token} in the text for {len(pictures)} images")
         return super().__call__(images=pictures or None, text=text, **kwargs)
 
+    def _asking(self, pictures: Sequence[Image.Image], question: str | Sequence[str]) -> list[Image.Image]:
+        """The pictures, each with its question."""
+        questions = [question] * len(pictures) if isinstance(question, str) else list(question)
+        if len(questions) != len(pictures):
+            raise ValueError(f"{len(questions)} questions for {len(pictures)} images; give one, or one for each")
+        found = []
+        for picture, asked in zip(pictures, questions, strict=True):
+            copy = picture.copy()
+            copy.info.setdefault("question", tuple(self.tokenizer.encode(asked, add_special_tokens=False)))
+            found.append(copy)
+        return found
+
     @property
     def unused_input_names(self) -> list[str]:
-        """Dropped from the call's output: the model needs no tile counts."""
+        """Dropped from the call's output: the model needs no counts."""
         return ["num_patches"]
 
     # The methods below are what transformers' base class and vLLM's Transformers backend ask a processor.
@@ -142,7 +180,8 @@ class BridgeProcessor(ProcessorMixin):
     def pattern_text(self, size: tuple[int, int]) -> str:
         """The pattern of a picture of `size` = (width, height), as text."""
         pattern = self.geometry.pattern(self.layout(size))
-        return "".join(self.tokenizer.convert_ids_to_tokens(pattern))
+        texts = {token: self.tokenizer.decode([token], clean_up_tokenization_spaces=False) for token in set(pattern)}
+        return "".join(texts[token] for token in pattern)
 
     def _get_num_multimodal_tokens(
         self,
@@ -155,5 +194,5 @@ class BridgeProcessor(ProcessorMixin):
         layouts = [self.layout((width, height)) for height, width in image_sizes]
         return MultiModalData(
             num_image_tokens=[len(self.geometry.pattern(layout)) for layout in layouts],
-            num_image_patches=[layout.num_tiles for layout in layouts],
+            num_image_patches=[self.geometry.cells(layout) for layout in layouts],
         )

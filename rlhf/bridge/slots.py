@@ -27,12 +27,44 @@ def one_of(what: str, name: str, allowed: Iterable[str]) -> None:
         raise unknown(what, name, names)
 
 
+def at_least(what: str, component: object, least: int, names: Iterable[str]) -> None:
+    """Raise `ValueError` naming the first of these fields that is no whole number of at least so much."""
+    for name in names:
+        value = getattr(component, name)
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{what} {name} must be a whole number of at least {least}, got {value!r}")
+
+
 def pair(what: str, value: int | Iterable[int]) -> tuple[int, int]:
     """(height, width) from an int (a square) or two ints; JSON and TOML give lists."""
     sides = (value, value) if isinstance(value, int) else tuple(value)
     if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
         raise ValueError(f"{what} must be a positive int or [height, width], got {value!r}")
     return sides
+
+
+def token_id(what: str, value: object) -> None:
+    """Raise `ValueError` unless it is a token id, or None."""
+    if value is not None and not isinstance(value, int):
+        raise ValueError(f"{what} must be a token id, got {value!r}")
+
+
+def token_pair(what: str, value: Iterable[int] | None) -> tuple[int, int] | None:
+    """Two token ids, or None; JSON and TOML give lists."""
+    if value is None:
+        return None
+    pair_of = tuple(value)
+    if len(pair_of) != 2 or not all(isinstance(token, int) for token in pair_of):
+        raise ValueError(f"{what} needs two token ids, got {value!r}")
+    return pair_of
+
+
+def colour(what: str, value: Iterable[int]) -> tuple[int, int, int]:
+    """(red, green, blue), each 0 to 255; JSON and TOML give lists."""
+    channels = tuple(value)
+    if len(channels) != 3 or not all(isinstance(channel, int) and 0 <= channel <= 255 for channel in channels):
+        raise ValueError(f"{what} must be [red, green, blue] of 0 to 255, got {value!r}")
+    return channels
 
 
 class Slot(Generic[Component]):
@@ -60,16 +92,19 @@ class Slot(Generic[Component]):
         self._discover()
         return tuple(sorted(self._classes))
 
+    def find(self, settings: Mapping[str, Any]) -> type[Component]:
+        """The class that `settings` names. Raises `ValueError` on an unknown type."""
+        self._discover()
+        if "type" not in settings:
+            raise ValueError(f"{self.name} needs a 'type'; allowed: {', '.join(self.types())}")
+        if settings["type"] not in self._classes:
+            raise unknown(f"{self.name} type", settings["type"], self._classes)
+        return self._classes[settings["type"]]
+
     def make(self, settings: Mapping[str, Any]) -> Component:
         """The component that `settings` names. Raises `ValueError` on an unknown type or key."""
-        self._discover()
-        given = dict(settings)
-        if "type" not in given:
-            raise ValueError(f"{self.name} needs a 'type'; allowed: {', '.join(self.types())}")
+        cls, given = self.find(settings), dict(settings)
         kind = given.pop("type")
-        if kind not in self._classes:
-            raise unknown(f"{self.name} type", kind, self._classes)
-        cls = self._classes[kind]
         fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
         for key in given:
             if key not in fields:
@@ -91,4 +126,8 @@ class Slot(Generic[Component]):
 def settings(component: Any) -> dict[str, Any]:
     """The plain dict that `Slot.make` turns back into an equal component: JSON-safe, every default spelt out."""
     fields = {field.name: getattr(component, field.name) for field in dataclasses.fields(component)}
-    return {"type": component.type} | {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
+    return {"type": component.type} | {name: _plain(value) for name, value in fields.items()}
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(each) for each in value] if isinstance(value, tuple) else value

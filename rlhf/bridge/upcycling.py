@@ -8,14 +8,15 @@ from transformers import Qwen3MoeConfig
 from rlhf.bridge.builder import new
 from rlhf.bridge.config import BridgeConfig
 from rlhf.bridge.model import BridgeForConditionalGeneration
+from rlhf.bridge.sparsity import dense_layers
 
 
 def upcycle(
-    model: BridgeForConditionalGeneration, num_experts: int, top_k: int, seed: int
+    model: BridgeForConditionalGeneration, num_experts: int, top_k: int, layers: str, seed: int
 ) -> BridgeForConditionalGeneration:
-    """A new Qwen3-MoE bridge from a dense Qwen3 one. Every expert is a copy of the dense feed-forward and the chosen
-    experts' weights are normalised to sum to one, so the output is that of `model` whatever the (random) router says.
-    Everything else is copied; `model` is left as it was."""
+    """A new Qwen3-MoE bridge from a dense Qwen3 one, mixtures in these `layers`. Every expert is a copy of the dense
+    feed-forward and the chosen experts' weights are normalised to sum to one, so the output is that of `model` whatever
+    the (random) router says. Everything else is copied; `model` is left as it was."""
     dense = model.config.text_config
     if dense.model_type != "qwen3":
         raise ValueError(f"only a dense qwen3 decoder can be upcycled, this one is {dense.model_type!r}")
@@ -32,6 +33,7 @@ def upcycle(
         num_experts_per_tok=top_k,
         moe_intermediate_size=dense.intermediate_size,
         norm_topk_prob=True,
+        mlp_only_layers=dense_layers(layers, dense.num_hidden_layers),
     )
     settings = {**model.config.to_dict(), "text_config": sparse}
     for key in ("architectures", "model_type", "transformers_version"):

@@ -39,6 +39,7 @@ def as_prompt(
     media = tuple(row.get("images") or ())
     messages = _with_images(messages, media, where)
     question = _question(messages, where)
+    media = _with_questions(messages, media, tokenizer)
     if think:
         messages = _with_suffix(messages, chat.think_suffix)
     text = _render(tokenizer, messages, generate=True)
@@ -131,6 +132,14 @@ def _with_images(messages: list[Row], media: tuple[Media, ...], where: str) -> l
     pictures = [{"type": "image"} for _ in media]
     shown = {"role": "user", "content": [*pictures, *_parts(messages[first]["content"])]}
     return [*messages[:first], shown, *messages[first + 1 :]]
+
+
+def _with_questions(
+    messages: list[Row], media: tuple[Media, ...], tokenizer: PreTrainedTokenizerBase
+) -> tuple[Media, ...]:
+    """The media, each with the words of the message that shows it."""
+    shown = [_text(m) for m in messages for part in _parts(m["content"]) if part["type"] == "image"]
+    return tuple(replace(item, question=_ids(tokenizer, text.strip())) for item, text in zip(media, shown, strict=True))
 
 
 def _question(messages: list[Row], where: str) -> str:

@@ -85,7 +85,8 @@ def _architectures(recipe: Recipe) -> dict[str, Architecture]:
         current = found[parent] if parent else first
         if isinstance(stage, Sft) and stage.upcycle is not None:
             try:
-                current = current.upcycled(stage.upcycle.num_experts, stage.upcycle.top_k)
+                upcycle = stage.upcycle
+                current = current.upcycled(upcycle.num_experts, upcycle.top_k, upcycle.layers)
             except ValueError as error:
                 raise PlanError(f"stage {stage.name!r}: upcycle: {error}") from error
         found[stage.name] = current

@@ -13,6 +13,7 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 UserPath = Annotated[str, AfterValidator(os.path.expanduser)]  # "~" is the user's home
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+SparseLayers = Literal["all", "every_second", "first_half", "second_half"]  # of a mixture of experts
 Implementation = Literal["auto", "vllm", "transformers"]  # of vLLM: its own, or its Transformers backend
 
 
@@ -24,11 +25,13 @@ class Table(BaseModel):
 
 
 class Upcycle(Table):
-    """Turn a trained dense decoder into a mixture of experts, identical at the start. `calibrate`, a source of rows:
-    its new routers are turned so that the tokens of `rows` of these choose experts evenly."""
+    """Turn a trained dense decoder into a mixture of experts, identical at the start, in these `layers` (MoE-LLaVA:
+    every second). `calibrate`, a source of rows: its new routers are turned so that the tokens of `rows` of these
+    choose experts evenly."""
 
     num_experts: PositiveInt
     top_k: PositiveInt
+    layers: SparseLayers = "all"
     calibrate: Name | None = None
     rows: PositiveInt = 128
 

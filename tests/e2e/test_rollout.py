@@ -220,11 +220,11 @@ def parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def trainer_logprobs(model: Any, processor: Any, group: Group, temperature: float) -> list[torch.Tensor]:
     found = []
-    pixels = processor.pixel_values([one.open() for one in group.prompt.media]) if group.prompt.media else None
+    shown = processor.image_inputs([one.open() for one in group.prompt.media]) if group.prompt.media else {}
     for rollout in group.rollouts:
         ids = torch.tensor([[*group.prompt_ids, *rollout.token_ids]])
         with torch.no_grad():
-            logits = model(input_ids=ids, pixel_values=pixels, use_cache=False).logits[0].float() / temperature
+            logits = model(input_ids=ids, **shown, use_cache=False).logits[0].float() / temperature
         logits[:, list(MASKED)] = float("-inf")
         length = len(rollout.token_ids)
         chosen = torch.tensor(rollout.token_ids)[:, None]

@@ -393,9 +393,9 @@ def test_gap_is_the_distance_to_the_engine_where_it_is_asked_for(one, sparse, tm
     expected = []
     for sample in (s for part in batch.micro_batches[0] for s in part):
         ids = torch.tensor([sample.token_ids])
-        pixels = processor.pixel_values([item.open() for item in sample.media])
+        shown = processor.image_inputs([item.open() for item in sample.media])
         with torch.no_grad():
-            logits = model(input_ids=ids, pixel_values=pixels).logits[0].float() / 0.7
+            logits = model(input_ids=ids, **shown).logits[0].float() / 0.7
         logits[:, [0, IMAGE]] = -torch.inf
         found = logits.log_softmax(-1)
         for t, engine in enumerate(sample.logprobs, sample.prompt_length):
@@ -520,9 +520,9 @@ def test_the_reference_stays_while_the_policy_moves(one, sparse, lora):
     assert one.divergences(batch, "k1") == pytest.approx(before, abs=1e-6)
     model, processor = bridge.load(sparse)
     sample = batch.micro_batches[0][0][0]
-    pixels = processor.pixel_values([item.open() for item in sample.media]) if sample.media else None
+    shown = processor.image_inputs([item.open() for item in sample.media]) if sample.media else {}
     with torch.no_grad():
-        logits = model(input_ids=torch.tensor([sample.token_ids]), pixel_values=pixels).logits[0].float() / 0.7
+        logits = model(input_ids=torch.tensor([sample.token_ids]), **shown).logits[0].float() / 0.7
     logits[:, [0, IMAGE]] = -torch.inf
     found = logits.log_softmax(-1)
     ours = [float(found[t - 1, sample.token_ids[t]]) for t in range(sample.prompt_length, len(sample.token_ids))]

@@ -39,7 +39,9 @@ def test_probes_are_fixed_and_avoid_forbidden_ids() -> None:
     probes = make_probes(20, 3, MEDIA, num=4, length=50, seed=1, forbidden=(0, 1))
     assert probes == make_probes(20, 3, MEDIA, num=4, length=50, seed=1, forbidden=(0, 1))
     assert probes != make_probes(20, 3, MEDIA, num=4, length=50, seed=2, forbidden=(0, 1))
-    assert [probe.media for probe in probes] == [(MEDIA[0],), (), (MEDIA[1],), ()]
+    shown = [tuple(replace(item, question=()) for item in probe.media) for probe in probes]
+    assert shown == [(MEDIA[0],), (), (MEDIA[1],), ()]
+    assert probes[0].media[0].question == probes[0].token_ids[1:9]  # for bridges whose connector reads
     for probe in probes:
         text = probe.token_ids[len(probe.media) :]
         assert probe.token_ids.count(3) == len(probe.media)
@@ -77,7 +79,7 @@ class Text:
     pad_id, explicit_positions = 0, True
 
     def __init__(self, packs: bool = False) -> None:
-        self.packs = packs
+        self.packs, self.reads = packs, False
 
     def join(self, items: object, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
         return {}
@@ -122,7 +124,7 @@ def test_probes_without_pictures_are_scored_beside_the_row_that_brings_one() -> 
     """Of an ordinary model, whose vision tower every rank must run."""
 
     class Blank:
-        pad_id, explicit_positions, packs = 0, False, False
+        pad_id, explicit_positions, packs, reads = 0, False, False, False
 
         def join(self, items: object, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
             return {}

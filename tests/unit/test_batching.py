@@ -182,6 +182,7 @@ class Grey:
     pad_id = 9
     explicit_positions = True
     packs = False
+    reads = False
     blank_row: Sample | None = None
 
     def __init__(self) -> None:

@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 
 from rlhf.bridge.geometry import Geometry
-from rlhf.bridge.layers.shuffle import PixelShuffle
+from rlhf.bridge.layers.mlp import PixelShuffle
 from rlhf.bridge.layout import Layout
+from rlhf.bridge.raster import to_cells
 from rlhf.bridge.tilers import TILERS
 from rlhf.bridge.tilers.grid import closest_ratio
 from tests.unit.test_bridge_build import GRID, SINGLE, picture, tiny
@@ -62,7 +63,7 @@ def test_placeholders_equal_features_for_500_sizes(tiler, wrap):
         pattern = contract.pattern(layout)
         assert pattern.count(IMAGE) == contract.num_features(layout) == layout.num_tiles * 4
         assert len(pattern) == pattern.count(IMAGE) + (2 if wrap else 0)
-        assert 1 <= layout.num_tiles <= contract.tiler.most_tiles
+        assert len(pattern) <= contract.most_tokens
 
 
 @pytest.mark.parametrize("tiler", [SINGLE, SINGLE | {"fit": "pad"}, SINGLE | {"fit": "crop"}, GRID])
@@ -70,7 +71,7 @@ def test_pixels_follow_the_layout(tiler):
     contract = geometry(tiler)
     for width, height in sizes(20, seed=1):
         layout = contract.layout(width, height)
-        pixels = contract.tiler.apply(Image.new("RGB", (width, height), (255, 0, 0)), layout)
+        pixels = to_cells(contract.tiler.apply(Image.new("RGB", (width, height), (255, 0, 0)), layout), (16, 16))
         assert pixels.shape == (layout.num_tiles, 3, 16, 16)
         assert pixels.min() >= 0
         assert pixels.max() <= 1
@@ -88,12 +89,12 @@ def test_grid_tiles_are_the_cells_of_the_canvas_and_then_the_whole():
     layout = tiler.layout(*image.size)
     assert layout.grid == (2, 2)
     assert [tile.role for tile in layout.tiles] == ["local"] * 4 + ["global"]
-    pixels = tiler.apply(image, layout)
+    pixels = to_cells(tiler.apply(image, layout), (16, 16))
     whole = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1) / 255
     for i, (row, col) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
         assert torch.equal(pixels[i], whole[:, 16 * row : 16 * row + 16, 16 * col : 16 * col + 16])
     first = TILERS.make(GRID | {"overview": "first"})
-    assert torch.equal(first.apply(image, first.layout(*image.size))[0], pixels[-1])
+    assert torch.equal(to_cells(first.apply(image, first.layout(*image.size)), (16, 16))[0], pixels[-1])
 
 
 def test_pixel_shuffle_against_a_loop():
@@ -105,7 +106,7 @@ def test_pixel_shuffle_against_a_loop():
             for c in range(cols // f):
                 block = [features[tile, (r * f + i) * cols + c * f + j] for i in range(f) for j in range(f)]
                 expected[tile, r * (cols // f) + c] = torch.cat(block)
-    assert torch.equal(PixelShuffle((rows, cols), f)(features), expected)
+    assert torch.equal(PixelShuffle(f)(features, (rows, cols)), expected)
     plain_reshape = features.reshape(expected.shape)  # the control: folding without the shuffle is something else
     assert not torch.equal(plain_reshape, expected)
 
@@ -128,10 +129,10 @@ def test_the_processor_says_the_same_as_the_arithmetic():
     ids = processor.tokenizer("a" + "<image>b" * 12)["input_ids"]
     call = processor(text="a" + "<image>b" * 12, images=images, return_tensors="pt")
     assert call["input_ids"][0].tolist() == processor.expand(ids, [image.size for image in images])
-    assert torch.equal(call["pixel_values"], processor.pixel_values(images))
-    assert call["pixel_values"].shape[0] == sum(processor.num_tiles(images))
+    assert torch.equal(call["pixel_values"], processor.image_inputs(images)["pixel_values"])
+    assert call["pixel_values"].shape[0] == sum(processor.layout(image.size).num_tiles for image in images)
     counts = processor._get_num_multimodal_tokens(image_sizes=[image.size[::-1] for image in images])
-    assert counts["num_image_patches"] == processor.num_tiles(images)
+    assert counts["num_image_patches"] == [processor.layout(image.size).num_tiles for image in images]
     assert sum(counts["num_image_tokens"]) == call["input_ids"].shape[1] - 1 - 12
     with pytest.raises(ValueError, match="1 <image> in the text for 2 images"):
         processor(text="<image>", images=images[:2])

@@ -6,8 +6,9 @@ from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import rlhf.bridge
+from rlhf.architecture import from_bridge
 from rlhf.bridge.initialisation import reset
-from tests.unit.test_bridge_build import MOE, SINGLE, VISION, picture, tiny
+from tests.unit.test_bridge_build import DENSE, MOE, SINGLE, SPEC, VISION, picture, tiny
 
 TEXTS = ["two <image> and <image>!", "none here", "<image> one"]
 IMAGES = [[picture(0, 40, 24), picture(1, 16, 16)], [], [picture(2, 15, 60)]]
@@ -34,22 +35,6 @@ def test_pictures_and_their_order_are_heard():
         one = model(**batch(processor, ["<image><image>"], [[a, b]])).logits[0, -1]
         other = model(**batch(processor, ["<image><image>"], [[b, a]])).logits[0, -1]
     assert (one - other).abs().max() > 1e-3
-
-
-def test_num_tiles_gives_one_entry_a_picture_and_is_checked():
-    model, processor = tiny()
-    images = [image for row in IMAGES for image in row]
-    pixels, tiles = processor.pixel_values(images), torch.tensor(processor.num_tiles(images))
-    assert len(set(tiles.tolist())) > 1
-    with torch.no_grad():
-        flat = model.get_image_features(pixels).pooler_output
-        pictures = model.get_image_features(pixels, num_tiles=tiles).pooler_output
-        inputs = batch(processor)
-        assert torch.equal(model(**inputs, num_tiles=tiles).logits, model(**inputs).logits)
-    assert [len(picture) for picture in pictures] == [4 * count for count in tiles.tolist()]
-    assert torch.equal(torch.cat(pictures), flat.flatten(0, 1))
-    with pytest.raises(ValueError, match="num_tiles"):
-        model(**inputs, num_tiles=tiles[:-1])
 
 
 def test_features_and_placeholders_must_agree():
@@ -81,7 +66,7 @@ def test_a_text_only_step_runs_the_vision_pass_at_zero_weight():
         part.register_forward_hook(lambda module, *_: ran.append(type(module).__name__))
     loss = model.train()(**inputs, labels=inputs["input_ids"]).loss
     loss.backward()
-    assert ran == ["Tower", "Sequential", "Qwen3Model"]
+    assert ran == ["Tower", "Projector", "Qwen3Model"]
     assert loss.item() == quiet.item()
     for name, parameter in model.named_parameters():
         sees_pictures = ".vision." in name or ".connector." in name
@@ -123,7 +108,7 @@ def test_a_folder_whose_halves_disagree_is_refused(tmp_path):
 
 def test_upcycling_changes_nothing_at_first():
     model, processor = tiny()
-    sparse = rlhf.bridge.upcycle(model, num_experts=4, top_k=2, seed=3)
+    sparse = rlhf.bridge.upcycle(model, num_experts=4, top_k=2, layers="all", seed=3)
     inputs = batch(processor)
     with torch.no_grad():
         dense_logits, logits = model(**inputs).logits, sparse(**inputs).logits
@@ -136,7 +121,23 @@ def test_upcycling_changes_nothing_at_first():
         reset(sparse, ["*.experts.down_proj"], seed=9)
         assert (sparse(**inputs).logits - dense_logits).abs().max() > 1e-2
     with pytest.raises(ValueError, match="only a dense qwen3"):
-        rlhf.bridge.upcycle(sparse, 4, 2, 0)
+        rlhf.bridge.upcycle(sparse, 4, 2, "all", 0)
+
+
+@pytest.mark.parametrize(
+    ("layers", "sparse"),
+    [("all", [0, 1, 2, 3]), ("every_second", [0, 2]), ("first_half", [0, 1]), ("second_half", [2, 3])],
+)
+def test_some_layers_only_become_mixtures(layers, sparse):
+    model, processor = tiny(decoder=DENSE | {"num_hidden_layers": 4})
+    mixed = rlhf.bridge.upcycle(model, num_experts=4, top_k=2, layers=layers, seed=3)
+    found = [place for place, layer in enumerate(mixed.model.language_model.layers) if hasattr(layer.mlp, "experts")]
+    assert found == sparse
+    inputs = batch(processor)
+    with torch.no_grad():
+        assert (model(**inputs).logits - mixed(**inputs).logits).abs().max() < 1e-5
+    planned = from_bridge(SPEC | {"decoder": DENSE | {"num_hidden_layers": 4}}, model.config.text_config.vocab_size)
+    assert planned.upcycled(4, 2, layers).parameters == sum(parameter.numel() for parameter in mixed.parameters())
 
 
 def test_the_moe_loss_holds_the_balancing_loss_when_router_logits_are_asked_for():

@@ -116,7 +116,8 @@ def test_a_shared_prompt_and_its_pictures_are_computed_once():
     assert len(prompts) == 5
     expected = sum(map(len, prompts)) + sum(sample.num_completion for sample in samples)
     assert inputs["input_ids"].shape == (1, expected)
-    assert len(inputs["num_tiles"]) == sum(len(sample.media) for sample in prompts.values())
+    shown = [item for sample in prompts.values() for item in sample.media]
+    assert len(inputs["pixel_values"]) == sum(processor.layout(item.size).num_tiles for item in shown)
     assert make_batch(samples, 1, expected, packed=True).micro_batches[0][1:] == ()
 
 

@@ -22,6 +22,7 @@ from rlhf.architecture import (
     weight_bytes,
 )
 from rlhf.bridge import BridgeConfig, BridgeForConditionalGeneration, BridgeMoeForConditionalGeneration
+from rlhf.bridge.builder import VISION_TYPES
 from rlhf.recipe import Lora, Model
 
 VISION = {
@@ -115,7 +116,7 @@ def test_upcycled_is_the_moe_of_the_same_width() -> None:
 @pytest.mark.parametrize("kind", [*VISION_DEFAULTS, *DECODER_DEFAULTS])
 def test_defaults_are_those_of_transformers(kind: str) -> None:
     known = VISION_DEFAULTS.get(kind) or DECODER_DEFAULTS[kind]
-    config = CONFIG_MAPPING[f"{kind}_vision_model" if kind in VISION_DEFAULTS else kind]()
+    config = CONFIG_MAPPING[VISION_TYPES.get(kind, kind)]()
     assert {key: getattr(config, key) for key in known} == known
 
 

@@ -225,7 +225,8 @@ def test_the_judge_sees_the_picture_and_cannot_be_tricked():
     first, second, third = judge.ask(group, tokenizer)
     sentence = "question: what is the sum? reply: i see 3 and 5. 3 + 5 = 8. so 8. \\boxed{8} sound?"
     assert tokenizer.decode(first.token_ids) == f"<user><image>{sentence}<assistant>"
-    assert (first.media, first.think, first.columns["answer"]) == (media, False, "8")
+    assert (first.media[0].data, first.think, first.columns["answer"]) == (media[0].data, False, "8")
+    assert tokenizer.decode(first.media[0].question) == sentence  # for bridges whose connector reads
     assert second is None
     assert third.token_ids.count(tokenizer.eos_token_id) == 0
     assert third.token_ids.count(tokenizer.image_token_id) == 1

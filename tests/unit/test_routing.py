@@ -106,7 +106,7 @@ def test_imbalance_is_that_of_transformers_on_one_layer(mixture) -> None:
 
 def test_calibration_spreads_the_tokens_of_an_upcycled_decoder_and_leaves_its_output() -> None:
     dense, processor = tiny()
-    model = bridge.upcycle(dense, num_experts=4, top_k=2, seed=3)
+    model = bridge.upcycle(dense, num_experts=4, top_k=2, layers="all", seed=3)
     samples = sentences(processor, 24)
     seen, unseen = samples[:16], samples[16:]
     tensors = collate(unseen, BridgeVisual(processor))

@@ -1,7 +1,8 @@
-"""Connectors project patch features into the decoder's width. Importing this package needs no torch.
+"""Connectors project features into the decoder's width. Importing this package needs no torch.
 
 A new connector is one new module here: a frozen dataclass with a class attribute `type`, decorated
-`@CONNECTORS.register`. Torch modules of its own live in `rlhf/bridge/layers` and are imported in `build`.
+`@CONNECTORS.register`, and a subclass of `Plain` unless it reads text. Torch modules of its own live in
+`rlhf/bridge/layers` and are imported in `build`.
 """
 
 from __future__ import annotations
@@ -19,11 +20,28 @@ class Connector(Protocol):
 
     type: ClassVar[str]
 
-    def num_tokens(self, grid: tuple[int, int]) -> int:
-        """Tokens one tile of `grid` = (rows, cols) patches becomes. Raises `ValueError` for a grid it cannot take."""
+    def grid(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """(rows, cols) of tokens that one tile of `grid` = (rows, cols) features becomes. Raises `ValueError` for a
+        grid it cannot take."""
 
-    def build(self, grid: tuple[int, int], vision_width: int, text_width: int) -> nn.Module:
-        """A module: features [tiles, rows * cols, vision_width] -> [tiles, num_tokens(grid), text_width]."""
+    @property
+    def text_length(self) -> int:
+        """So many tokens of what is asked beside the picture go into it; 0 where it sees pictures alone."""
+
+    def parameters(self, vision_width: int, text_width: int, vocabulary: int) -> int:
+        """How many the module has."""
+
+    def build(self, vision_width: int, text_width: int, vocabulary: int) -> nn.Module:
+        """A module: features [tiles, rows * cols, vision_width] of tiles of one shape, their grid (rows, cols), and
+        what is asked [tiles, text_length], -1 where there is no token, or None -> [tiles, tokens, text_width]."""
+
+
+class Plain:
+    """A connector that sees pictures alone."""
+
+    @property
+    def text_length(self) -> int:
+        return 0
 
 
 CONNECTORS: Slot[Connector] = Slot("connector", __name__)

@@ -1,55 +1,88 @@
-"""A vision transformer of Hugging Face transformers (SigLIP, AIMv2) used as it is."""
+"""A vision transformer of Hugging Face transformers (CLIP, SigLIP, AIMv2) used as it is."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from rlhf.bridge.encoders import ENCODERS
-from rlhf.bridge.slots import pair
+from rlhf.bridge.slots import at_least, one_of, pair
 
 if TYPE_CHECKING:
     from torch import nn
 
 HALF = (0.5, 0.5, 0.5)
+FEATURES = ("patch", "cls", "all")
 
 
 @ENCODERS.register
 @dataclass(frozen=True)
 class TowerEncoder:
     """`layer`: -1 is the tower's output after its final norm, -2 the output of the last layer but one, and so on
-    (LLaVA's numbering) · `interpolate`: resize the position table to tiles of another shape (SigLIP) · `mean`, `std`:
-    colour normalisation the tower was trained with (AIMv2 and CLIP have their own)."""
+    (LLaVA's numbering; layers above it are not built); several of them end to end (LaVIN) · `feature`: the patches, the
+    class token of a tower that has one (CLIP), or "all", the class token first · `interpolate`: resize the position
+    table to tiles of another shape (CLIP, SigLIP) · `mean`, `std`: colour normalisation the tower was trained with
+    (AIMv2 and CLIP have their own) · `windows`: so many local tiles have low-rank updates of their own to the tower
+    (CLIP, SigLIP), of ranks `attention_rank` and `mlp_rank` (Monkey)."""
 
     type: ClassVar[str] = "tower"
-    layer: int = -1
+    layer: int | tuple[int, ...] = -1
+    feature: str = "patch"
     interpolate: bool = False
     mean: tuple[float, float, float] = HALF
     std: tuple[float, float, float] = HALF
+    windows: int = 0
+    attention_rank: int = 16
+    mlp_rank: int = 32
 
     def __post_init__(self) -> None:
-        if self.layer >= 0:
+        at_least("encoder.tower", self, 0, ("windows",))
+        at_least("encoder.tower", self, 1, ("attention_rank", "mlp_rank"))
+        if not isinstance(self.layer, int):
+            object.__setattr__(self, "layer", tuple(self.layer))
+        if not self.layers or max(self.layers) >= 0:
             raise ValueError(f"encoder.tower layer counts from the end: -1, -2, ...; got {self.layer}")
+        if self.windows and len(self.layers) > 1:
+            raise ValueError("encoder.tower windows are for a tower of which one layer is read")
+        one_of("encoder.tower feature", self.feature, FEATURES)
         for name in ("mean", "std"):
             channels = tuple(float(channel) for channel in getattr(self, name))
             if len(channels) != 3:
                 raise ValueError(f"encoder.tower {name} needs three numbers, got {channels}")
             object.__setattr__(self, name, channels)
 
-    def patch_grid(self, box: tuple[int, int], vision: dict[str, Any]) -> tuple[int, int]:
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return (self.layer,) if isinstance(self.layer, int) else self.layer
+
+    def grid(self, box: tuple[int, int], vision: Mapping[str, Any]) -> tuple[int, int]:
         patch = pair("vision.patch_size", vision["patch_size"])
         image = pair("vision.image_size", vision["image_size"])
-        native = bool(vision.get("is_native"))
-        if box != image and not (native or self.interpolate):
+        if box != image and not (vision.get("is_native") or self.interpolate):
             raise ValueError(
                 f"tiles are {box} (height, width) but the vision tower's position table is for {image}: make them "
-                "equal, or set encoder.interpolate = true (SigLIP) or vision.is_native = true (AIMv2)"
+                "equal, or set encoder.interpolate = true (CLIP, SigLIP) or vision.is_native = true (AIMv2)"
             )
         if box[0] % patch[0] or box[1] % patch[1]:
             raise ValueError(f"tiles of {box} (height, width) do not divide into patches of {patch}")
-        return box[0] // patch[0], box[1] // patch[1]
+        rows, cols = box[0] // patch[0], box[1] // patch[1]
+        if self.feature == "cls":
+            return 1, len(self.layers)
+        if self.feature == "all":
+            return 1, len(self.layers) * (1 + rows * cols)
+        return len(self.layers) * rows, cols
+
+    def parameters(self, vision: Mapping[str, Any]) -> int:
+        width, layers = int(vision["hidden_size"]), int(vision["num_hidden_layers"]) + 1 + max(self.layers)
+        attention = self.attention_rank * (width + 3 * width) + self.attention_rank * 2 * width
+        return self.windows * layers * (attention + self.mlp_rank * 2 * width + 3)
+
+    def width(self, vision: Mapping[str, Any]) -> int:
+        return int(vision["hidden_size"])
 
     def build(self, config: Any) -> nn.Module:
         from rlhf.bridge.layers.tower import Tower
 
-        return Tower(config, self.layer, self.interpolate)
+        ranks = self.attention_rank, self.mlp_rank
+        return Tower(config, self.layers, self.feature, self.interpolate, self.windows, ranks)

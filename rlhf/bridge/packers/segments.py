@@ -1,33 +1,65 @@
-"""All features of a picture in one run, tile after tile (LLaVA, SAIL-VL2)."""
+"""The features of a picture's tiles, tile after tile, with tokens or vectors around and between them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from rlhf.bridge.layout import Layout
-from rlhf.bridge.packers import PACKERS
+from rlhf.bridge.packers import PACKERS, Grids
+from rlhf.bridge.slots import one_of, token_id, token_pair
+
+if TYPE_CHECKING:
+    from torch import nn
+
+EDGES = ("none", "learned", "zeros")
 
 
 @PACKERS.register
 @dataclass(frozen=True)
 class SegmentsPacker:
-    """`wrap`: token ids set before and after each picture (SAIL-VL2's `<img>`, `</img>`). A recipe writes the tokens
-    themselves, and `build` looks their ids up."""
+    """`wrap`: tokens set before and after each picture (SAIL-VL2's `<img>`, `</img>`) · `edges`: vectors there, in
+    places of their own, learned (CogVLM) or zero (InternLM-XComposer) · `between`: a token between the tiles of a row,
+    `row_end`: one after each row of tiles (LLaVA-UHD: a comma and a new line) · `newline`: a token after each row of a
+    tile's own tokens (Fuyu). A recipe writes tokens, and `build` looks their ids up."""
 
     type: ClassVar[str] = "segments"
+    token_keys: ClassVar[tuple[str, ...]] = ("wrap", "between", "row_end", "newline")
     wrap: tuple[int, int] | None = None
+    edges: str = "none"
+    between: int | None = None
+    row_end: int | None = None
+    newline: int | None = None
 
     def __post_init__(self) -> None:
-        if self.wrap is None:
-            return
-        wrap = tuple(self.wrap)
-        if len(wrap) != 2 or not all(isinstance(token, int) for token in wrap):
-            raise ValueError(f"packer.segments wrap needs two token ids, got {self.wrap!r}")
-        object.__setattr__(self, "wrap", wrap)
+        one_of("packer.segments edges", self.edges, EDGES)
+        object.__setattr__(self, "wrap", token_pair("packer.segments wrap", self.wrap))
+        for name in ("between", "row_end", "newline"):
+            token_id(f"packer.segments {name}", getattr(self, name))
 
-    def pattern(self, layout: Layout, tokens_per_tile: int, image_token_id: int) -> list[int]:
-        placeholders = [image_token_id] * (layout.num_tiles * tokens_per_tile)
-        if self.wrap is None:
-            return placeholders
-        return [self.wrap[0], *placeholders, self.wrap[1]]
+    @property
+    def plain(self) -> bool:
+        return self.edges == "none"
+
+    def pattern(self, layout: Layout, grids: Grids, image_token_id: int) -> list[int]:
+        found: list[int] = []
+        for tile, (rows, cols) in zip(layout.tiles, grids, strict=True):
+            if self.newline is None:
+                found += [image_token_id] * (rows * cols)
+            else:
+                found += [*[image_token_id] * cols, self.newline] * rows
+            if tile.role == "local":
+                last = tile.col == layout.grid[1] - 1
+                after = self.row_end if last else self.between
+                found += [] if after is None else [after]
+        if not self.plain:
+            found = [image_token_id, *found, image_token_id]
+        return found if self.wrap is None else [self.wrap[0], *found, self.wrap[1]]
+
+    def parameters(self, text_width: int) -> int:
+        return 2 * text_width if self.edges == "learned" else 0
+
+    def build(self, text_width: int) -> nn.Module:
+        from rlhf.bridge.layers.packing import Segments
+
+        return Segments(text_width, self.edges)

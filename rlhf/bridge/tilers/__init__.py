@@ -5,13 +5,13 @@ A new tiler is one new module here: a frozen dataclass with a class attribute `t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from rlhf.bridge.layout import Layout
 from rlhf.bridge.slots import Slot
 
 if TYPE_CHECKING:
-    import torch
     from PIL import Image
 
 
@@ -21,18 +21,20 @@ class Tiler(Protocol):
     type: ClassVar[str]
 
     @property
-    def box(self) -> tuple[int, int]:
-        """(height, width) in pixels of every tile."""
+    def cell(self) -> tuple[int, int]:
+        """(height, width) in pixels of which every tile's box is a multiple. Pixels travel as cells; where all tiles
+        are alike a cell is a tile."""
 
     @property
-    def most_tiles(self) -> int:
-        """No picture becomes more tiles than this."""
+    def extremes(self) -> Sequence[tuple[int, int]]:
+        """Sizes (width, height) of pictures: first one that becomes fewest tokens, then such as, among them, become
+        most."""
 
     def layout(self, width: int, height: int) -> Layout:
         """How a picture of this size is cut: pure arithmetic."""
 
-    def apply(self, image: Image.Image, layout: Layout) -> torch.Tensor:
-        """Pixels [tiles, 3, height, width] in [0, 1], tiles in the layout's order."""
+    def apply(self, image: Image.Image, layout: Layout) -> list[Image.Image]:
+        """RGB pictures of the boxes of the layout's tiles, in its order."""
 
 
 TILERS: Slot[Tiler] = Slot("tiler", __name__)

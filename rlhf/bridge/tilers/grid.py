@@ -1,20 +1,20 @@
-"""A grid of tiles and an overview (InternVL, SAIL-VL2: closest aspect ratio, thumbnail last)."""
+"""A grid of equal tiles, cut from the picture laid on a canvas, and an overview (InternVL, SAIL-VL2, LLaVA-NeXT,
+Monkey)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from rlhf.bridge.layout import Layout, Tile
-from rlhf.bridge.raster import FITS, fit, to_tensor
-from rlhf.bridge.slots import one_of, pair
+from rlhf.bridge.layout import Layout, in_grid
+from rlhf.bridge.raster import FITS, GREY, Colour, cut, fit
+from rlhf.bridge.slots import colour, one_of, pair
 from rlhf.bridge.tilers import TILERS
 
 if TYPE_CHECKING:
-    import torch
     from PIL import Image
 
-POLICIES = ("closest_ratio",)
 OVERVIEWS = ("last", "first", "none")
 
 
@@ -34,55 +34,83 @@ def closest_ratio(width: int, height: int, box: tuple[int, int], max_tiles: int)
     return best
 
 
+def most_effective(width: int, height: int, canvases: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The canvas (height, width) on which most pixels of the picture survive, its aspect kept; of equals the one that
+    wastes least, then the first (LLaVA-NeXT; `select_best_resolution` in transformers)."""
+
+    def merit(canvas: tuple[int, int]) -> tuple[int, int]:
+        scale = min(canvas[1] / width, canvas[0] / height)
+        effective = min(int(width * scale) * int(height * scale), width * height)
+        return effective, effective - canvas[0] * canvas[1]
+
+    return max(canvases, key=merit)
+
+
 @TILERS.register
 @dataclass(frozen=True)
 class GridTiler:
-    """`tile`: (height, width) of a tile, an int for a square · `max_tiles`: most local tiles, the overview not counted
-    · `overview`: where the whole picture goes when there is more than one tile · `fit`: how it fills its canvas."""
+    """`tile`: (height, width) of a tile, an int for a square · either `max_tiles`: the grid of at most so many local
+    tiles whose aspect ratio is closest, or `canvases`: of these (height, width) the one that keeps most pixels; a
+    single one is a fixed grid (Monkey) · `overview`: where the whole picture goes when there is more than one tile ·
+    `fit`: how the picture fills its canvas · `fit_overview`: how its overview (LLaVA-NeXT pads the one and stretches
+    the other) · `padding`: the colour that pads."""
 
     type: ClassVar[str] = "grid"
     tile: tuple[int, int]
-    max_tiles: int
-    policy: str = "closest_ratio"
+    max_tiles: int | None = None
+    canvases: tuple[tuple[int, int], ...] | None = None
     overview: str = "last"
     fit: str = "stretch"
+    fit_overview: str | None = None
+    padding: Colour = GREY
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tile", pair("tiler.grid tile", self.tile))
-        one_of("tiler.grid policy", self.policy, POLICIES)
+        object.__setattr__(self, "padding", colour("tiler.grid padding", self.padding))
         one_of("tiler.grid overview", self.overview, OVERVIEWS)
         one_of("tiler.grid fit", self.fit, FITS)
-        if self.max_tiles < 1:
+        if self.fit_overview is not None:
+            one_of("tiler.grid fit_overview", self.fit_overview, FITS)
+        if (self.max_tiles is None) == (self.canvases is None):
+            raise ValueError("tiler.grid needs either 'max_tiles' or 'canvases', not both or none")
+        if self.max_tiles is not None and self.max_tiles < 1:
             raise ValueError(f"tiler.grid max_tiles must be at least 1, got {self.max_tiles}")
+        if self.canvases is not None:
+            canvases = tuple(pair("tiler.grid canvases", canvas) for canvas in self.canvases)
+            object.__setattr__(self, "canvases", canvases)
+            for canvas in canvases:
+                if canvas[0] % self.tile[0] or canvas[1] % self.tile[1]:
+                    raise ValueError(f"tiler.grid canvas {canvas} does not divide into tiles of {self.tile}")
+            if not canvases:
+                raise ValueError("tiler.grid canvases is empty: give at least one [height, width]")
 
     @property
-    def box(self) -> tuple[int, int]:
+    def cell(self) -> tuple[int, int]:
         return self.tile
 
     @property
-    def most_tiles(self) -> int:
-        return self.max_tiles + (self.overview != "none" and self.max_tiles > 1)
+    def extremes(self) -> tuple[tuple[int, int], ...]:
+        high, wide = self.tile
+        if self.canvases is not None:
+            by_area = sorted(self.canvases, key=lambda canvas: canvas[0] * canvas[1])
+            return tuple((canvas[1], canvas[0]) for canvas in by_area)
+        assert self.max_tiles is not None
+        return (wide, high), (wide * self.max_tiles, high)
 
     def layout(self, width: int, height: int) -> Layout:
-        rows, cols = closest_ratio(width, height, self.tile, self.max_tiles)
-        tiles = tuple(Tile("local", row, col) for row in range(rows) for col in range(cols))
-        if len(tiles) > 1 and self.overview == "last":
-            tiles = (*tiles, Tile("global"))
-        if len(tiles) > 1 and self.overview == "first":
-            tiles = (Tile("global"), *tiles)
-        return Layout(size=(width, height), grid=(rows, cols), tiles=tiles)
+        if self.canvases is None:
+            assert self.max_tiles is not None
+            grid = closest_ratio(width, height, self.tile, self.max_tiles)
+        else:
+            canvas = most_effective(width, height, self.canvases)
+            grid = canvas[0] // self.tile[0], canvas[1] // self.tile[1]
+        return Layout(size=(width, height), grid=grid, tiles=in_grid(grid, self.tile, self.overview, self.tile))
 
-    def apply(self, image: Image.Image, layout: Layout) -> torch.Tensor:
+    def apply(self, image: Image.Image, layout: Layout) -> list[Image.Image]:
         (rows, cols), (high, wide) = layout.grid, self.tile
-        canvas = fit(image, (rows * high, cols * wide), self.fit)
-        cells = {
-            (row, col): canvas.crop((col * wide, row * high, (col + 1) * wide, (row + 1) * high))
-            for row in range(rows)
-            for col in range(cols)
-        }
-        return to_tensor(
-            [
-                fit(image, self.tile, self.fit) if tile.role == "global" else cells[tile.row, tile.col]
-                for tile in layout.tiles
-            ]
-        )
+        canvas = fit(image, (rows * high, cols * wide), self.fit, self.padding)
+        whole = self.fit_overview or self.fit
+        return [
+            fit(image, self.tile, whole, self.padding) if tile.role == "global" else cut(canvas, tile)
+            for tile in layout.tiles
+        ]

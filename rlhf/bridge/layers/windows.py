@@ -1,0 +1,57 @@
+"""Monkey (2311.06607, section 3.1): each window of the picture has low-rank updates of its own to a shared tower."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+
+
+class LowRank(nn.Module):
+    """s B A x with A, B and the scale s of each tile's window; 0 for a tile of window −1. B starts at 0 and s at 1."""
+
+    def __init__(self, windows: int, width: int, out: int, rank: int) -> None:
+        super().__init__()
+        # parameters, not linear layers: transformers would give those a random start
+        self.down = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(windows, rank, width), a=math.sqrt(5)))
+        self.up = nn.Parameter(torch.zeros(windows, out, rank))
+        self.scale = nn.Parameter(torch.ones(windows))
+
+    def forward(self, x: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
+        """x [tiles, patches, width] and windows [tiles] -> [tiles, patches, out]"""
+        place = windows.clamp(min=0)
+        found = x @ self.down[place].transpose(1, 2) @ self.up[place].transpose(1, 2)
+        return found * (self.scale[place] * (windows >= 0))[:, None, None]
+
+
+class WindowedLayer(nn.Module):
+    """A layer of CLIP or SigLIP, under its own names, with updates to queries, keys and values, to the attention's
+    output, and beside the feed-forward, which they do not pass."""
+
+    def __init__(self, layer: Any, windows: int, attention_rank: int, mlp_rank: int) -> None:
+        super().__init__()
+        self.self_attn, self.mlp = layer.self_attn, layer.mlp
+        self.layer_norm1, self.layer_norm2 = layer.layer_norm1, layer.layer_norm2
+        width = int(layer.self_attn.embed_dim)
+        self.lora_in = LowRank(windows, width, 3 * width, attention_rank)
+        self.lora_out = LowRank(windows, width, width, attention_rank)
+        self.lora_mlp = LowRank(windows, width, width, mlp_rank)
+        self.windows: torch.Tensor | None = None  # of the tiles of this pass; set by the tower
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask: Any = None, **kwargs: Any) -> torch.Tensor:  # noqa: ARG002
+        assert self.windows is not None
+        attend = self.self_attn
+        x = self.layer_norm1(hidden_states)
+        updates = self.lora_in(x, self.windows).chunk(3, dim=-1)
+        projections = zip((attend.q_proj, attend.k_proj, attend.v_proj), updates, strict=True)
+        query, key, value = (
+            (project(x) + update).unflatten(-1, (attend.num_heads, -1)).transpose(1, 2)
+            for project, update in projections
+        )
+        found = scaled_dot_product_attention(query, key, value, scale=attend.scale).transpose(1, 2).flatten(2)
+        hidden_states = hidden_states + attend.out_proj(found) + self.lora_out(found, self.windows)
+        fed: torch.Tensor = self.mlp(self.layer_norm2(hidden_states))
+        return hidden_states + fed + self.lora_mlp(hidden_states, self.windows)
