@@ -494,7 +494,13 @@ def test_a_large_picture_is_scaled_into_fuyus_box():
 def test_windows_have_updates_of_their_own():
     ours, processor = tiny(**spec("monkey"))
     plain = tiny(**spec("monkey") | {"encoder": {"type": "tower"}})[0]
-    shared = {name: value for name, value in ours.state_dict().items() if ".lora_" not in name}
+    names = {".query.": ".self_attn.q_proj.", ".key.": ".self_attn.k_proj.", ".value.": ".self_attn.v_proj."}
+    names[".out."] = ".self_attn.out_proj."
+    shared = {}
+    for name, value in ours.state_dict().items():
+        if ".lora_" not in name:
+            own = next((name.replace(*pair) for pair in names.items() if ".layers." in name and pair[0] in name), name)
+            shared[own] = value
     plain.load_state_dict(shared)
     inputs = processor.image_inputs([picture(0, 40, 24), picture(1, 9, 50)])
 
@@ -533,14 +539,14 @@ def test_a_windows_update_is_its_formula():
     def low(update, value):
         return update.scale[2] * (value @ update.down[2].T @ update.up[2].T)
 
-    attend, one = layer.self_attn, x[:1]
+    one = x[:1]
     normed = layer.layer_norm1(one)
     q, k, v = low(layer.lora_in, normed).chunk(3, dim=-1)
-    parts = [attend.q_proj(normed) + q, attend.k_proj(normed) + k, attend.v_proj(normed) + v]
+    parts = [layer.query(normed) + q, layer.key(normed) + k, layer.value(normed) + v]
     heads = [part.unflatten(-1, (2, -1)).transpose(1, 2) for part in parts]
     weights = (heads[0] @ heads[1].transpose(2, 3) * (WIDTH / 2) ** -0.5).softmax(-1)
     joined = (weights @ heads[2]).transpose(1, 2).flatten(2)
-    one = one + attend.out_proj(joined) + low(layer.lora_out, joined)
+    one = one + layer.out(joined) + low(layer.lora_out, joined)
     expected = one + layer.mlp(layer.layer_norm2(one)) + low(layer.lora_mlp, one)
     torch.testing.assert_close(layer(x)[:1], expected, **CLOSE)
     layer.windows = torch.tensor([-1, -1])

@@ -28,14 +28,17 @@ class LowRank(nn.Module):
 
 
 class WindowedLayer(nn.Module):
-    """A layer of CLIP or SigLIP, under its own names, with updates to queries, keys and values, to the attention's
-    output, and beside the feed-forward, which they do not pass."""
+    """A layer of CLIP or SigLIP with updates to queries, keys and values, to the attention's output, and beside the
+    feed-forward, which they do not pass. Its projections are this module's own: vLLM would fuse those of an attention,
+    and updates could not come between."""
 
     def __init__(self, layer: Any, windows: int, attention_rank: int, mlp_rank: int) -> None:
         super().__init__()
-        self.self_attn, self.mlp = layer.self_attn, layer.mlp
-        self.layer_norm1, self.layer_norm2 = layer.layer_norm1, layer.layer_norm2
-        width = int(layer.self_attn.embed_dim)
+        attention = layer.self_attn
+        self.query, self.key, self.value = attention.q_proj, attention.k_proj, attention.v_proj
+        self.out, self.heads, self.scale = attention.out_proj, attention.num_heads, attention.scale
+        self.layer_norm1, self.layer_norm2, self.mlp = layer.layer_norm1, layer.layer_norm2, layer.mlp
+        width = int(attention.embed_dim)
         self.lora_in = LowRank(windows, width, 3 * width, attention_rank)
         self.lora_out = LowRank(windows, width, width, attention_rank)
         self.lora_mlp = LowRank(windows, width, width, mlp_rank)
@@ -43,15 +46,13 @@ class WindowedLayer(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: Any = None, **kwargs: Any) -> torch.Tensor:  # noqa: ARG002
         assert self.windows is not None
-        attend = self.self_attn
         x = self.layer_norm1(hidden_states)
         updates = self.lora_in(x, self.windows).chunk(3, dim=-1)
-        projections = zip((attend.q_proj, attend.k_proj, attend.v_proj), updates, strict=True)
+        projections = zip((self.query, self.key, self.value), updates, strict=True)
         query, key, value = (
-            (project(x) + update).unflatten(-1, (attend.num_heads, -1)).transpose(1, 2)
-            for project, update in projections
+            (project(x) + update).unflatten(-1, (self.heads, -1)).transpose(1, 2) for project, update in projections
         )
-        found = scaled_dot_product_attention(query, key, value, scale=attend.scale).transpose(1, 2).flatten(2)
-        hidden_states = hidden_states + attend.out_proj(found) + self.lora_out(found, self.windows)
+        found = scaled_dot_product_attention(query, key, value, scale=self.scale).transpose(1, 2).flatten(2)
+        hidden_states = hidden_states + self.out(found) + self.lora_out(found, self.windows)
         fed: torch.Tensor = self.mlp(self.layer_norm2(hidden_states))
         return hidden_states + fed + self.lora_mlp(hidden_states, self.windows)
