@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from rlhf.checkpoint import latest, resume, save
 from rlhf.data.formatting import as_pair, as_sample
-from rlhf.data.stream import Stream
+from rlhf.data.stream import Draw
 from rlhf.preference import weigh
 from rlhf.recipe import Preference, Sft
 from rlhf.roles import Trainer
@@ -21,7 +23,7 @@ STEP = ("tokens", "lr", "grad_norm", "entropy")
 
 async def run(stage: Sft | Preference, context: Context) -> dict[str, float]:
     """Train for `stage.steps` optimizer steps, from the latest checkpoint if there is one."""
-    trainer, stream = context.actors.trainer, context.stream(stage.data, stage.name)
+    trainer, stream = context.actors.trainer, context.stream(stage)
     checkpoints = context.folder / "checkpoints"
     step = await resume(trainer, {"stream": stream}, latest(checkpoints))
     batch = asyncio.create_task(asyncio.to_thread(_next_batch, stage, context, stream, step))
@@ -56,9 +58,19 @@ async def _learn(stage: Sft | Preference, trainer: Trainer, batch: Batch) -> Map
     return {name: value for name, value in metrics.items() if name in STEP or name.startswith("router")} | pairs
 
 
-def _next_batch(
-    stage: Sft | Preference, context: Context, stream: Stream, step: int
-) -> tuple[Batch, Mapping[str, Any]]:
+def weighed(
+    samples: Sequence[Sample], sources: Sequence[str], weights: Mapping[str, float], normalise: str
+) -> list[Sample]:
+    """The samples with weights by which a step's gradient is Σ_m λ_m ∇ mean loss of source m, λ being `weights`, though
+    the batch divides by all its tokens ("token") or rows ("row")."""
+    counts = [sample.num_completion if normalise == "token" else 1 for sample in samples]
+    total, own = sum(counts), Counter[str]()
+    for source, count in zip(sources, counts, strict=True):
+        own[source] += count
+    return [replace(s, weight=weights[m] * total / own[m]) for s, m in zip(samples, sources, strict=True)]
+
+
+def _next_batch(stage: Sft | Preference, context: Context, stream: Draw, step: int) -> tuple[Batch, Mapping[str, Any]]:
     """One batch, and the stream's position after it (the stream itself may already be ahead)."""
     drawn, chat, samples = stream.take(stage.batch_size), context.recipe.chat, list[Sample]()
     for source, index, row in drawn:
@@ -66,4 +78,6 @@ def _next_batch(
             samples += as_pair(row, source, index, context.processor, chat)
         else:
             samples.append(as_sample(row, source, index, context.processor, None, chat))
+    if isinstance(stage, Sft) and stage.mix == "loss":
+        samples = weighed(samples, [source for source, _, _ in drawn], stage.data, stage.normalise)
     return context.batch(samples, step), stream.state()

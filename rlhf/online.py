@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 async def run(stage: Rl, context: Context, engine: Engine | None, judges: Mapping[str, Judge]) -> dict[str, float]:
     """Improve the policy for `stage.steps` versions, from the latest checkpoint if there is one."""
-    trainer, stream = context.actors.trainer, context.stream(stage.data, stage.name)
+    trainer, stream = context.actors.trainer, context.stream(stage)
     checkpoints, totals = context.folder / "checkpoints", Totals()
     judge = next((name for name, part in stage.rewards.items() if part.judge is not None), None)
     saving: dict[str, float] = {}  # of the step before: a line comes before its checkpoint, or a kill could lose it

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from rlhf.checkpoint import read_json, write_json, write_text
-from rlhf.data.stream import Stream
+from rlhf.data.stream import Draw
 from rlhf.evaluation import record
 from rlhf.models import masked_ids
 from rlhf.recipe import Rl
@@ -32,7 +32,7 @@ SETTINGS = "record.json"
 
 
 def groups_of(
-    stage: Rl, context: Context, engine: Engine | None, judges: Mapping[str, Judge], stream: Stream
+    stage: Rl, context: Context, engine: Engine | None, judges: Mapping[str, Judge], stream: Draw
 ) -> Rollouts | Recorded:
     """The stage's source of groups."""
     live = InOrder if stage.in_order and not stage.max_staleness else AsFinished
@@ -115,7 +115,7 @@ class Replayed(Rollouts):
 async def gather(stage: Rl, context: Context, engine: Engine | None, judges: Mapping[str, Judge]) -> dict[str, float]:
     """Only sample, score and record `stage.steps` steps of the policy as it is; returns the means of their metrics."""
     assert stage.record is not None
-    stream, position = context.stream(stage.data, stage.name), context.folder / POSITION
+    stream, position = context.stream(stage), context.folder / POSITION
     saved = read_json(position) or {"step": 0, "stream": stream.state(), "sums": {}}
     stream.restore(saved["stream"])
     sums: dict[str, float] = saved["sums"]

@@ -28,7 +28,7 @@ from rlhf.algorithms.shaping import changed, punish_length
 from rlhf.algorithms.table import estimator_of
 from rlhf.data.formatting import as_prompts
 from rlhf.data.rows import Row
-from rlhf.data.stream import Stream
+from rlhf.data.stream import Draw
 from rlhf.recipe import Rl
 from rlhf.roles import Engine, Rewards, SyncError, SyncReport, Trainer
 from rlhf.scoring import Judge, failure_rate, part_means, score
@@ -64,7 +64,7 @@ class Rollouts(ABC):
     context: Context
     engine: Engine | None  # None: nothing is sampled
     judges: Mapping[str, Judge]
-    stream: Stream
+    stream: Draw
     serving: int = 0  # the version that the engine has
     parts: list[Part] = field(default_factory=list)  # of the step taken last, those without a signal included
     metrics: dict[str, float] = field(default_factory=dict)

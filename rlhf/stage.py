@@ -12,8 +12,8 @@ from typing import Any, Protocol
 from rlhf.architecture import from_folder
 from rlhf.batching import make_batch
 from rlhf.data.rows import Rows
-from rlhf.data.stream import Stream
-from rlhf.recipe import Recipe
+from rlhf.data.stream import Alike, Draw, Stream, shares
+from rlhf.recipe import Draws, Recipe
 from rlhf.roles import Actors
 from rlhf.types import Batch, Sample
 
@@ -52,9 +52,12 @@ class Context:
     def _packed(self) -> bool:
         return packs(self.recipe, self.model)
 
-    def stream(self, weights: Mapping[str, float], stage: str) -> Stream:
+    def stream(self, stage: Draws) -> Draw:
         """The stage's seeded, resumable stream over its data mix."""
-        return Stream({name: self.rows(name) for name in weights}, weights, derive(self.recipe.seed, stage, "data"))
+        sources = {name: self.rows(name) for name in stage.data}
+        weights = shares(stage.data, {name: len(rows) for name, rows in sources.items()}, stage.mix)
+        kind = Stream if stage.alike is None else Alike
+        return kind(sources, weights, derive(self.recipe.seed, stage.name, "data"))
 
 
 def packs(recipe: Recipe, model: Path) -> bool:

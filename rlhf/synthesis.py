@@ -29,7 +29,7 @@ async def run(
     stage: Synthesize, context: Context, engine: Engine, judge: Judge | None
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """The rows kept, in the form the next stage reads, and what was counted on the way."""
-    stream, rewards = context.stream(stage.data, stage.name), context.actors.rewards
+    stream, rewards = context.stream(stage), context.actors.rewards
     drawn = stream.take(stage.prompts)
     prompts = as_prompts(drawn, context.tokenizer, True, context.recipe.chat)
     asked = [(row, prompt) for (_, _, row), prompt in zip(drawn, prompts, strict=True)]

@@ -21,7 +21,7 @@ from rlhf.bridge.model import BridgeForConditionalGeneration, BridgeMoeForCondit
 from rlhf.bridge.naming import PATCHES
 from rlhf.bridge.packers import PACKERS
 from rlhf.bridge.processor import BridgeImageProcessor, BridgeProcessor
-from rlhf.bridge.slots import unknown
+from rlhf.slots import unknown
 
 SLOTS = ("vision", "encoder", "tiler", "connector", "packer", "decoder")
 VISION_TYPES = {

@@ -8,7 +8,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from rlhf.bridge.geometry import Geometry
 from rlhf.bridge.naming import DENSE, MODEL_TYPE, MOE, PATCHES
-from rlhf.bridge.slots import settings
+from rlhf.slots import settings
 
 
 def is_moe(text_config: PretrainedConfig) -> bool:

@@ -12,8 +12,8 @@ from rlhf.bridge.connectors import CONNECTORS, Connector
 from rlhf.bridge.encoders import ENCODERS, Encoder
 from rlhf.bridge.layout import Layout, Tile
 from rlhf.bridge.packers import PACKERS, Packer
-from rlhf.bridge.slots import settings
 from rlhf.bridge.tilers import TILERS, Tiler
+from rlhf.slots import settings
 
 VISION_KEYS = ("patch_size", "image_size", "is_native")
 

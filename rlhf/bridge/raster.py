@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageOps
 
-from rlhf.bridge.slots import unknown
+from rlhf.slots import unknown
 
 if TYPE_CHECKING:
     import torch

@@ -49,13 +49,23 @@ class Rows:
     `rows[i]` raises DataError for an image that is missing or unreadable, IndexError past the end.
     """
 
-    def __init__(self, store: _Store, origin: str, folder: Path) -> None:
+    def __init__(self, store: _Store, origin: str, folder: Path, chosen: Sequence[int] | None = None) -> None:
         self._store = store
         self._folder = folder
+        self._chosen = chosen
         self.origin = origin
 
     def __len__(self) -> int:
-        return len(self._store)
+        return len(self._store) if self._chosen is None else len(self._chosen)
+
+    def select(self, indexes: Sequence[int]) -> Rows:
+        """These of the rows, in this order, each as often as it is named."""
+        chosen = [index if self._chosen is None else self._chosen[index] for index in indexes]
+        return Rows(self._store, self.origin, self._folder, chosen)
+
+    def bare(self, index: int) -> Row:
+        """The row with its pictures as they are written, whatever that is: for who reads words and columns only."""
+        return self._raw(index)[0]
 
     def __getitem__(self, index: int) -> Row:
         row, where = self._raw(index)
@@ -83,6 +93,8 @@ class Rows:
             index += len(self)
         if not 0 <= index < len(self):
             raise IndexError(f"{self.origin}: row {index} of {len(self)}")
+        if self._chosen is not None:
+            index = self._chosen[index]
         row = self._store.get(index)
         where = f"{self.origin}, row {index}"
         if row.get("messages") is None and isinstance(row.get("chosen"), list):

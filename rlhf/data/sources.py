@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.data.rows import DataError, Row, Rows, note_of, read, write
+from rlhf.data.selectors import select
 from rlhf.recipe import BUILDERS, Source
 
 Builder = Callable[..., list[Row]]
@@ -24,8 +25,12 @@ HELPER_DEADLINE = 600.0  # seconds
 def open_source(name: str, source: Source, seed: int, folder: str | Path) -> Rows:
     """The rows of one source. A `path` is read. A `builder` ("digits" or "module:function", called as
     build(table, rows, split, seed, options)) writes `folder/NAME.parquet` once; it is built again when the source,
-    the seed or the builder's own module changed. Raises DataError.
+    the seed or the builder's own module changed. `select` then chooses among them. Raises DataError.
     """
+    return select(_all(name, source, seed, folder), source.select, _seed(name, seed))
+
+
+def _all(name: str, source: Source, seed: int, folder: str | Path) -> Rows:
     if source.path is not None:
         return read(source.path)
     path, spec = _built(name, source, seed, folder)
@@ -68,7 +73,7 @@ def _holds(path: Path, spec: str) -> bool:
 def _built(name: str, source: Source, seed: int, folder: str | Path) -> tuple[Path, str]:
     """Where the rows of a builder lie, and the note they bear when they are those of this source."""
     code = _code_digest(_builder(name, source.builder))
-    spec = {"source": source.model_dump(mode="json"), "seed": _seed(name, seed), "code": code}
+    spec = {"source": source.model_dump(mode="json", exclude={"select"}), "seed": _seed(name, seed), "code": code}
     return Path(folder) / f"{name}.parquet", json.dumps(spec, sort_keys=True)
 
 

@@ -11,7 +11,19 @@ from pathlib import Path
 
 from rewards.base import file_of
 from rlhf.algorithms.table import estimator_of, method_of
-from rlhf.recipe import BUILDERS, Evaluate, Optimised, Preference, Recipe, Rl, Sft, Stage, Synthesize, makes_model
+from rlhf.recipe import (
+    BUILDERS,
+    Evaluate,
+    Optimised,
+    Preference,
+    Recipe,
+    Rl,
+    Sft,
+    Source,
+    Stage,
+    Synthesize,
+    makes_model,
+)
 
 ROW_FILES = (".parquet", ".jsonl", ".json")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -72,6 +84,19 @@ def _sources(recipe: Recipe) -> Iterator[str]:
                 f"data.{name}.builder = {source.builder!r} is unknown, {nearest(source.builder, BUILDERS)} "
                 'Your own is written "module:function"'
             )
+        yield from _selectors(name, source)
+
+
+def _selectors(name: str, source: Source) -> Iterator[str]:
+    if not source.select:
+        return
+    from rlhf.data.selectors import SELECTORS  # reads rows: a quarter of a second of imports
+
+    for place, table in enumerate(source.select, 1):
+        try:
+            SELECTORS.make(table)
+        except (TypeError, ValueError) as error:
+            yield f"data.{name}.select, number {place}: {error}"
 
 
 def _file(what: str, path: Path) -> Iterator[str]:
@@ -192,6 +217,11 @@ def _data(recipe: Recipe, stage: Stage, earlier: list[Stage]) -> Iterator[str]:
 
 
 def _batch(recipe: Recipe, stage: Sft | Preference) -> Iterator[str]:
+    if isinstance(stage, Sft) and stage.mix == "loss" and stage.batch_size % len(stage.data):
+        yield (
+            f"batch_size = {stage.batch_size} cannot hold as many rows of each of {len(stage.data)} sources, as mix = "
+            '"loss" wants; make it a multiple'
+        )
     ranks = recipe.resources.trainer_ranks
     rows = stage.batch_size * (2 if isinstance(stage, Preference) else 1)
     if rows < ranks:

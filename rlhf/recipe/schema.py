@@ -83,7 +83,8 @@ class Chat(Table):
 
 
 class Source(Table):
-    """Rows of data: a file or folder (`path`: parquet, JSONL, a Hugging Face dataset folder), or a `builder`."""
+    """Rows of data: a file or folder (`path`: parquet, JSONL, a Hugging Face dataset folder), or a `builder`. `select`
+    chooses among them, one selector after the other (rlhf.data.selectors): { type = "cap", rows = 50000 }."""
 
     path: UserPath | None = None
     builder: str | None = None
@@ -91,6 +92,7 @@ class Source(Table):
     split: Literal["train", "heldout"] = "train"
     rows: PositiveInt = 1000
     options: dict[str, Any] = {}
+    select: list[dict[str, Any]] = []
 
     @model_validator(mode="after")
     def _one_source(self) -> Source:
@@ -229,11 +231,27 @@ class Muon(Table):
     momentum: Decay = 0.95
 
 
-class Optimised(StageBase):
+class Draws(StageBase):
+    """A stage that draws rows of `data`, sources with their weights. `mix`: how often each is drawn: by the "weights",
+    times its "size" or the root of it ("sqrt_size", InstructBLIP); or, of an sft stage, as many of each in every step,
+    the weights multiplying the sources' mean losses ("loss", Flamingo). alike = "modality": the rows of a batch all
+    have pictures, or none has (LLaVA-1.5)."""
+
+    data: dict[Name, Positive]
+    mix: Literal["weights", "size", "sqrt_size", "loss"] = "weights"
+    alike: Literal["modality"] | None = None
+
+    @model_validator(mode="after")
+    def _has_losses(self) -> Draws:
+        if self.mix == "loss" and not isinstance(self, Sft):
+            raise ValueError('mix = "loss" weighs the losses of an sft stage; take "weights" here')
+        return self
+
+
+class Optimised(Draws):
     """A stage that trains, by AdamW or Muon. `train` maps globs over parameter names to learning rates, the rest is
     frozen; without it every parameter trains at `lr`."""
 
-    data: dict[Name, Positive]
     steps: PositiveInt
     lr: Positive = 1e-6
     train: dict[str, Positive] | None = None
@@ -445,7 +463,7 @@ class Rl(Optimised):
         return self.updates_per_step > 1 or self.max_staleness > 0
 
 
-class Synthesize(StageBase):
+class Synthesize(Draws):
     """Make data with a model. method "difficulty": ask `samples` times, keep prompts by how many answers were right
     (`drop` maps a category to the counts that go: "none_right", "all_right"; "*" for any other).
     method "rejection": keep rollouts whose answer is right and, with `judge`, whose chain is judged sound.
@@ -454,7 +472,6 @@ class Synthesize(StageBase):
 
     kind: Literal["synthesize"]
     method: Literal["difficulty", "rejection", "critique"]
-    data: dict[Name, Positive]
     prompts: PositiveInt
     samples: PositiveInt = 4
     temperature: Positive = 1.0

@@ -355,6 +355,14 @@ REFUSALS = {
     ),
     "memory": ("resources.memory_gib = 2", "more than resources.memory_gib = 2"),
     "top_k": ("stages.cot.upcycle = {num_experts = 2, top_k = 3}", "top_k = 3 is more than num_experts = 2"),
+    "a wrong selector": (
+        "data.capped = {builder = 'digits', table = 'chains', select = [{type = 'cap', rows = 'all'}]}",
+        "data.capped.select, number 1: select.cap rows must be a whole number of at least 1, got 'all'",
+    ),
+    "uneven losses": (
+        "stages.align.mix = 'loss'\nstages.align.batch_size = 7\nstages.align.data = {train = 1, verdicts = 1}",
+        "cannot hold as many rows of each",
+    ),
     "upcycling twice": ("stages.align.upcycle = {num_experts = 2, top_k = 1}", "its decoder already has 2 experts"),
     "upcycle with lora": ("stages.cot.lora = {rank = 4}", "use one of the two"),
     "unmeasured gate": ("stages.cot.gates = [{metric = 'eval.think.accuracy', min = 0.1}]", 'set evaluate = "modes"'),

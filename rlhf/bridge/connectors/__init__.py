@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
-from rlhf.bridge.slots import Slot
+from rlhf.slots import Slot
 
 if TYPE_CHECKING:
     from torch import nn

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from rlhf.bridge.connectors import CONNECTORS, Plain
-from rlhf.bridge.slots import at_least, one_of
+from rlhf.slots import at_least, one_of
 
 if TYPE_CHECKING:
     from torch import nn

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from rlhf.bridge.connectors import CONNECTORS
-from rlhf.bridge.slots import at_least
+from rlhf.slots import at_least
 
 if TYPE_CHECKING:
     from torch import nn

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from rlhf.bridge.encoders import ENCODERS
 from rlhf.bridge.encoders.tower import HALF
-from rlhf.bridge.slots import pair
+from rlhf.slots import pair
 
 if TYPE_CHECKING:
     from torch import nn

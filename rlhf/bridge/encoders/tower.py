@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from rlhf.bridge.encoders import ENCODERS
-from rlhf.bridge.slots import at_least, one_of, pair
+from rlhf.slots import at_least, one_of, pair
 
 if TYPE_CHECKING:
     from torch import nn

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from rlhf.bridge.layout import Layout
 from rlhf.bridge.packers import PACKERS, Grids
-from rlhf.bridge.slots import token_pair
+from rlhf.slots import token_pair
 
 if TYPE_CHECKING:
     from torch import nn

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from rlhf.bridge.layout import Layout
 from rlhf.bridge.packers import PACKERS, Grids
-from rlhf.bridge.slots import one_of, token_id, token_pair
+from rlhf.slots import one_of, token_id, token_pair
 
 if TYPE_CHECKING:
     from torch import nn

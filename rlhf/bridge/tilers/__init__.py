@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from rlhf.bridge.layout import Layout
-from rlhf.bridge.slots import Slot
+from rlhf.slots import Slot
 
 if TYPE_CHECKING:
     from PIL import Image

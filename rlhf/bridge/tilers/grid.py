@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from rlhf.bridge.layout import Layout, in_grid
 from rlhf.bridge.raster import FITS, GREY, Colour, cut, fit
-from rlhf.bridge.slots import colour, one_of, pair
 from rlhf.bridge.tilers import TILERS
+from rlhf.slots import colour, one_of, pair
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from rlhf.bridge.layout import Layout, Tile
 from rlhf.bridge.raster import FITS, GREY, Colour, fit
-from rlhf.bridge.slots import colour, one_of, pair
 from rlhf.bridge.tilers import TILERS
+from rlhf.slots import colour, one_of, pair
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from rlhf.bridge.layout import Layout, Tile, in_grid
 from rlhf.bridge.raster import cut, fit
-from rlhf.bridge.slots import one_of, pair
 from rlhf.bridge.tilers import TILERS
+from rlhf.slots import one_of, pair
 
 if TYPE_CHECKING:
     from PIL import Image

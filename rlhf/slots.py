@@ -1,4 +1,4 @@
-"""A slot of the bridge: a named table of interchangeable components, filled by the modules of one package."""
+"""A slot: a named table of interchangeable components, filled by the modules of one package."""
 
 from __future__ import annotations
 
