@@ -24,7 +24,7 @@ CERTIFICATES = $(or $(SSL_CERT_FILE),$(PIP_CERT),$(shell $(PYTHON) -m pip config
 UV_RUN = $(if $(FIND_LINKS),UV_FIND_LINKS="$(FIND_LINKS)") $(if $(CERTIFICATES),SSL_CERT_FILE="$(CERTIFICATES)") $(UV)
 TORCH = $(if $(FIND_LINKS),,--torch-backend cpu)
 
-.PHONY: help setup demo test check bench torchvision lock clean
+.PHONY: help setup demo test check bridges bench torchvision lock clean
 
 help:  ## what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -62,6 +62,9 @@ check: $(STAMP) $(ASIDE)  ## format, lint, types, docker files, tests
 	$(PY) -m mypy
 	$(VENV)/bin/hadolint docker/Dockerfile.cpu docker/Dockerfile.gpu
 	$(PYTEST)
+
+bridges: $(STAMP)  ## every published bridge against the engine, and the stages of every recipe of recipes/bridges
+	BRIDGES=all $(PY) -m pytest tests/e2e/test_bridges.py $(ARGS)
 
 bench: $(STAMP)  ## ratios to a peer on this machine, into bench.json (an hour; nothing else may run)
 	$(PY) -m tests.bench $(ARGS)

@@ -13,7 +13,7 @@ from rlhf.recipe import Optimised, Recipe, Rl, Stage
 
 # GSPO's ratio is a geometric mean over a row's tokens: it moves by 1e-4 to 1e-3 a step (2507.18071 clips at 3e-4, 4e-4)
 GSPO_CLIP_LIMIT = 0.01
-PARTS = ("vision", "connector", "packer", "language_model")
+PARTS = ("vision", "connector", "packer", "language_model", "lm_head")
 # of the decoder, and of towers
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "out_proj", "fc1", "fc2")
 

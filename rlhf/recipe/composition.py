@@ -36,6 +36,7 @@ ELSEWHERE = {
     "tensor_parallel_size": "tensor_parallel",
     "world_size": "trainer_ranks",
 }
+EVERY = "*"  # in place of a stage's name
 Layer = tuple[str, dict[str, Any], int]  # a file or an override: its name, what it holds, the keys it spells out
 
 
@@ -129,7 +130,8 @@ def _is_replaced(path: tuple[str, ...], old: dict[str, Any], new: dict[str, Any]
 
 
 def _merge_stages(base: list[dict[str, Any]] | None, over: Any, origin: str, written: int) -> list[dict[str, Any]]:
-    """`[[stages]]` appends or changes by name; `stages.NAME.key = …` changes one, or appends one that has a `kind`."""
+    """`[[stages]]` appends or changes by name; `stages.NAME.key = …` changes one, or appends one that has a `kind`;
+    `stages."*".KIND.key = …` changes all of a kind that are there."""
     changes = over
     if isinstance(over, dict):
         changes = [fields | {"name": name} if isinstance(fields, dict) else fields for name, fields in over.items()]
@@ -142,7 +144,9 @@ def _merge_stages(base: list[dict[str, Any]] | None, over: Any, origin: str, wri
     merged = {stage["name"]: stage for stage in base or []}
     for change in changes:
         name = change["name"]
-        if name in merged and change.get("remove") is True:
+        if name == EVERY:
+            merged = {own: _of_kind(stage, change, origin) for own, stage in merged.items()}
+        elif name in merged and change.get("remove") is True:
             del merged[name]
         elif name in merged:
             merged[name] = _merge(merged[name], change, origin, written, ("stages", name))
@@ -152,6 +156,15 @@ def _merge_stages(base: list[dict[str, Any]] | None, over: Any, origin: str, wri
         else:
             merged[name] = change
     return list(merged.values())
+
+
+def _of_kind(stage: dict[str, Any], change: dict[str, Any], origin: str) -> dict[str, Any]:
+    """The stage with what `[stages."*".KIND]` says of its kind."""
+    for kind in change.keys() - KINDS.keys() - {"name"}:
+        raise RecipeError(
+            f'{origin}: [stages."{EVERY}"] holds tables by kind, and {kind!r} is none of {", ".join(KINDS)}'
+        )
+    return _merge(stage, change.get(stage.get("kind", ""), {}), origin, 0, ("stages", stage["name"]))
 
 
 def _explain(table: dict[str, Any], origin: str, layers: Sequence[Layer], error: ValidationError) -> Iterator[str]:

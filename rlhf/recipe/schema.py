@@ -58,12 +58,29 @@ class Tokenizer(Table):
 
 class Model(Table):
     """The policy to start from: either a `bridge` to build, or the `path` of a bridge folder or of any Hugging Face
-    vision-language model (folder or hub name)."""
+    vision-language model (folder or hub name). `sizes`: by slot and type, values for keys
+    that a bridge's table of that slot has, if it is of that type, so that one file makes any bridge small."""
 
     path: UserPath | None = None
     bridge: dict[str, dict[str, Any]] | None = None
     tokenizer: Tokenizer = Tokenizer()
     implementation: Implementation = "auto"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resized(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or "sizes" not in given:
+            return given
+        rest = {key: value for key, value in given.items() if key != "sizes"}
+        bridge, sizes = given.get("bridge"), given["sizes"]
+        if not isinstance(bridge, dict) or not isinstance(sizes, dict):
+            raise ValueError("`sizes` are [model.sizes.SLOT.TYPE] tables, laid over a `bridge`: give both, or none")  # noqa: TRY004
+        bridge = dict(bridge)
+        for slot, by_type in sizes.items():
+            table = bridge.get(slot, {})
+            smaller = by_type.get(table.get("type"), {})
+            bridge[slot] = {**table, **{key: value for key, value in smaller.items() if key in table}}
+        return rest | {"bridge": bridge}
 
     @model_validator(mode="after")
     def _one_source(self) -> Model:

@@ -4,9 +4,14 @@ One process serves them one after the other."""
 from __future__ import annotations
 
 import multiprocessing
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +19,7 @@ import pytest
 import torch
 
 from rlhf import bridge
+from rlhf.recipe import Sft, load
 from rlhf.types import Group, Prompt, Sampling
 from tests.unit.systems import SYSTEMS, awake, spec
 from tests.unit.test_bridge_build import DENSE, tiny
@@ -21,6 +27,11 @@ from tests.unit.test_packing import media
 
 pytestmark = pytest.mark.timeout(240)
 
+# one of each serving class; all of them with `make bridges`
+NAMES = list(SYSTEMS) if os.environ.get("BRIDGES") == "all" else ["llava_uhd", "instructblip"]
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted(path.stem for path in (ROOT / "recipes" / "bridges").glob("*.toml"))
+TRAINED = RECIPES if os.environ.get("BRIDGES") == "all" else ["llava_uhd"]
 MASKED = (0, 2)  # padding and the placeholder
 DEADLINE = 120.0
 # one picture, several of uneven sizes, none
@@ -98,7 +109,7 @@ def gap(model: Any, processor: Any, groups: list[Group]) -> float:
     return float(np.max(found))
 
 
-@pytest.mark.parametrize("name", SYSTEMS)
+@pytest.mark.parametrize("name", NAMES)
 def test_rollouts_have_the_trainers_log_probs(name: str, engines: Any, tmp_path: Any) -> None:
     torch.set_num_threads(1)
     # vLLM's CPU attention has no kernel for heads of 16
@@ -117,3 +128,38 @@ def test_rollouts_have_the_trainers_log_probs(name: str, engines: Any, tmp_path:
         for parameter in loaded.model.connector.parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
     assert gap(loaded, processor, groups) >= 100 * max(found, 1e-6)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_stage_moves_what_it_declares_and_nothing_else(name: str, tmp_path: Path) -> None:
+    """The supervised stages of a recipe, small: what a stage's globs name has moved, the rest is bit-equal."""
+    files = [str(ROOT / "recipes" / place) for place in (f"bridges/{name}.toml", "sizes/toy.toml")]
+    recipe = load(files)
+    removed = [f"stages.{stage.name} = {{ remove = true }}" for stage in recipe.stages if not isinstance(stage, Sft)]
+    command = [sys.executable, "-m", "rlhf.cli", "run", *files]
+    for override in [*removed, "stages.think-fusion.start = 'long-cot'", "tracking.wandb = false"]:
+        command += ["-o", override]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    run = tmp_path / "runs" / name
+    stages = [stage for stage in recipe.stages if isinstance(stage, Sft)]
+    made = {stage.name: next(run.glob(f"stages/*-{stage.name}/artifact")) for stage in stages}
+    before = next((run / "model").rglob("model.safetensors")).parent
+    for stage in stages:
+        parent = stage.start or next(
+            (s.name for s in reversed(stages[: stages.index(stage)]) if s.name != "judge"), None
+        )
+        parent = "long-cot" if stage.name == "think-fusion" else parent
+        weights = [
+            dict(bridge.load(folder)[0].named_parameters()) for folder in (made.get(parent, before), made[stage.name])
+        ]
+        moved = {bridge.short_name(key) for key, value in weights[1].items() if not torch.equal(value, weights[0][key])}
+        globs = stage.train or {"*": stage.lr}
+        declared = {
+            bridge.short_name(key) for key in weights[1] if any(fnmatchcase(bridge.short_name(key), g) for g in globs)
+        }
+        assert moved, stage.name
+        assert moved <= declared, stage.name
+        # a row of the embedding that no text has, and what is too small to move in one step, may stay
+        assert len(declared - moved) <= 0.1 * len(declared), (stage.name, sorted(declared - moved))

@@ -24,7 +24,7 @@ ALL = PENULTIMATE | {"feature": "all"}
 SINGLE = {"type": "single", "size": 16}
 QFORMER = {"type": "qformer", "queries": 6, "layers": 3, "width": 24, "heads": 2, "intermediate": 40}
 READER = {"type": "cross_attention", "queries": 9, "heads": 2}
-CANVASES = [[32, 16], [16, 32], [32, 32], [48, 16], [16, 48]]
+GRIDS = [[2, 1], [1, 2], [2, 2], [3, 1], [1, 3]]
 
 SYSTEMS: dict[str, dict[str, Any]] = {
     "llava": {"vision": CLIP, "encoder": PENULTIMATE, "tiler": SINGLE, "connector": {"type": "mlp", "kind": "linear"}},
@@ -40,7 +40,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
         "tiler": {
             "type": "grid",
             "tile": 16,
-            "canvases": CANVASES,
+            "grids": GRIDS,
             "overview": "first",
             "fit": "pad",
             "fit_overview": "stretch",
@@ -66,7 +66,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "monkey": {
         "vision": SIGLIP,
         "encoder": {"type": "tower", "windows": 4, "attention_rank": 2, "mlp_rank": 3},
-        "tiler": {"type": "grid", "tile": 16, "canvases": [[32, 32]]},
+        "tiler": {"type": "grid", "tile": 16, "grids": [[2, 2]]},
         "connector": READER,
         "packer": {"type": "segments", "wrap": ["<img>", "</img>"]},
     },

@@ -124,7 +124,7 @@ def test_parameter_names_are_the_ones_recipes_write():
         ),
         (changed("tiler", max_tile=3), "unknown tiler.grid key 'max_tile' (did you mean 'max_tiles'?)"),
         (changed("tiler", overview="end"), "unknown tiler.grid overview 'end'"),
-        (SPEC | {"tiler": {"type": "grid", "tile": 16}}, "tiler.grid needs either 'max_tiles' or 'canvases'"),
+        (SPEC | {"tiler": {"type": "grid", "tile": 16}}, "tiler.grid needs either 'max_tiles' or 'grids'"),
         (changed("connector", kind="mlp"), "unknown connector.mlp kind 'mlp'"),
         (changed("connector", factor=3), "does not divide by connector.mlp factor 3"),
         (changed("packer", wrap=["<img>", "</im>"]), "the tokenizer has no token '</im>'"),

@@ -34,10 +34,11 @@ from rlhf.bridge.layers.mlp import PixelShuffle
 from rlhf.bridge.layers.qformer import QFormer
 from rlhf.bridge.tilers.grid import most_effective
 from rlhf.bridge.tilers.slices import shaped, slicing
-from tests.unit.systems import CANVASES, CLIP, spec
+from tests.unit.systems import CLIP, GRIDS, spec
 from tests.unit.test_bridge_build import picture, tiny
 
 WIDTH, TEXT = 16, 32
+CANVASES = [[16 * rows, 16 * cols] for rows, cols in GRIDS]
 EXACT = {"atol": 0, "rtol": 0}
 CLOSE = {"atol": 1e-5, "rtol": 0}
 

@@ -8,6 +8,7 @@ import pytest
 
 from rewards import answer, judge, soundness
 from rewards import format as form
+from rewards import length as lengths
 from rewards.base import Item, RewardError, evaluate, items_of, resolve
 from rewards.mixture import combine
 from rlhf.data.tokenizer import train_tokenizer
@@ -70,6 +71,10 @@ def test_both_signatures_run():
 def test_trl_own_reward_runs_unchanged():
     reward = resolve("trl.rewards:think_format_reward")
     assert [score.value for score in evaluate(reward, [item("<think>a</think>b"), item("b")])] == [1.0, 0.0]
+
+
+def test_brevity_falls_with_characters():
+    assert [lengths.brief(item("x" * count)) for count in (0, 100, 300)] == [1.0, 0.5, 0.25]
 
 
 def test_a_failure_is_never_a_zero():

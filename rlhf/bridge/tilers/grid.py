@@ -50,7 +50,7 @@ def most_effective(width: int, height: int, canvases: Sequence[tuple[int, int]])
 @dataclass(frozen=True)
 class GridTiler:
     """`tile`: (height, width) of a tile, an int for a square · either `max_tiles`: the grid of at most so many local
-    tiles whose aspect ratio is closest, or `canvases`: of these (height, width) the one that keeps most pixels; a
+    tiles whose aspect ratio is closest, or `grids`: of these (rows, cols) the one whose canvas keeps most pixels; a
     single one is a fixed grid (Monkey) · `overview`: where the whole picture goes when there is more than one tile ·
     `fit`: how the picture fills its canvas · `fit_overview`: how its overview (LLaVA-NeXT pads the one and stretches
     the other) · `padding`: the colour that pads."""
@@ -58,7 +58,7 @@ class GridTiler:
     type: ClassVar[str] = "grid"
     tile: tuple[int, int]
     max_tiles: int | None = None
-    canvases: tuple[tuple[int, int], ...] | None = None
+    grids: tuple[tuple[int, int], ...] | None = None
     overview: str = "last"
     fit: str = "stretch"
     fit_overview: str | None = None
@@ -71,18 +71,14 @@ class GridTiler:
         one_of("tiler.grid fit", self.fit, FITS)
         if self.fit_overview is not None:
             one_of("tiler.grid fit_overview", self.fit_overview, FITS)
-        if (self.max_tiles is None) == (self.canvases is None):
-            raise ValueError("tiler.grid needs either 'max_tiles' or 'canvases', not both or none")
+        if (self.max_tiles is None) == (self.grids is None):
+            raise ValueError("tiler.grid needs either 'max_tiles' or 'grids', not both or none")
         if self.max_tiles is not None and self.max_tiles < 1:
             raise ValueError(f"tiler.grid max_tiles must be at least 1, got {self.max_tiles}")
-        if self.canvases is not None:
-            canvases = tuple(pair("tiler.grid canvases", canvas) for canvas in self.canvases)
-            object.__setattr__(self, "canvases", canvases)
-            for canvas in canvases:
-                if canvas[0] % self.tile[0] or canvas[1] % self.tile[1]:
-                    raise ValueError(f"tiler.grid canvas {canvas} does not divide into tiles of {self.tile}")
-            if not canvases:
-                raise ValueError("tiler.grid canvases is empty: give at least one [height, width]")
+        if self.grids is not None:
+            object.__setattr__(self, "grids", tuple(pair("tiler.grid grids", grid) for grid in self.grids))
+            if not self.grids:
+                raise ValueError("tiler.grid grids is empty: give at least one [rows, cols]")
 
     @property
     def cell(self) -> tuple[int, int]:
@@ -91,19 +87,20 @@ class GridTiler:
     @property
     def extremes(self) -> tuple[tuple[int, int], ...]:
         high, wide = self.tile
-        if self.canvases is not None:
-            by_area = sorted(self.canvases, key=lambda canvas: canvas[0] * canvas[1])
-            return tuple((canvas[1], canvas[0]) for canvas in by_area)
+        if self.grids is not None:
+            by_area = sorted(self.grids, key=lambda grid: grid[0] * grid[1])
+            return tuple((cols * wide, rows * high) for rows, cols in by_area)
         assert self.max_tiles is not None
         return (wide, high), (wide * self.max_tiles, high)
 
     def layout(self, width: int, height: int) -> Layout:
-        if self.canvases is None:
+        if self.grids is None:
             assert self.max_tiles is not None
             grid = closest_ratio(width, height, self.tile, self.max_tiles)
         else:
-            canvas = most_effective(width, height, self.canvases)
-            grid = canvas[0] // self.tile[0], canvas[1] // self.tile[1]
+            high, wide = self.tile
+            canvas = most_effective(width, height, [(rows * high, cols * wide) for rows, cols in self.grids])
+            grid = canvas[0] // high, canvas[1] // wide
         return Layout(size=(width, height), grid=grid, tiles=in_grid(grid, self.tile, self.overview, self.tile))
 
     def apply(self, image: Image.Image, layout: Layout) -> list[Image.Image]:
