@@ -1,0 +1,80 @@
+"""The recipes of published systems: what they state at full size, and that one file makes each of them small."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rlhf.architecture import architecture_of, geometry_of
+from rlhf.plan import Cluster, make_plan
+from rlhf.recipe import RecipeError, load
+
+FOLDER = Path(__file__).parents[2] / "recipes"
+NAMES = sorted(path.stem for path in (FOLDER / "bridges").glob("*.toml"))
+TOY = FOLDER / "sizes" / "toy.toml"
+# tokens of a picture of (width, height), as the papers state them
+TOKENS = {
+    "llava": {(500, 375): 256},
+    "llava15": {(500, 375): 576},
+    "llava_next": {(672, 672): 576 + 48 * 49, (336, 1344): 576 + 96 * 25, (1344, 336): 576 + 24 * 97},
+    # seven times 64, a comma or a new line after each of six slices: less than LLaVA-1.5's 576
+    "llava_uhd": {(672, 1008): 448 + 6, (336, 336): 64},
+    "otterhd": {(1920, 1080): 64 * 36 + 36, (300, 300): 10 * 10 + 10},
+}
+
+
+def test_every_recipe_states_its_tokens():
+    assert sorted(TOKENS) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tokens_at_full_size_are_the_papers(name):
+    recipe = load([FOLDER / "bridges" / f"{name}.toml"])
+    geometry = geometry_of(architecture_of(recipe.model).tables)
+    for size, tokens in TOKENS[name].items():
+        assert len(geometry.pattern(geometry.layout(*size))) == tokens, size
+    assert geometry.most_tokens < recipe.resources.max_model_len
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_runs_small(name):
+    """All its own stages and the four of thinking, on two cores."""
+    full, toy = load([FOLDER / "bridges" / f"{name}.toml"]), load([FOLDER / "bridges" / f"{name}.toml", TOY])
+    own = [stage.name for stage in full.stages]
+    thinking = ["long-cot", "rl-verifiable", "judge", "think-fusion", "rl-mixed"]
+    assert [stage.name for stage in toy.stages] == own + thinking
+    assert all(stage.steps <= 2 for stage in toy.stages)
+    for stage in full.stages:  # what trains is what the paper trains
+        assert next(other for other in toy.stages if other.name == stage.name).train == stage.train
+    slots = {slot: table["type"] for slot, table in full.model.bridge.items()}
+    assert slots == {slot: table["type"] for slot, table in toy.model.bridge.items()}
+    make_plan(toy, Cluster(cpus=2, memory_gib=24))  # raises where it could not run
+    parameters = architecture_of(toy.model).parameters
+    assert parameters is not None
+    assert parameters < 300_000
+
+
+def test_sizes_change_only_what_a_bridge_has(tmp_path):
+    base = tmp_path / "base.toml"
+    base.write_text(
+        'name = "a"\n[model.bridge]\nvision = { type = "clip", hidden_size = 8 }\n'
+        'tiler = { type = "grid", tile = 336, grids = [[2, 2]] }\ndecoder = { type = "qwen3" }\n'
+        '[[stages]]\nname = "s"\nkind = "sft"\ndata = { a = 1 }\nsteps = 9\nbatch_size = 9\n'
+        '[[stages]]\nname = "t"\nkind = "evaluate"\n'
+    )
+    over = [
+        "model.sizes.tiler.grid = { tile = 48, max_tiles = 4 }",
+        "model.sizes.tiler.single = { size = 48 }",
+        "model.sizes.vision.clip = { hidden_size = 4 }",
+        "stages.'*'.sft = { steps = 2 }",
+    ]
+    found = load([base], over)
+    assert found.model.bridge["tiler"] == {"type": "grid", "tile": 48, "grids": [[2, 2]]}
+    assert found.model.bridge["vision"] == {"type": "clip", "hidden_size": 4}
+    assert [getattr(stage, "steps", None) for stage in found.stages] == [2, None]
+    assert found.stages[0].batch_size == 9
+    with pytest.raises(RecipeError, match="tables by kind, and 'steps' is none of sft, preference"):
+        load([base], ["stages.'*'.steps = 2"])
+    with pytest.raises(RecipeError, match=r"\[model.sizes.SLOT.TYPE\] tables"):
+        load([base], ["model.sizes = 3"])
