@@ -140,6 +140,11 @@ class Architecture:
         return geometry_of(self.tables).most_tokens if self.is_bridge else None
 
     @property
+    def shapes_differ(self) -> bool:
+        """Whether a bridge's encoder is called once for each shape of tile."""
+        return self.is_bridge and geometry_of(self.tables).shapes_differ
+
+    @property
     def parameters(self) -> int | None:
         """How many, tied ones once. None when neither the files nor the configuration tell."""
         if self.stored_parameters is not None:

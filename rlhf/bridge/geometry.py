@@ -85,11 +85,13 @@ class Geometry:
     @property
     def sized(self) -> bool:
         """Whether a picture's features depend on its size, and not on its tiles alone: the model needs it then."""
-        return (
-            not self.packer.plain
-            or self.encoder.windows > 0
-            or any(tile.box != self.tiler.cell for size in self.tiler.extremes for tile in self.layout(*size).tiles)
-        )
+        return not self.packer.plain or self.encoder.windows > 0 or self.shapes_differ
+
+    @property
+    def shapes_differ(self) -> bool:
+        """Whether tiles have shapes of their own, each of which goes through the encoder by itself."""
+        tiles = (tile for size in self.tiler.extremes for tile in self.layout(*size).tiles)
+        return any(tile.box != self.tiler.cell for tile in tiles)
 
     def features(self, tile: Tile) -> tuple[int, int]:
         """(rows, cols) of features the encoder makes of a tile."""

@@ -43,6 +43,12 @@ def _unfit(recipe: Recipe, stage: Stage, architecture: Architecture) -> Iterator
                 f"a clip range of {widest:g} never binds for GSPO, whose ratio is a mean over the whole row; leave "
                 "clip_low and clip_high out (3e-4 and 4e-4)"
             )
+    shards = recipe.resources.zero_stage == 3 and recipe.resources.trainer_ranks > 1
+    if isinstance(stage, Optimised) and shards and architecture.shapes_differ:
+        yield (
+            "tiles of this bridge differ in shape, so ranks would call the encoder different numbers of times, and "
+            "with resources.zero_stage = 3 wait for each other; use 2"
+        )
     if isinstance(stage, Optimised) and architecture.is_bridge:
         yield from _nothing_trains(stage)
     reach = architecture.decoder.get("max_position_embeddings")

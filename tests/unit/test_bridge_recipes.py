@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.architecture import architecture_of, geometry_of
-from rlhf.plan import Cluster, make_plan
+from rlhf.plan import Cluster, PlanError, make_plan
 from rlhf.recipe import RecipeError, load
 
 FOLDER = Path(__file__).parents[2] / "recipes"
@@ -78,3 +78,12 @@ def test_sizes_change_only_what_a_bridge_has(tmp_path):
         load([base], ["stages.'*'.steps = 2"])
     with pytest.raises(RecipeError, match=r"\[model.sizes.SLOT.TYPE\] tables"):
         load([base], ["model.sizes = 3"])
+
+
+def test_shapes_that_differ_are_not_sharded_by_zero_3():
+    files = [FOLDER / "bridges" / "llava_uhd.toml", TOY]
+    two = ["resources.trainer_ranks = 2", "resources.trainer_threads = 1"]
+    laptop = Cluster(cpus=2, memory_gib=24)
+    make_plan(load(files, [*two, "resources.zero_stage = 2"]), laptop)
+    with pytest.raises(PlanError, match=r"stage 'align' and \d+ more: tiles of this bridge differ in shape"):
+        make_plan(load(files, [*two, "resources.zero_stage = 3"]), laptop)
