@@ -222,6 +222,8 @@ def prepare(spec: TrainSpec) -> tuple[Any, Any, Visual]:
         visual = BridgeVisual(processor, packs=True)
     if spec.precision == "bfloat16":
         model = model.to(torch.bfloat16)
+    if spec.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     return model, processor, visual
 
 
@@ -248,6 +250,8 @@ def _config(spec: TrainSpec) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": spec.precision == "bfloat16"},
+        # gradients of micro-batches and of ranks add up in full precision (DeepSpeed cannot without ZeRO)
+        **({"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"} if spec.zero_stage else {}),
         "steps_per_print": 1 << 30,
     }
 

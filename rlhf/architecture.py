@@ -351,13 +351,15 @@ def optimizer_bytes(trainable: int, precision: str, zero_stage: int, ranks: int)
     return (8 + master) * trainable // (ranks if zero_stage >= 1 else 1)
 
 
-def activation_bytes(architecture: Architecture, tokens: int) -> int:
-    """A rough upper estimate for one micro-batch in float32: what backward keeps of each layer, and the logits with
-    their gradient. 0 where the configuration is unknown."""
+def activation_bytes(architecture: Architecture, tokens: int, checkpointing: bool = False) -> int:
+    """A rough upper estimate for one micro-batch in float32: what backward keeps of each layer (with `checkpointing` of
+    one, and the input of the others), and the logits with their gradient. 0 where the configuration is unknown."""
     decoder = architecture.decoder
     if not {"num_hidden_layers", "hidden_size", "vocab_size"} <= decoder.keys():
         return 0
-    return int(4 * tokens * (16 * decoder["num_hidden_layers"] * decoder["hidden_size"] + 3 * decoder["vocab_size"]))
+    layers = decoder["num_hidden_layers"]
+    kept = 16 + layers if checkpointing else 16 * layers
+    return int(4 * tokens * (kept * decoder["hidden_size"] + 3 * decoder["vocab_size"]))
 
 
 def _vision(v: Mapping[str, Any], encoder: Mapping[str, Any]) -> int:

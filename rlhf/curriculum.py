@@ -440,6 +440,7 @@ def train_spec(recipe: Recipe, stage: Sft | Preference | Rl, model: Path, masked
         lora=(stage.lora.rank, stage.lora.alpha, tuple(stage.lora.target_modules)) if stage.lora else None,
         muon=(stage.muon.ratio, stage.muon.momentum) if stage.muon else None,
         beside=resources.trainer_threads_beside,
+        checkpointing=resources.checkpointing,
         packed=packs(recipe, model),
         reference=isinstance(stage, Preference) or (isinstance(stage, Rl) and stage.kl is not None),
         critic=stage.foretelling.lr if isinstance(stage, Rl) and stage.foretelling else None,

@@ -268,6 +268,7 @@ class TrainSpec:
              routers calibrated on the rows of `calibration`; lora (rank, alpha, target modules)
     muon     hidden matrices learn by Muon: (ratio to their learning rates, momentum); None: all by AdamW
     beside   OpenMP threads of each rank in steps and probes while engines sample; else as many as it was started with
+    checkpointing  backward computes each layer anew instead of keeping what forward made of it
     packed   rows of a micro-batch lie end to end, a shared prompt once, without padding; for bridges only
     reference  keep a frozen copy of `model` to measure divergences from; with LoRA the base is that
     critic   the learning rate of a second model, begun from `model`, that foretells the rewards; None: there is none
@@ -292,6 +293,7 @@ class TrainSpec:
     lora: tuple[int, float, tuple[str, ...]] | None = None
     muon: tuple[float, float] | None = None
     beside: int | None = None
+    checkpointing: bool = False
     packed: bool = False
     reference: bool = False
     critic: float | None = None

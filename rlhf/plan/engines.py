@@ -33,6 +33,12 @@ def engine_uses(
     return uses
 
 
+def is_served(stage: Stage) -> bool:
+    """Whether a stage, or its evaluation, needs an engine."""
+    samples = isinstance(stage, Synthesize) or (isinstance(stage, Rl) and stage.replay is None)
+    return samples or stage.evaluate in ("modes", "judge")
+
+
 def _serving(stage: Stage, architectures: dict[str, Architecture]) -> Iterator[list[tuple[str, Architecture]]]:
     """The sets of (role, architecture) that must serve at once: during the stage, then in its evaluation."""
     if isinstance(stage, Rl | Synthesize) and not (isinstance(stage, Rl) and stage.replay is not None):

@@ -69,7 +69,7 @@ def _trainer_bytes(recipe: Recipe, plan: StagePlan) -> int:
     refers = isinstance(stage, Preference) or (isinstance(stage, Rl) and stage.kl is not None)
     copied = refers and isinstance(stage, Optimised) and stage.lora is None
     reference = parameters * (4 if r.precision == "float32" else 2) if copied else 0
-    activations = activation_bytes(plan.architecture, min(r.token_budget, plan.tokens_per_update))
+    activations = activation_bytes(plan.architecture, min(r.token_budget, plan.tokens_per_update), r.checkpointing)
     critic = 0
     if _has_critic(stage):
         critic = weight_bytes(parameters, parameters, r.precision, r.zero_stage, r.trainer_ranks)

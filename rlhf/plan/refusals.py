@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from rlhf.algorithms.table import method_of
 from rlhf.architecture import Architecture, algorithm_of
 from rlhf.plan.cluster import Cluster
+from rlhf.plan.engines import is_served
 from rlhf.plan.feasibility import nearest
 from rlhf.recipe import Optimised, Recipe, Rl, Stage
 
@@ -105,10 +106,15 @@ def misplaced(recipe: Recipe, cluster: Cluster) -> Iterator[str]:
             f'resources.transport = "shm": the cluster has {cluster.nodes} nodes, which share no memory; use "auto" or '
             '"cpu"'
         )
-    if r.precision == "bfloat16":
+    if r.precision == "bfloat16" and any(is_served(stage) for stage in recipe.stages):
         yield (
             'resources.precision = "bfloat16": the proof after every publish knows a bound for float32 only, and would '
             'stop the run; use "float32"'
+        )
+    if r.precision == "bfloat16" and r.zero_stage == 0:
+        yield (
+            'resources.precision = "bfloat16" with zero_stage = 0 would add up gradients in half precision; raise '
+            "zero_stage, from 1 on they add up in full"
         )
     if r.offload and r.zero_stage < 2:
         yield f"resources.offload needs zero_stage = 2 or 3, not {r.zero_stage}; raise it, or leave offload out"

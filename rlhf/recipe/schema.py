@@ -139,6 +139,7 @@ class Resources(Table):
     reward_workers: PositiveInt = 1
     memory_gib: Positive = 8.0
     token_budget: PositiveInt = 8192  # of a micro-batch
+    checkpointing: bool = False  # backward computes each layer anew instead of keeping what forward made of it
     packing: bool = True  # rows end to end without padding, a group's prompt once; bridges only
     # of weights to engines; auto: ipc where trainer and engines share GPUs, nccl where they have their own; on CPUs shm
     # on one node, else cpu, which is Ray's object store

@@ -87,3 +87,10 @@ def test_shapes_that_differ_are_not_sharded_by_zero_3():
     make_plan(load(files, [*two, "resources.zero_stage = 2"]), laptop)
     with pytest.raises(PlanError, match=r"stage 'align' and \d+ more: tiles of this bridge differ in shape"):
         make_plan(load(files, [*two, "resources.zero_stage = 3"]), laptop)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_fits_a_node_of_eight_gpus(name):
+    recipe = load([FOLDER / "bridges" / f"{name}.toml"])
+    rows = [f"data.{source} = {{ builder = 'digits', table = 'direct' }}" for source in recipe.data]
+    make_plan(load([FOLDER / "bridges" / f"{name}.toml"], rows), Cluster(128, 1024, 8, 80.0))

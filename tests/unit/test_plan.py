@@ -295,6 +295,10 @@ REFUSALS = {
         "only_if = 'anser' is no part that is asked first; did you mean 'answer'",
     ),
     "half precision": ("resources.precision = 'bfloat16'", 'knows a bound for float32 only.*use "float32"'),
+    "half precision without zero": (
+        "resources.precision = 'bfloat16'\nresources.zero_stage = 0",
+        "would add up gradients in half precision",
+    ),
     "more questions than rows": (
         "evaluation.prompts = 5000",
         "evaluation.prompts = 5000, but data.heldout has 1000 rows",
