@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.bridge.geometry import Geometry
-from rlhf.bridge.naming import DENSE, MODEL_TYPE, MOE
+from rlhf.bridge.naming import DENSE, MODEL_TYPE, MOE, PATCHES
 from rlhf.bridge.packers import PACKERS
 from rlhf.bridge.sparsity import dense_layers
 from rlhf.recipe import Lora, Model, Rl
@@ -309,7 +309,8 @@ def of_config(config: Mapping[str, Any], folder: Path) -> Architecture:
     tables: dict[str, Any] = {"decoder": text}
     if config.get("model_type") == MODEL_TYPE:
         vision = dict(config["vision_config"])
-        vision["type"] = str(vision.pop("model_type", "")).removesuffix("_vision_model")
+        kind = str(vision.pop("model_type", ""))
+        vision["type"] = "patches" if kind == PATCHES else kind.removesuffix("_vision_model")
         tables |= {"vision": vision} | {slot: config[slot] for slot in ("encoder", "tiler", "connector", "packer")}
     elif "vision_config" in config:
         tables["vision"] = config["vision_config"]

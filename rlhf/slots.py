@@ -59,6 +59,14 @@ def token_pair(what: str, value: Iterable[int] | None) -> tuple[int, int] | None
     return pair_of
 
 
+def three(what: str, value: Iterable[float]) -> tuple[float, float, float]:
+    """A number for each colour channel; JSON and TOML give lists."""
+    channels = tuple(float(channel) for channel in value)
+    if len(channels) != 3:
+        raise ValueError(f"{what} needs three numbers, got {channels}")
+    return channels
+
+
 def colour(what: str, value: Iterable[int]) -> tuple[int, int, int]:
     """(red, green, blue), each 0 to 255; JSON and TOML give lists."""
     channels = tuple(value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -48,10 +47,7 @@ class Geometry:
         parts = TILERS.make(tiler), ENCODERS.make(encoder), CONNECTORS.make(connector), PACKERS.make(packer)
         seen = {key: vision[key] for key in VISION_KEYS if key in vision}
         geometry = cls(*parts, image_token_id, tuple(sorted(seen.items())))
-        if windows := geometry.encoder.windows:
-            most = max(math.prod(geometry.layout(*size).grid) for size in geometry.tiler.extremes)
-            if most > windows:
-                raise ValueError(f"a picture is cut into up to {most} tiles, but encoder.windows = {windows}: raise it")
+        geometry.require_fit()
         for size in geometry.tiler.extremes:
             layout = geometry.layout(*size)
             ids = Counter(geometry.pattern(layout))
@@ -61,6 +57,29 @@ class Geometry:
                     "of one of the tokens around them, and vLLM cannot tell them: use larger tiles or smaller patches"
                 )
         return geometry
+
+    def require_fit(self) -> None:
+        """Raise `ValueError` where one component needs of another what that does not give."""
+        connector, packer = f"connector.{self.connector.type}", f"packer.{self.packer.type}"
+        if self.connector.reads_plane and not self.encoder.planar:
+            raise ValueError(
+                f"{connector} joins neighbouring patches, and this encoder's features are not those of one layer: take "
+                'encoder.feature = "patch" and one layer'
+            )
+        if self.packer.reads_plane and not (self.encoder.planar and self.connector.keeps_plane):
+            raise ValueError(
+                f"{packer} ends rows of tokens, and those of {connector} or of this encoder lie in no rows: take a "
+                "projection of patches"
+            )
+        if self.packer.type == "feature_map" and getattr(self.tiler, "fit", "pad") != "pad":
+            raise ValueError('packer.feature_map cuts padding away: take tiler.fit = "pad", or another packer')
+        layouts = [self.layout(*size) for size in self.tiler.extremes]
+        if windows := self.encoder.windows:
+            most = max(sum(tile.role == "local" for tile in layout.tiles) for layout in layouts)
+            if not most:
+                raise ValueError("encoder.windows are of a picture's local tiles, and this tiler makes none: remove it")
+            if most > windows:
+                raise ValueError(f"a picture is cut into up to {most} tiles, but encoder.windows = {windows}: raise it")
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Geometry:

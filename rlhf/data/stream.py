@@ -94,9 +94,11 @@ class Stream:
 
 class Alike:
     """A stream of which every `take` is of one modality, rows with pictures or rows without, so that a batch's rows are
-    of like length (LLaVA-1.5 2310.03744). Over all takes each modality has its share of the rows."""
+    of like length (LLaVA-1.5 2310.03744). Over all takes each modality has its share of the rows. Raises DataError as
+    `Stream`."""
 
     def __init__(self, sources: Mapping[str, Rows], weights: Mapping[str, float], seed: int) -> None:
+        Stream(sources, weights, seed)  # refuses what cannot be drawn, by name
         self._places: dict[str, dict[str, list[int]]] = {}
         for name in weights:
             for index in range(len(sources[name])):

@@ -145,7 +145,7 @@ def _merge_stages(base: list[dict[str, Any]] | None, over: Any, origin: str, wri
     for change in changes:
         name = change["name"]
         if name == EVERY:
-            merged = {own: _of_kind(stage, change, origin) for own, stage in merged.items()}
+            merged = {own: _of_kind(stage, change, origin, written) for own, stage in merged.items()}
         elif name in merged and change.get("remove") is True:
             del merged[name]
         elif name in merged:
@@ -158,13 +158,13 @@ def _merge_stages(base: list[dict[str, Any]] | None, over: Any, origin: str, wri
     return list(merged.values())
 
 
-def _of_kind(stage: dict[str, Any], change: dict[str, Any], origin: str) -> dict[str, Any]:
+def _of_kind(stage: dict[str, Any], change: dict[str, Any], origin: str, written: int) -> dict[str, Any]:
     """The stage with what `[stages."*".KIND]` says of its kind."""
-    for kind in change.keys() - KINDS.keys() - {"name"}:
-        raise RecipeError(
-            f'{origin}: [stages."{EVERY}"] holds tables by kind, and {kind!r} is none of {", ".join(KINDS)}'
-        )
-    return _merge(stage, change.get(stage.get("kind", ""), {}), origin, 0, ("stages", stage["name"]))
+    for kind, fields in change.items():
+        if kind != "name" and (kind not in KINDS or not isinstance(fields, dict)):
+            known = ", ".join(KINDS)
+            raise RecipeError(f'{origin}: [stages."{EVERY}"] holds tables by kind, and {kind!r} is none of {known}')
+    return _merge(stage, change.get(stage.get("kind", ""), {}), origin, max(0, written - 1), ("stages", stage["name"]))
 
 
 def _explain(table: dict[str, Any], origin: str, layers: Sequence[Layer], error: ValidationError) -> Iterator[str]:

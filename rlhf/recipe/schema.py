@@ -77,9 +77,12 @@ class Model(Table):
             raise ValueError("`sizes` are [model.sizes.SLOT.TYPE] tables, laid over a `bridge`: give both, or none")  # noqa: TRY004
         bridge = dict(bridge)
         for slot, by_type in sizes.items():
-            table = bridge.get(slot, {})
-            smaller = by_type.get(table.get("type"), {})
-            bridge[slot] = {**table, **{key: value for key, value in smaller.items() if key in table}}
+            table = bridge.get(slot)
+            smaller = by_type.get(table.get("type"), {}) if isinstance(by_type, dict) and table is not None else {}
+            if not isinstance(by_type, dict) or not isinstance(smaller, dict):
+                raise ValueError(f"sizes.{slot} holds no tables: write [model.sizes.{slot}.TYPE] with keys and values")  # noqa: TRY004
+            if table is not None:
+                bridge[slot] = {**table, **{key: value for key, value in smaller.items() if key in table}}
         return rest | {"bridge": bridge}
 
     @model_validator(mode="after")
@@ -263,6 +266,12 @@ class Draws(StageBase):
     def _has_losses(self) -> Draws:
         if self.mix == "loss" and not isinstance(self, Sft):
             raise ValueError('mix = "loss" weighs the losses of an sft stage; take "weights" here')
+        if self.alike is not None and not isinstance(self, Sft | Preference):
+            raise ValueError("`alike` is for the batches of an sft or a preference stage; remove it here")
+        if self.alike is not None and self.mix == "loss":
+            raise ValueError(
+                'mix = "loss" has rows of every source in a step, and `alike` of one kind: take one of them'
+            )
         return self
 
 

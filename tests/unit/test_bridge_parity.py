@@ -534,7 +534,7 @@ def test_a_windows_update_is_its_formula():
     for update in (layer.lora_in, layer.lora_out, layer.lora_mlp):
         nn.init.normal_(update.up, std=0.3)
         nn.init.normal_(update.scale)
-    layer.windows = torch.tensor([2, -1])
+    windows = torch.tensor([2, -1])
     x = torch.randn(2, 16, WIDTH)
 
     def low(update, value):
@@ -549,6 +549,6 @@ def test_a_windows_update_is_its_formula():
     joined = (weights @ heads[2]).transpose(1, 2).flatten(2)
     one = one + layer.out(joined) + low(layer.lora_out, joined)
     expected = one + layer.mlp(layer.layer_norm2(one)) + low(layer.lora_mlp, one)
-    torch.testing.assert_close(layer(x)[:1], expected, **CLOSE)
-    layer.windows = torch.tensor([-1, -1])
-    assert torch.equal(layer(x)[1], layer(x.flip(0))[0])
+    torch.testing.assert_close(layer(x, windows=windows)[:1], expected, **CLOSE)
+    windows = torch.tensor([-1, -1])
+    assert torch.equal(layer(x, windows=windows)[1], layer(x.flip(0), windows=windows)[0])

@@ -76,6 +76,11 @@ def test_sizes_change_only_what_a_bridge_has(tmp_path):
     assert found.stages[0].batch_size == 9
     with pytest.raises(RecipeError, match="tables by kind, and 'steps' is none of sft, preference"):
         load([base], ["stages.'*'.steps = 2"])
+    assert "connector" not in load([base], ["model.sizes.connector.mlp = { hidden = 4 }"]).model.bridge
+    mixed = load([base], ["stages.'*'.sft.data.b = 0.3"])
+    assert mixed.stages[0].data == {"a": 1, "b": 0.3}  # one key, as for a stage by its name
+    with pytest.raises(RecipeError, match=r"sizes\.vision holds no tables"):
+        load([base], ["model.sizes.vision = 3"])
     with pytest.raises(RecipeError, match=r"\[model.sizes.SLOT.TYPE\] tables"):
         load([base], ["model.sizes = 3"])
 

@@ -1,19 +1,20 @@
 """Every bridge: as many features as placeholders, whatever the picture; rows alone as together; the plan's counts."""
 
 import random
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 
 import rlhf.bridge
-from rlhf.architecture import from_bridge
+from rlhf.architecture import from_bridge, from_folder
 from rlhf.batching import BridgeVisual, Cached, collate
 from rlhf.data.formatting import as_prompt
 from rlhf.data.tokenizer import TEMPLATE
 from rlhf.recipe import Chat
 from rlhf.types import Media, Sample
-from tests.unit.systems import SYSTEMS, awake, spec
+from tests.unit.systems import READER, SYSTEMS, awake, spec
 from tests.unit.test_bridge_build import picture, tiny
 from tests.unit.test_packing import media
 
@@ -174,3 +175,39 @@ def test_a_row_brings_its_question_to_the_connector():
     other = replace(prompt.media[0], question=prompt.media[1].question)
     assert other.digest(reads=True) != prompt.media[0].digest(reads=True)
     assert other.digest(reads=False) == prompt.media[0].digest(reads=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "says"),
+    [
+        ("llava_next", {"tiler": {"fit": "stretch"}}, 'packer.feature_map cuts padding away: take tiler.fit = "pad"'),
+        ("llava_next", {"connector": READER}, "those of connector.cross_attention or of this encoder lie in no rows"),
+        ("llava_next", {"encoder": {"feature": "all"}}, "or of this encoder lie in no rows"),
+        ("sail_vl2", {"encoder": {"layer": [-2, -1]}}, "connector.mlp joins neighbouring patches"),
+        ("otterhd", {"encoder": {"type": "tower"}}, "encoder.tower needs a vision transformer"),
+        ("llava", {"encoder": {"type": "patches"}}, "encoder.patches has no vision transformer"),
+        ("otterhd", {"encoder": {"mean": [0.5]}}, "encoder.patches mean needs three numbers"),
+        ("llava", {"encoder": {"windows": 4}}, "this tiler makes none"),
+        ("monkey", {"encoder": {"windows": 3}}, "cut into up to 4 tiles, but encoder.windows = 3"),
+        ("llava_uhd", {"tiler": {"tile": [16, 16]}}, "tiler.slices tile must be a whole number"),
+        (
+            "llava_uhd",
+            {"connector": {"type": "mlp", "kind": "pixel_shuffle_mlp"}},
+            "does not divide by connector.mlp factor",
+        ),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused_by_the_plan(name, changes, says):
+    given = spec(name)
+    for slot, keys in changes.items():
+        other = keys.get("type", given[slot]["type"]) != given[slot]["type"]
+        given[slot] = keys if other else given[slot] | keys
+    with pytest.raises(ValueError, match=re.escape(says)):
+        from_bridge(given, 300)
+
+
+def test_a_saved_bridge_of_patches_is_counted(tmp_path):
+    model, _ = tiny(**spec("otterhd"))
+    model.config.save_pretrained(tmp_path)
+    found = from_folder(tmp_path)
+    assert found.parameters == sum(parameter.numel() for parameter in model.parameters())

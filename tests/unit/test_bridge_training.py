@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from actors.learner import prepare
 from rlhf.batching import collate
 from rlhf.types import Loss, Sample, TrainSpec
+from tests.unit.systems import spec
 from tests.unit.test_bridge_build import MOE, picture, tiny
 from tests.unit.test_packing import media
 
@@ -94,17 +95,19 @@ def test_trl_grpo_takes_a_step(tmp_path):
     assert not torch.equal(model.model.connector[2].weight, before)
 
 
+@pytest.mark.parametrize("system", ["sail_vl2", "monkey"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_layers_are_computed_anew_where_the_recipe_says(tmp_path, checkpointing):
-    model, processor = tiny(loud=False, decoder=MOE)
+def test_layers_are_computed_anew_where_the_recipe_says(tmp_path, checkpointing, system):
+    model, processor = tiny(loud=False, **spec(system) | {"decoder": MOE})
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    spec = TrainSpec(str(tmp_path), 0, Loss(), {"*": 1e-3}, 1, packed=True, checkpointing=checkpointing)
-    learner, opened, visual = prepare(spec)
+    stage = TrainSpec(str(tmp_path), 0, Loss(), {"*": 1e-3}, 1, packed=True, checkpointing=checkpointing)
+    learner, opened, visual = prepare(stage)
     calls = []
     layers = [*learner.model.language_model.layers, *learner.model.vision.tower.encoder.layers]
     for layer in layers:
-        layer.self_attn.register_forward_pre_hook(lambda *_: calls.append(1))
+        first = layer.layer_norm1 if hasattr(layer, "layer_norm1") else next(iter(layer.children()))
+        first.register_forward_pre_hook(lambda *_: calls.append(1))
     picture_of = media(0, 40, 24)
     ids = opened.expand([opened.image_token_id, 9, 8, 7], [picture_of.size])
     tensors = collate([Sample("a", tuple(ids), len(ids) - 2, (picture_of,))], visual)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -199,3 +200,25 @@ def test_a_key_of_another_system_is_known_by_its_name_here(base: Path, tmp_path:
     with pytest.raises(RecipeError, match=r"unknown key 'stages.first.learning_rate'; did you mean 'lr'") as caught:
         load([base, write(tmp_path, over)])
     assert "unknown key 'stages.first.max_new_tokens'\n" in f"{caught.value}\n"  # an SFT stage samples nothing
+
+
+@pytest.mark.parametrize(
+    ("kind", "lines", "says"),
+    [
+        ("rl", "alike = 'modality'", "`alike` is for the batches of an sft or a preference stage"),
+        ("rl", "mix = 'loss'", 'mix = "loss" weighs the losses of an sft stage'),
+        ("sft", "alike = 'modality'\nmix = 'loss'", "take one of them"),
+    ],
+)
+def test_how_a_stage_draws_must_suit_it(tmp_path, kind, lines, says):
+    more = {
+        "rl": "prompts_per_step = 4\nrewards.a.function = 'rewards.answer:boxed'",
+        "sft": "batch_size = 4",
+    }[kind]
+    path = tmp_path / "base.toml"
+    path.write_text(
+        "name = 'a'\n[model]\npath = '.'\n[data.rows]\nbuilder = 'digits'\ntable = 'direct'\n"
+        f"[[stages]]\nname = 's'\nkind = '{kind}'\ndata = {{ rows = 1 }}\nsteps = 1\n{more}\n{lines}\n"
+    )
+    with pytest.raises(RecipeError, match=re.escape(says)):
+        load([path])

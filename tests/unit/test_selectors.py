@@ -137,6 +137,16 @@ def test_a_source_selects_and_says_what_is_wrong(tmp_path: Path) -> None:
         select(given, [{"type": "cap", "rows": 3}, {"type": "noun_phrases", "least": 99}], 0)
 
 
+def test_mistakes_in_selectors_are_named(tmp_path: Path) -> None:
+    given = rows(tmp_path, ["a", "b"], part=["x", "y"])
+    with pytest.raises(DataError, match="no row has the column 'prat'"):
+        chosen(given, type="cap", rows=1, by="prat")
+    with pytest.raises(ValueError, match="for each concept a list of words"):
+        SELECTORS.make({"type": "concepts", "rows": 1, "keywords": {"animal": "dog"}})
+    with pytest.raises(DataError, match="has no rows; remove it"):
+        Alike({"a": given, "b": given.select([])}, {"a": 1, "b": 1}, 0)
+
+
 def test_an_error_names_the_row_of_the_file(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     good, bad = ({"messages": [{"role": role, "content": "a"}]} for role in ("user", "nobody"))

@@ -28,6 +28,14 @@ class Connector(Protocol):
     def text_length(self) -> int:
         """So many tokens of what is asked beside the picture go into it; 0 where it sees pictures alone."""
 
+    @property
+    def keeps_plane(self) -> bool:
+        """Whether tokens lie on the picture as features do."""
+
+    @property
+    def reads_plane(self) -> bool:
+        """Whether features must lie on the picture."""
+
     def parameters(self, vision_width: int, text_width: int, vocabulary: int) -> int:
         """How many the module has."""
 
@@ -37,11 +45,19 @@ class Connector(Protocol):
 
 
 class Plain:
-    """A connector that sees pictures alone."""
+    """A connector that sees pictures alone, a feature at a time or all at once."""
 
     @property
     def text_length(self) -> int:
         return 0
+
+    @property
+    def keeps_plane(self) -> bool:
+        return False
+
+    @property
+    def reads_plane(self) -> bool:
+        return False
 
 
 CONNECTORS: Slot[Connector] = Slot("connector", __name__)

@@ -28,6 +28,10 @@ class ContextContentConnector(QFormerConnector):
         at_least("connector.context_content", self, 1, ("text_length",))
         at_least("connector.context_content", self, 0, ("content",))
 
+    @property
+    def reads_plane(self) -> bool:
+        return self.content > 0
+
     def grid(self, grid: tuple[int, int]) -> tuple[int, int]:
         rows, cols = grid
         if self.content > min(rows, cols):

@@ -36,6 +36,14 @@ class MLPConnector(Plain):
         if (self.kind in HIDDEN) != (self.hidden is not None):
             raise ValueError(f"connector.mlp hidden is for the kinds {' and '.join(HIDDEN)}, which need it")
 
+    @property
+    def keeps_plane(self) -> bool:
+        return True
+
+    @property
+    def reads_plane(self) -> bool:
+        return self.kind == "pixel_shuffle_mlp"
+
     def grid(self, grid: tuple[int, int]) -> tuple[int, int]:
         rows, cols = grid
         if self.kind != "pixel_shuffle_mlp":

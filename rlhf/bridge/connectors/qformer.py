@@ -38,6 +38,14 @@ class QFormerConnector:
         if self.width % self.heads:
             raise ValueError(f"{what} width {self.width} does not divide into {self.heads} heads")
 
+    @property
+    def keeps_plane(self) -> bool:
+        return False
+
+    @property
+    def reads_plane(self) -> bool:
+        return False
+
     def grid(self, grid: tuple[int, int]) -> tuple[int, int]:  # noqa: ARG002 - as many tokens of any
         return 1, self.queries
 

@@ -32,6 +32,10 @@ class Encoder(Protocol):
     def windows(self) -> int:
         """So many local tiles have weights of their own; 0 where all tiles are seen alike."""
 
+    @property
+    def planar(self) -> bool:
+        """Whether features lie on the picture, rows by columns."""
+
     def parameters(self, vision: Mapping[str, Any]) -> int:
         """How many it has beside those of the tower."""
 

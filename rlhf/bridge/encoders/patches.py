@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from rlhf.bridge.encoders import ENCODERS
 from rlhf.bridge.encoders.tower import HALF
-from rlhf.slots import pair
+from rlhf.slots import pair, three
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,7 +26,11 @@ class PatchEncoder:
 
     def __post_init__(self) -> None:
         for name in ("mean", "std"):
-            object.__setattr__(self, name, tuple(float(channel) for channel in getattr(self, name)))
+            object.__setattr__(self, name, three(f"encoder.patches {name}", getattr(self, name)))
+
+    @property
+    def planar(self) -> bool:
+        return True
 
     @property
     def windows(self) -> int:
@@ -36,6 +40,10 @@ class PatchEncoder:
         return 0
 
     def grid(self, box: tuple[int, int], vision: Mapping[str, Any]) -> tuple[int, int]:
+        if "image_size" in vision:
+            raise ValueError(
+                'encoder.patches has no vision transformer: take vision.type = "patches", or encoder.tower'
+            )
         patch = pair("vision.patch_size", vision["patch_size"])
         if box[0] % patch[0] or box[1] % patch[1]:
             raise ValueError(f"tiles of {box} (height, width) do not divide into patches of {patch}")

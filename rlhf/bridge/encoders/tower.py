@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from rlhf.bridge.encoders import ENCODERS
-from rlhf.slots import at_least, one_of, pair
+from rlhf.slots import at_least, one_of, pair, three
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,16 +47,17 @@ class TowerEncoder:
             raise ValueError("encoder.tower windows are for a tower of which one layer is read")
         one_of("encoder.tower feature", self.feature, FEATURES)
         for name in ("mean", "std"):
-            channels = tuple(float(channel) for channel in getattr(self, name))
-            if len(channels) != 3:
-                raise ValueError(f"encoder.tower {name} needs three numbers, got {channels}")
-            object.__setattr__(self, name, channels)
+            object.__setattr__(self, name, three(f"encoder.tower {name}", getattr(self, name)))
 
     @property
     def layers(self) -> tuple[int, ...]:
         return (self.layer,) if isinstance(self.layer, int) else self.layer
 
     def grid(self, box: tuple[int, int], vision: Mapping[str, Any]) -> tuple[int, int]:
+        if "image_size" not in vision:
+            raise ValueError(
+                'encoder.tower needs a vision transformer; vision.type = "patches" goes with encoder.patches'
+            )
         patch = pair("vision.patch_size", vision["patch_size"])
         image = pair("vision.image_size", vision["image_size"])
         if box != image and not (vision.get("is_native") or self.interpolate):
@@ -72,6 +73,10 @@ class TowerEncoder:
         if self.feature == "all":
             return 1, len(self.layers) * (1 + rows * cols)
         return len(self.layers) * rows, cols
+
+    @property
+    def planar(self) -> bool:
+        return self.feature == "patch" and len(self.layers) == 1
 
     def parameters(self, vision: Mapping[str, Any]) -> int:
         width, layers = int(vision["hidden_size"]), int(vision["num_hidden_layers"]) + 1 + max(self.layers)

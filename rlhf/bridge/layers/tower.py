@@ -60,13 +60,13 @@ class Tower(nn.Module):
         self.options: dict[str, Any] = {"interpolate_pos_encoding": True} if interpolate else {}
 
     def forward(self, pixel_values: torch.Tensor, windows: torch.Tensor | None = None) -> torch.Tensor:
+        options = self.options
         if self.windows:
             if windows is None or int(windows.max()) >= self.windows:
                 raise ValueError(f"this tower has {self.windows} windows; the tiles are of windows {windows}")
-            for layer in self.tower.encoder.layers:
-                layer.windows = windows
+            options = {**options, "windows": windows}
         if self.layers == [-1]:
-            return cast(torch.Tensor, self.tower(pixel_values, **self.options).last_hidden_state)[:, self.chosen]
-        out = self.tower(pixel_values, output_hidden_states=True, **self.options)
+            return cast(torch.Tensor, self.tower(pixel_values, **options).last_hidden_state)[:, self.chosen]
+        out = self.tower(pixel_values, output_hidden_states=True, **options)
         states = [out.last_hidden_state if layer == -1 else out.hidden_states[layer] for layer in self.layers]
         return torch.cat([state[:, self.chosen] for state in states], dim=1)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 class LowRank(nn.Module):
@@ -27,7 +28,7 @@ class LowRank(nn.Module):
         return found * (self.scale[place] * (windows >= 0))[:, None, None]
 
 
-class WindowedLayer(nn.Module):
+class WindowedLayer(GradientCheckpointingLayer):  # type: ignore[misc]
     """A layer of CLIP or SigLIP with updates to queries, keys and values, to the attention's output, and beside the
     feed-forward, which they do not pass. Its projections are this module's own: vLLM would fuse those of an attention,
     and updates could not come between."""
@@ -42,17 +43,22 @@ class WindowedLayer(nn.Module):
         self.lora_in = LowRank(windows, width, 3 * width, attention_rank)
         self.lora_out = LowRank(windows, width, width, attention_rank)
         self.lora_mlp = LowRank(windows, width, width, mlp_rank)
-        self.windows: torch.Tensor | None = None  # of the tiles of this pass; set by the tower
 
-    def forward(self, hidden_states: torch.Tensor, attention_mask: Any = None, **kwargs: Any) -> torch.Tensor:  # noqa: ARG002
-        assert self.windows is not None
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: Any = None,  # noqa: ARG002 - the tower passes it
+        *,
+        windows: torch.Tensor,
+        **kwargs: Any,  # noqa: ARG002
+    ) -> torch.Tensor:
         x = self.layer_norm1(hidden_states)
-        updates = self.lora_in(x, self.windows).chunk(3, dim=-1)
+        updates = self.lora_in(x, windows).chunk(3, dim=-1)
         projections = zip((self.query, self.key, self.value), updates, strict=True)
         query, key, value = (
             (project(x) + update).unflatten(-1, (self.heads, -1)).transpose(1, 2) for project, update in projections
         )
         found = scaled_dot_product_attention(query, key, value, scale=self.scale).transpose(1, 2).flatten(2)
-        hidden_states = hidden_states + self.out(found) + self.lora_out(found, self.windows)
+        hidden_states = hidden_states + self.out(found) + self.lora_out(found, windows)
         fed: torch.Tensor = self.mlp(self.layer_norm2(hidden_states))
-        return hidden_states + fed + self.lora_mlp(hidden_states, self.windows)
+        return hidden_states + fed + self.lora_mlp(hidden_states, windows)

@@ -29,6 +29,10 @@ class Packer(Protocol):
     def plain(self) -> bool:
         """Whether a picture's features are those of its tiles, one after the other, and nothing else."""
 
+    @property
+    def reads_plane(self) -> bool:
+        """Whether tokens must lie on the picture, its aspect kept."""
+
     def pattern(self, layout: Layout, grids: Grids, image_token_id: int) -> list[int]:
         """Token ids that replace the one placeholder of a picture. `image_token_id` must be their most frequent id:
         vLLM finds the placeholders of an expansion that way."""

@@ -43,6 +43,10 @@ class FeatureMapPacker:
     def plain(self) -> bool:
         return False
 
+    @property
+    def reads_plane(self) -> bool:
+        return True
+
     def pattern(self, layout: Layout, grids: Grids, image_token_id: int) -> list[int]:
         rows, cols = self.shown(layout, grids)
         overview = sum(r * c for tile, (r, c) in zip(layout.tiles, grids, strict=True) if tile.role == "global")

@@ -41,6 +41,10 @@ class SegmentsPacker:
     def plain(self) -> bool:
         return self.edges == "none"
 
+    @property
+    def reads_plane(self) -> bool:
+        return self.newline is not None
+
     def pattern(self, layout: Layout, grids: Grids, image_token_id: int) -> list[int]:
         found: list[int] = []
         for tile, (rows, cols) in zip(layout.tiles, grids, strict=True):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 from rlhf.bridge.layout import Layout, Tile, in_grid
 from rlhf.bridge.raster import cut, fit
 from rlhf.bridge.tilers import TILERS
-from rlhf.slots import one_of, pair
+from rlhf.slots import at_least, one_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -58,13 +58,9 @@ class SlicesTiler:
 
     def __post_init__(self) -> None:
         one_of("tiler.slices variant", self.variant, VARIANTS)
-        pair("tiler.slices tile", self.tile)
-        pair("tiler.slices patch", self.patch)
-        if self.tile < self.patch or self.max_slices < 1:
-            raise ValueError(
-                f"tiler.slices: tile = {self.tile} must hold a patch = {self.patch}, and max_slices = "
-                f"{self.max_slices} at least one slice"
-            )
+        at_least("tiler.slices", self, 1, ("tile", "patch", "max_slices"))
+        if self.tile < self.patch:
+            raise ValueError(f"tiler.slices: tile = {self.tile} must hold a patch = {self.patch}")
 
     @property
     def cell(self) -> tuple[int, int]:
@@ -73,7 +69,8 @@ class SlicesTiler:
     @property
     def extremes(self) -> tuple[tuple[int, int], ...]:
         side, most = self.tile, self.max_slices + (self.variant == "arxiv")
-        return ((side, side), *((side * cols, side * (most // cols)) for cols in range(1, most + 1)))
+        thin = (side**2, 1), (1, side**2)  # slices one patch high, or wide
+        return ((side, side), *thin, *((side * cols, side * (most // cols)) for cols in range(1, most + 1)))
 
     def layout(self, width: int, height: int) -> Layout:
         grid = slicing(width, height, self.tile, self.max_slices, self.variant)

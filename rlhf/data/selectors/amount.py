@@ -7,7 +7,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import ClassVar
 
-from rlhf.data.rows import Rows
+from rlhf.data.rows import DataError, Rows
 from rlhf.data.selectors import SELECTORS, some
 from rlhf.slots import at_least
 
@@ -28,6 +28,10 @@ class Cap:
         parts: defaultdict[str, list[int]] = defaultdict(list)
         for index in range(len(rows)):
             parts["" if self.by is None else str(rows.bare(index).get(self.by))].append(index)
+        if self.by is not None and parts.keys() == {"None"}:
+            raise DataError(
+                f"{rows.origin}: no row has the column {self.by!r} that `select` caps by; name one that is there"
+            )
         kept = [index for part in parts.values() for index in some(part, min(self.rows, len(part)), chance)]
         return sorted(kept)
 

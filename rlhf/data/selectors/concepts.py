@@ -36,8 +36,9 @@ class Concepts:
 
     def __post_init__(self) -> None:
         at_least("select.concepts", self, 1, ("rows", "least"))
-        if not any(self.keywords.values()):
-            raise ValueError("select.concepts keywords names no word: give each concept a list of them")
+        lists = self.keywords.values() if isinstance(self.keywords, Mapping) else [None]
+        if not any(lists) or not all(isinstance(words, list | tuple) for words in lists):
+            raise ValueError("select.concepts keywords must be a table: for each concept a list of words")
 
     def choose(self, rows: Rows, chance: random.Random) -> list[int]:  # noqa: ARG002 - nothing is left to chance
         wanted = {
