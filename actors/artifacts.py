@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -43,11 +43,6 @@ def write_probes(folder: Path, probes: Sequence[Probe], scores: ProbeScores) -> 
     (folder / PROBES).write_text(json.dumps({"probes": rows, "scores": asdict(scores)}))
 
 
-def _media(row: Mapping[str, Any]) -> Media:
-    asked = tuple(row.get("question", ()))  # none in artifacts that are older than it is
-    return Media(base64.b64decode(row["data"]), tuple(row["size"]), row["kind"], tuple(row["times"]), asked)
-
-
 def read_probes(folder: Path) -> tuple[list[Probe], ProbeScores] | None:
     """What write_probes left, or None for a folder that did not come from a trainer of ours."""
     path = folder / PROBES
@@ -57,7 +52,7 @@ def read_probes(folder: Path) -> tuple[list[Probe], ProbeScores] | None:
     probes = [
         Probe(
             tuple(row["token_ids"]),
-            tuple(_media(item) for item in row["media"]),
+            tuple(Media.of(item, base64.b64decode(item["data"])) for item in row["media"]),
         )
         for row in saved["probes"]
     ]

@@ -228,5 +228,4 @@ def _media(found: Mapping[str, Any], folder: Path) -> Media:
     data = path.read_bytes() if path.is_file() else b""
     if hashlib.sha256(data).hexdigest() != found["data"]:
         raise ValueError(f"{path} is missing or was changed; record it again")
-    asked = tuple(found.get("question", ()))
-    return Media(data, tuple(found["size"]), found["kind"], tuple(found["times"]), asked)
+    return Media.of(found, data)

@@ -40,6 +40,12 @@ class Media:
     times: tuple[float, ...] = ()
     question: tuple[int, ...] = ()
 
+    @staticmethod
+    def of(fields: Mapping[str, Any], data: bytes) -> Media:
+        """From what `asdict` gives, its data apart; files that are older than `question` have none."""
+        asked = tuple(fields.get("question", ()))
+        return Media(data, tuple(fields["size"]), fields["kind"], tuple(fields["times"]), asked)
+
     def open(self) -> Image.Image:
         """Decode to an RGB image, with the question in its `info`."""
         image = Image.open(io.BytesIO(self.data)).convert("RGB")

@@ -120,10 +120,14 @@ class Geometry:
         """(rows, cols) of tokens each tile becomes."""
         return [self.connector.grid(self.features(tile)) for tile in layout.tiles]
 
+    def cells_of(self, tile: Tile) -> int:
+        """Rows of pixels that carry a tile."""
+        high, wide = self.tiler.cell
+        return (tile.box[0] // high) * (tile.box[1] // wide)
+
     def cells(self, layout: Layout) -> int:
         """Rows of pixels that carry the picture."""
-        high, wide = self.tiler.cell
-        return sum((tile.box[0] // high) * (tile.box[1] // wide) for tile in layout.tiles)
+        return sum(map(self.cells_of, layout.tiles))
 
     def pattern(self, layout: Layout) -> list[int]:
         """Token ids that replace the one placeholder of a picture."""

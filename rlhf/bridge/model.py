@@ -128,8 +128,7 @@ class BridgeModel(BridgePreTrainedModel):
         questions: torch.Tensor | None,
     ) -> list[torch.Tensor]:
         """[tokens, text width] of each tile; tiles of one shape go through the encoder together."""
-        high, wide = self.geometry.tiler.cell
-        counts = [(tile.box[0] // high) * (tile.box[1] // wide) for tile in tiles]
+        counts = [self.geometry.cells_of(tile) for tile in tiles]
         cells, starts = torch.split(pixel_values, counts), [0, *accumulate(counts)]
         found: list[torch.Tensor] = [pixel_values] * len(tiles)
         for box in dict.fromkeys(tile.box for tile in tiles):

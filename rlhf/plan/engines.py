@@ -35,13 +35,16 @@ def engine_uses(
 
 def is_served(stage: Stage) -> bool:
     """Whether a stage, or its evaluation, needs an engine."""
-    samples = isinstance(stage, Synthesize) or (isinstance(stage, Rl) and stage.replay is None)
-    return samples or stage.evaluate in ("modes", "judge")
+    return _samples(stage) or stage.evaluate in ("modes", "judge")
+
+
+def _samples(stage: Stage) -> bool:
+    return isinstance(stage, Synthesize) or (isinstance(stage, Rl) and stage.replay is None)
 
 
 def _serving(stage: Stage, architectures: dict[str, Architecture]) -> Iterator[list[tuple[str, Architecture]]]:
     """The sets of (role, architecture) that must serve at once: during the stage, then in its evaluation."""
-    if isinstance(stage, Rl | Synthesize) and not (isinstance(stage, Rl) and stage.replay is not None):
+    if _samples(stage):
         policy = ("policy", architectures[stage.name])
         yield [policy, *((f"judge {name}", architectures[name]) for name in stage.judges)]
     if stage.evaluate in ("modes", "judge"):

@@ -1,7 +1,7 @@
 """Connectors project features into the decoder's width. Importing this package needs no torch.
 
 A new connector is one new module here: a frozen dataclass with a class attribute `type`, decorated
-`@CONNECTORS.register`, and a subclass of `Plain` unless it reads text. Torch modules of its own live in
+`@CONNECTORS.register`, a subclass of `Plain` that says what is otherwise. Torch modules of its own live in
 `rlhf/bridge/layers` and are imported in `build`.
 """
 
@@ -45,7 +45,7 @@ class Connector(Protocol):
 
 
 class Plain:
-    """A connector that sees pictures alone, a feature at a time or all at once."""
+    """A connector that sees the features of pictures alone, wherever they lie, and whose tokens lie nowhere."""
 
     @property
     def text_length(self) -> int:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from rlhf.bridge.connectors import CONNECTORS
+from rlhf.bridge.connectors import CONNECTORS, Plain
 from rlhf.slots import at_least
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @CONNECTORS.register
 @dataclass(frozen=True)
-class QFormerConnector:
+class QFormerConnector(Plain):
     """A BERT whose queries see the picture by cross-attention in every `cross_every`-th layer, the first included ·
     `queries`: tokens a tile becomes · `layers`, `width`, `heads`, `intermediate`: BERT's (published: its base size) ·
     `text_length`: so many tokens of the question at most go through its self-attention beside the queries
@@ -37,14 +37,6 @@ class QFormerConnector:
         at_least(what, self, 0, ("text_length",))
         if self.width % self.heads:
             raise ValueError(f"{what} width {self.width} does not divide into {self.heads} heads")
-
-    @property
-    def keeps_plane(self) -> bool:
-        return False
-
-    @property
-    def reads_plane(self) -> bool:
-        return False
 
     def grid(self, grid: tuple[int, int]) -> tuple[int, int]:  # noqa: ARG002 - as many tokens of any
         return 1, self.queries

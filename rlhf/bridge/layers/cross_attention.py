@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn.functional import interpolate, scaled_dot_product_attention
+from torch.nn.functional import interpolate
+
+from rlhf.bridge.layers.attention import attend
 
 
 def sine_positions(side: int, width: int) -> torch.Tensor:
@@ -57,10 +59,7 @@ class Resampler(nn.Module):
         value = self.norm_kv(self.kv(features))
         key = self.to_k(value + self._key_positions(grid).to(value.dtype))
         asking = self.to_q(self.norm_query(self.query) + self.positions.to(value.dtype)).expand(len(features), -1, -1)
-        query, key, value = (
-            part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (asking, key, self.to_v(value))
-        )
-        found: torch.Tensor = self.to_out(scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+        found: torch.Tensor = self.to_out(attend(asking, key, self.to_v(value), self.heads))
         if self.norm_post is not None and self.projection is not None:
             found = self.projection(self.norm_post(found))
         return found

@@ -6,14 +6,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torch.nn.functional import gelu, pad, relu, scaled_dot_product_attention
+from torch.nn.functional import gelu, pad, relu
+
+from rlhf.bridge.layers.attention import attend
 
 if TYPE_CHECKING:
     from rlhf.bridge.connectors.perceiver import PerceiverConnector
-
-
-def _heads(x: torch.Tensor, count: int) -> torch.Tensor:
-    return x.unflatten(-1, (count, -1)).transpose(-2, -3)
 
 
 class Resample(nn.Module):
@@ -31,9 +29,7 @@ class Resample(nn.Module):
     def forward(self, media: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         latents = self.norm_latents(latents)
         key, value = self.to_kv(torch.cat((self.norm_media(media), latents), dim=-2)).chunk(2, dim=-1)
-        query, key, value = (_heads(part, self.heads) for part in (self.to_q(latents), key, value))
-        attended = scaled_dot_product_attention(query, key, value).transpose(-2, -3).flatten(-2)
-        found: torch.Tensor = self.to_out(attended)
+        found: torch.Tensor = self.to_out(attend(self.to_q(latents), key, value, self.heads))
         return found
 
 
@@ -76,8 +72,8 @@ class Perceiver(nn.Module):
         text: torch.Tensor | None = None,  # noqa: ARG002
     ) -> torch.Tensor:
         latents = self.latents.expand(len(features), -1, -1)
-        for attend, feed in zip(self.attention, self.feed_forward, strict=True):
-            latents = latents + attend(features, latents)
+        for read, feed in zip(self.attention, self.feed_forward, strict=True):
+            latents = latents + read(features, latents)
             latents = latents + feed(latents)
         found: torch.Tensor = self.norm(latents)
         return pad(found, (0, self.missing)) if self.projection is None else self.projection(found)

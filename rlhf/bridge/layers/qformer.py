@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torch.nn.functional import gelu, scaled_dot_product_attention
+from torch.nn.functional import gelu
+
+from rlhf.bridge.layers.attention import attend
 
 if TYPE_CHECKING:
     from rlhf.bridge.connectors.qformer import QFormerConnector
@@ -27,11 +29,7 @@ class Attention(nn.Module):
         self.norm = nn.LayerNorm(width, eps=EPS)
 
     def forward(self, x: torch.Tensor, states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        query, key, value = (
-            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for part in (self.query(x), self.key(states), self.value(states))
-        )
-        found = scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2)
+        found = attend(self.query(x), self.key(states), self.value(states), self.heads, mask)
         normed: torch.Tensor = self.norm(self.out(found) + x)
         return normed
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from rlhf.bridge.layers.attention import attend
 
 
 class LowRank(nn.Module):
@@ -55,10 +56,8 @@ class WindowedLayer(GradientCheckpointingLayer):  # type: ignore[misc]
         x = self.layer_norm1(hidden_states)
         updates = self.lora_in(x, windows).chunk(3, dim=-1)
         projections = zip((self.query, self.key, self.value), updates, strict=True)
-        query, key, value = (
-            (project(x) + update).unflatten(-1, (self.heads, -1)).transpose(1, 2) for project, update in projections
-        )
-        found = scaled_dot_product_attention(query, key, value, scale=self.scale).transpose(1, 2).flatten(2)
+        query, key, value = (project(x) + update for project, update in projections)
+        found = attend(query, key, value, self.heads, scale=self.scale)
         hidden_states = hidden_states + self.out(found) + self.lora_out(found, windows)
         fed: torch.Tensor = self.mlp(self.layer_norm2(hidden_states))
         return hidden_states + fed + self.lora_mlp(hidden_states, windows)
