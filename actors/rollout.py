@@ -469,6 +469,8 @@ class RolloutWorker:
         from vllm.renderers.inputs.preprocess import parse_model_prompt
 
         prompt: dict[str, Any] = {"prompt_token_ids": list(token_ids)}
+        if salt := self._processor.salt(token_ids):
+            prompt["cache_salt"] = salt
         if media:
             seen = media if self._processor.reads else [replace(one, question=()) for one in media]
             digests, images = zip(*map(self._decoded, seen), strict=True)

@@ -16,11 +16,13 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from rlhf.bridge.decoders import DECODERS, own, type_of
 from rlhf.bridge.geometry import Geometry
 from rlhf.bridge.naming import DENSE, MODEL_TYPE, MOE, PATCHES
 from rlhf.bridge.packers import PACKERS
 from rlhf.bridge.sparsity import dense_layers
 from rlhf.recipe import Lora, Model, Rl
+from rlhf.slots import settings
 
 GIB = float(2**30)
 # what saving a model writes beside its architecture
@@ -149,7 +151,7 @@ class Architecture:
         """How many, tied ones once. None when neither the files nor the configuration tell."""
         if self.stored_parameters is not None:
             return self.stored_parameters
-        if not self.is_bridge or self.decoder["type"] not in DECODER_DEFAULTS:
+        if not self.is_bridge or _defaults("decoder", self.decoder["type"]) is None:
             return None
         geometry, vision, width = geometry_of(self.tables), self.tables["vision"], self.decoder["hidden_size"]
         connector = geometry.connector.parameters(geometry.encoder.width(vision), width, self.decoder["vocab_size"])
@@ -220,12 +222,14 @@ def from_bridge(bridge: Mapping[str, Mapping[str, Any]], vocab_size: int) -> Arc
     if unknown:
         raise ValueError(f"model.bridge has no slot {unknown[0]!r}; its slots are {', '.join(BRIDGE_SLOTS)}")
     tables = {**SLOT_DEFAULTS, **{slot: dict(table) for slot, table in bridge.items()}}
-    for slot, defaults in (("vision", VISION_DEFAULTS), ("decoder", DECODER_DEFAULTS)):
+    for slot in ("vision", "decoder"):
         kind = tables[slot].get("type")
-        if slot == "vision" and kind not in defaults:
-            raise ValueError(f"model.bridge.vision type {kind!r} is unknown; choose {' or '.join(defaults)}")
-        tables[slot] = {**defaults.get(str(kind), {}), **tables[slot]}
+        if slot == "vision" and kind not in VISION_DEFAULTS:
+            raise ValueError(f"model.bridge.vision type {kind!r} is unknown; choose {' or '.join(VISION_DEFAULTS)}")
+        tables[slot] = {**(_defaults(slot, str(kind)) or {}), **tables[slot]}
     tables["decoder"].setdefault("vocab_size", vocab_size)
+    if decoder := own(tables["decoder"]):
+        tables["decoder"] |= decoder.derived(tables["decoder"])
     for slot in ("vision", "decoder"):
         _require_sizes(slot, tables[slot])
     try:
@@ -241,6 +245,16 @@ def from_bridge(bridge: Mapping[str, Mapping[str, Any]], vocab_size: int) -> Arc
             f"model.bridge.decoder: num_experts_per_tok = {visited} is more than num_experts = {number}; lower it"
         )
     return replace(architecture, name=MOE)
+
+
+def _defaults(slot: str, kind: str) -> dict[str, Any] | None:
+    """What transformers fills in where a table of this type is silent; None where that is not known."""
+    if slot == "vision":
+        return VISION_DEFAULTS.get(kind)
+    if kind in DECODERS.types():
+        fields = settings(DECODERS.make({"type": kind}))
+        return DECODER_DEFAULTS["qwen3"] | {name: value for name, value in fields.items() if name != "type"}
+    return DECODER_DEFAULTS.get(kind)
 
 
 def _require_sizes(slot: str, table: Mapping[str, Any]) -> None:
@@ -302,7 +316,7 @@ def of_config(config: Mapping[str, Any], folder: Path) -> Architecture:
     """The architecture of a configuration as transformers writes it, of the model in `folder`."""
     name = str((config.get("architectures") or [config.get("model_type", "unknown")])[0])
     text = dict(config.get("text_config") or config)
-    text["type"] = text.pop("model_type", None)
+    text["type"] = type_of(str(text.pop("model_type", None)))
     if "num_local_experts" in text:  # the name under which transformers 5 saves qwen3_moe's num_experts
         text["num_experts"] = text.pop("num_local_experts")
     text.setdefault("tie_word_embeddings", bool(config.get("tie_word_embeddings", False)))
@@ -333,6 +347,7 @@ def geometry_of(tables: Mapping[str, Mapping[str, Any]]) -> Geometry:
         packer=packer,
         vision=tables["vision"],
         image_token_id=0,
+        told=decoder.told if (decoder := own(tables["decoder"])) else "nothing",
     )
 
 
@@ -383,6 +398,8 @@ def _vision(v: Mapping[str, Any], encoder: Mapping[str, Any]) -> int:
 
 
 def _decoder(d: Mapping[str, Any]) -> int:
+    if decoder := own(d):
+        return _decoder({**decoder.plain(d), "type": "qwen3"}) + decoder.parameters(d)
     hidden, layers = d["hidden_size"], d["num_hidden_layers"]
     queries, keys = d["num_attention_heads"] * _head_dim(d), d["num_key_value_heads"] * _head_dim(d)
     attention = hidden * (queries + 2 * keys) + queries * hidden + 2 * _head_dim(d)

@@ -217,7 +217,7 @@ class Tensors:
 
     input_ids       [B, L]
     attention_mask  [B, L] 1 on tokens, 0 on padding
-    position_ids    [B, L], or None where the model computes its own
+    position_ids    [B, L], or position rows [3, B, L] (`rlhf.bridge.positions`); None where the model computes its own
     media           what else the model's forward takes, by its own argument names (pixel_values, …)
     mask            [B, L − 1] the row's weight where token t + 1 is a completion token, 0 elsewhere
     old_logprobs    [B, L − 1] of token t + 1 under the sampling policy; 0 where unknown
@@ -250,7 +250,7 @@ class Tensors:
         assert self.position_ids is not None
         return {
             "input_ids": self.given_ids()[None],
-            "position_ids": self.position_ids[self.packing.owned][None],
+            "position_ids": self.position_ids[..., self.packing.owned].unsqueeze(-2),
             **self.packing.apart(),
             **self.media,
         }
@@ -302,7 +302,6 @@ class Visual(Protocol):
     """What differs between families of models: how media become tensors of the forward pass."""
 
     pad_id: int
-    explicit_positions: bool
     packs: bool  # the model takes rows end to end (`Packing`)
     reads: bool  # what becomes of a picture depends on what is asked beside it
 
@@ -312,6 +311,9 @@ class Visual(Protocol):
     def join(self, items: Sequence[Mapping[str, Tensor]], input_ids: Tensor) -> dict[str, Tensor]:
         """Tensors of a micro-batch from those of its items, in row order, and its input_ids [B, L]."""
 
+    def positions(self, input_ids: Tensor) -> Tensor | None:
+        """Those of padded input_ids [B, L] as the model's forward takes them; None where it computes its own."""
+
     def blank(self) -> Sample | None:
         """A row with a picture to add, at weight 0, to a micro-batch without media, so that every rank runs the
         vision tower; None for a model whose own forward sees to that."""
@@ -320,8 +322,6 @@ class Visual(Protocol):
 class BridgeVisual:
     """Media of a think-fusion bridge: what `BridgeModel.get_image_features` takes. The model itself runs a zero-weight
     vision pass on text-only rows."""
-
-    explicit_positions = True
 
     def __init__(self, processor: Any, packs: bool = False) -> None:
         self._processor = processor
@@ -336,6 +336,10 @@ class BridgeVisual:
     def join(self, items: Sequence[Mapping[str, Tensor]], input_ids: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
         return concatenate(items)
 
+    def positions(self, input_ids: Tensor) -> Tensor:
+        found: Tensor = self._processor.positions(input_ids)
+        return found
+
     def blank(self) -> Sample | None:
         return None
 
@@ -349,7 +353,6 @@ class Cached:
         self._size = size
         self._items: OrderedDict[str, Mapping[str, Tensor]] = OrderedDict()
         self.pad_id = visual.pad_id
-        self.explicit_positions = visual.explicit_positions
         self.packs = visual.packs
         self.reads = visual.reads
 
@@ -366,6 +369,9 @@ class Cached:
 
     def join(self, items: Sequence[Mapping[str, Tensor]], input_ids: Tensor) -> dict[str, Tensor]:
         return self._visual.join(items, input_ids)
+
+    def positions(self, input_ids: Tensor) -> Tensor | None:
+        return self._visual.positions(input_ids)
 
     def blank(self) -> Sample | None:
         return self._visual.blank()
@@ -412,12 +418,11 @@ def collate(samples: Sequence[Sample], visual: Visual) -> Tensors:
     # rows added here are no part of the step: no completion token of theirs is measured
     completion[len(samples) :] = False
     weights = torch.tensor([row.weight for row in rows])
-    positions = torch.arange(length).expand(shape).contiguous() if visual.explicit_positions else None
     packing, bringers = (None, range(len(rows))) if not visual.packs else _pack(rows, attention_mask)
     return Tensors(
         input_ids=input_ids,
         attention_mask=attention_mask,
-        position_ids=positions,
+        position_ids=visual.positions(input_ids),
         media=visual.join([_read(rows[i], item, visual) for i in bringers for item in rows[i].media], input_ids),
         mask=completion * weights[:, None],
         old_logprobs=of_tokens.pop("logprobs"),

@@ -79,6 +79,10 @@ class ForeignProcessor:
         counts = iter(found["num_image_tokens"])
         return [token for one in token_ids for token in ([one] * next(counts) if one == self.image_token_id else [one])]
 
+    def salt(self, token_ids: Sequence[int]) -> str | None:  # noqa: ARG002
+        """None: what stands before a token is all that its keys depend on."""
+        return None
+
     def save_pretrained(self, folder: str | Path) -> None:
         self._inner.save_pretrained(folder)
 
@@ -87,7 +91,6 @@ class ForeignVisual:
     """Media of an ordinary Hugging Face model, through its own image processor. The model computes its own positions
     (M-RoPE) and runs its vision tower only when there is a picture, so text-only micro-batches get a blank one."""
 
-    explicit_positions = False
     packs = False
     reads = False
 
@@ -106,6 +109,9 @@ class ForeignVisual:
             return concatenate(items)
         # a model with M-RoPE places its pictures by this: 1 at image placeholders, 0 elsewhere
         return {**concatenate(items), "mm_token_type_ids": (input_ids == self._image_token_id).long()}
+
+    def positions(self, input_ids: Tensor) -> Tensor | None:  # noqa: ARG002
+        return None
 
     def blank(self) -> Sample | None:
         picture = Image.new("RGB", (64, 64))

@@ -17,6 +17,8 @@ from transformers import (
 )
 
 from rlhf.bridge.config import BridgeConfig, is_moe
+from rlhf.bridge.decoders import DECODERS, PREFIX
+from rlhf.bridge.layers.told import ToldModel
 from rlhf.bridge.model import BridgeForConditionalGeneration, BridgeMoeForConditionalGeneration
 from rlhf.bridge.naming import PATCHES
 from rlhf.bridge.packers import PACKERS
@@ -72,7 +74,11 @@ def new(config: BridgeConfig, seed: int) -> BridgeForConditionalGeneration:
     cls = BridgeMoeForConditionalGeneration if is_moe(config.text_config) else BridgeForConditionalGeneration
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return cls(config)
+        model = cls(config)
+    decoder = model.model.language_model
+    if isinstance(decoder, ToldModel):
+        decoder.begin()
+    return model
 
 
 def build(
@@ -94,8 +100,10 @@ def build(
     vision_type, decoder_type = vision.pop("type", None), decoder.pop("type", None)
     if vision_type not in VISION_TYPES:
         raise unknown("vision type", vision_type, VISION_TYPES)
+    if decoder_type in DECODERS.types():
+        decoder_type = PREFIX + decoder_type
     if decoder_type not in CONFIG_MAPPING:
-        raise unknown("decoder type", decoder_type, CONFIG_MAPPING.keys())
+        raise unknown("decoder type", decoder_type, [*CONFIG_MAPPING.keys(), *DECODERS.types()])
     if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer needs a pad and an eos token")
     ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}

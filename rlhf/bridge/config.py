@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PretrainedConfig
 
+from rlhf.bridge.decoders import DECODERS, type_of
 from rlhf.bridge.geometry import Geometry
 from rlhf.bridge.naming import DENSE, MODEL_TYPE, MOE, PATCHES
 from rlhf.slots import settings
@@ -32,6 +33,10 @@ class PatchesConfig(PretrainedConfig):
 
 
 CONFIG_MAPPING.register(PATCHES, PatchesConfig, exist_ok=True)
+for _kind in DECODERS.types():
+    _config, _model = DECODERS.make({"type": _kind}).classes()
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    AutoModel.register(_config, _model, exist_ok=True)
 
 
 class BridgeConfig(PretrainedConfig):
@@ -69,6 +74,7 @@ class BridgeConfig(PretrainedConfig):
             packer={"type": "segments"} if packer is None else packer,
             vision=self.vision_config.to_dict(),
             image_token_id=image_token_id,
+            told=self.told,
         )
         self.tiler = settings(geometry.tiler)
         self.encoder = settings(geometry.encoder)
@@ -81,6 +87,17 @@ class BridgeConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
     @property
+    def told(self) -> str:
+        """What the decoder is told of a token beside its position; see `rlhf.bridge.positions`."""
+        kind = type_of(self.text_config.model_type)
+        return DECODERS.find({"type": kind}).told if kind in DECODERS.types() else "nothing"
+
+    @property
+    def mrope_section(self) -> list[int] | None:
+        """Where vLLM finds this it hands over positions in rows."""
+        return None if self.told == "nothing" else [1, 0, 0]
+
+    @property
     def geometry(self) -> Geometry:
         """The media contract these settings describe."""
         return Geometry.of(
@@ -90,4 +107,5 @@ class BridgeConfig(PretrainedConfig):
             packer=self.packer,
             vision=self.vision_config.to_dict(),
             image_token_id=self.image_token_id,
+            told=self.told,
         )

@@ -30,6 +30,7 @@ class Geometry:
     packer: Packer
     image_token_id: int
     vision: tuple[tuple[str, Any], ...]
+    told: str = "nothing"  # what the decoder knows of a token beside its position: see `rlhf.bridge.positions`
 
     @classmethod
     def of(
@@ -41,12 +42,13 @@ class Geometry:
         packer: Mapping[str, Any],
         vision: Mapping[str, Any],
         image_token_id: int,
+        told: str = "nothing",
     ) -> Geometry:
         """From the plain dicts of a config. `vision` needs `patch_size`, and for a tower `image_size`. Raises
         `ValueError` where components do not fit together."""
         parts = TILERS.make(tiler), ENCODERS.make(encoder), CONNECTORS.make(connector), PACKERS.make(packer)
         seen = {key: vision[key] for key in VISION_KEYS if key in vision}
-        geometry = cls(*parts, image_token_id, tuple(sorted(seen.items())))
+        geometry = cls(*parts, image_token_id, tuple(sorted(seen.items())), told)
         geometry.require_fit()
         for size in geometry.tiler.extremes:
             layout = geometry.layout(*size)
@@ -74,6 +76,16 @@ class Geometry:
         if self.packer.type == "feature_map" and getattr(self.tiler, "fit", "pad") != "pad":
             raise ValueError('packer.feature_map cuts padding away: take tiler.fit = "pad", or another packer')
         layouts = [self.layout(*size) for size in self.tiler.extremes]
+        if self.told == "pictures" and len(set(map(self.num_features, layouts))) > 1:
+            raise ValueError(
+                "this decoder counts the features of a picture, and pictures of this tiler have different numbers of "
+                'them: take tiler.type = "single"'
+            )
+        steps, _ = self.packer.placing(2)
+        if self.told != "pictures" and steps != [1, 1]:
+            raise ValueError(
+                f'{packer} positions = "each" is all that a decoder without layers of its own for pictures can do'
+            )
         if windows := self.encoder.windows:
             most = max(sum(tile.role == "local" for tile in layout.tiles) for layout in layouts)
             if not most:
@@ -95,6 +107,7 @@ class Geometry:
             "packer": settings(self.packer),
             "vision": {key: list(v) if isinstance(v, tuple) else v for key, v in self.vision},
             "image_token_id": self.image_token_id,
+            "told": self.told,
         }
 
     def layout(self, width: int, height: int) -> Layout:
@@ -136,6 +149,12 @@ class Geometry:
     def num_features(self, layout: Layout) -> int:
         """Placeholders in `pattern(layout)`: as many features as the model makes of the picture."""
         return self.pattern(layout).count(self.image_token_id)
+
+    @property
+    def placing(self) -> tuple[list[int], list[bool]]:
+        """Of each placeholder of a picture, every picture having as many: by how much positions advance, and whether
+        the decoder takes it for a part of the picture."""
+        return self.packer.placing(self.num_features(self.layout(*self.tiler.extremes[0])))
 
     @property
     def most_tokens(self) -> int:

@@ -16,6 +16,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss
 
 from rlhf.bridge.config import BridgeConfig, is_moe
 from rlhf.bridge.layout import Layout, Tile
+from rlhf.bridge.positions import next_position, position_rows
 from rlhf.bridge.raster import from_cells
 
 PICTURES = ("pixel_values", "picture_sizes", "questions")  # what forward takes of pictures, a row for each cell
@@ -175,6 +176,31 @@ class BridgeModel(BridgePreTrainedModel):
         found = torch.cat(list(features)) if isinstance(features, list) else cast(torch.Tensor, features)
         return embeds + found.sum().to(embeds.dtype) * 0
 
+    def get_rope_index(
+        self,
+        input_ids: torch.Tensor,
+        **kwargs: Any,  # noqa: ARG002 - vLLM may pass more
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What vLLM asks a model with position rows: those of `input_ids` [rows, length], and by how much [rows, 1] the
+        position of the token that follows differs from the length."""
+        following = next_position(input_ids, self.geometry)
+        return position_rows(input_ids, self.geometry), (following - input_ids.shape[1])[:, None]
+
+    def _positions(
+        self, input_ids: torch.Tensor | None, position_ids: torch.Tensor | None, decoding: bool
+    ) -> torch.Tensor | None:
+        """What the decoder gets for positions."""
+        if self.geometry.told == "nothing":
+            return position_ids
+        if position_ids is None and input_ids is not None and not decoding:
+            return position_rows(input_ids, self.geometry)
+        if position_ids is None or position_ids.ndim != 3:
+            raise ValueError(
+                "this bridge's decoder is told of pictures through position rows [3, rows, length]: give those of "
+                "rlhf.bridge.positions as position_ids, or whole input_ids and none"
+            )
+        return position_ids
+
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -190,7 +216,8 @@ class BridgeModel(BridgePreTrainedModel):
     ) -> ModelOutput:
         """`input_ids` [rows, length] are expanded; `pixel_values` [cells, 3, height, width], and `picture_sizes`
         [cells, 2] and `questions` [cells, text length] where they are needed, hold the
-        pictures of all rows in order (a row may have none)."""
+        pictures of all rows in order (a row may have none). `position_ids` are [rows, length], and [3, rows, length]
+        for a decoder with layers of its own for pictures."""
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         decoding = past_key_values is not None and past_key_values.get_seq_length() > 0
@@ -209,7 +236,7 @@ class BridgeModel(BridgePreTrainedModel):
             ModelOutput,
             self.language_model(
                 attention_mask=attention_mask,
-                position_ids=position_ids,
+                position_ids=self._positions(input_ids, position_ids, decoding),
                 past_key_values=past_key_values,
                 inputs_embeds=inputs_embeds,
                 use_cache=use_cache,
@@ -306,7 +333,8 @@ class BridgeForConditionalGeneration(BridgePreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Pictures go in once, with the prompt; later steps find them in the cache."""
+        """Pictures go in once, with the prompt; later steps find them in the cache. Position rows are those of the row
+        so far: what was sampled is text."""
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             past_key_values=past_key_values,
@@ -316,6 +344,8 @@ class BridgeForConditionalGeneration(BridgePreTrainedModel, GenerationMixin):
         )
         if use_cache and not is_first_iteration:
             inputs |= dict.fromkeys(PICTURES)
+        if self.model.geometry.told != "nothing":
+            inputs["position_ids"] = position_rows(input_ids, self.model.geometry)[..., -inputs["input_ids"].shape[1] :]
         return cast(dict[str, Any], inputs)
 
     def _expand_inputs_for_generation(

@@ -15,6 +15,7 @@ from transformers.processing_utils import MultiModalData, ProcessingKwargs
 
 from rlhf.bridge.geometry import Geometry
 from rlhf.bridge.layout import Layout, require_kind
+from rlhf.bridge.positions import position_rows, salt
 from rlhf.bridge.raster import to_cells
 
 
@@ -132,6 +133,16 @@ class BridgeProcessor(ProcessorMixin):
     def expand(self, token_ids: Sequence[int], sizes: Sequence[tuple[int, int]]) -> list[int]:
         """Un-expanded ids, one placeholder a picture -> the ids the model and vLLM see. See `Geometry.expand`."""
         return self.geometry.expand(token_ids, sizes)
+
+    def positions(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """What the model takes for positions of rows of expanded ids [rows, length], padded on the right."""
+        if self.geometry.told == "nothing":
+            return torch.arange(input_ids.shape[1]).expand(input_ids.shape).contiguous()
+        return position_rows(input_ids, self.geometry)
+
+    def salt(self, token_ids: Sequence[int]) -> str | None:
+        """See `rlhf.bridge.positions.salt`."""
+        return salt(token_ids, self.geometry)
 
     def image_inputs(self, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
         """What the model takes of pictures, in order; see `BridgeImageProcessor.inputs`."""

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from rlhf.bridge.layers.gated_cross_attention import GatedLayer
+from rlhf.bridge.layers.modality_adapter import Adapter
 from rlhf.bridge.layers.windows import LowRank
 from tests.unit.test_bridge_build import DENSE
 
@@ -25,6 +27,13 @@ SINGLE = {"type": "single", "size": 16}
 QFORMER = {"type": "qformer", "queries": 6, "layers": 3, "width": 24, "heads": 2, "intermediate": 40}
 READER = {"type": "cross_attention", "queries": 9, "heads": 2}
 GRIDS = [[2, 1], [1, 2], [2, 2], [3, 1], [1, 3]]
+
+GATED = {key: value for key, value in DENSE.items() if key not in ("head_dim", "num_hidden_layers")} | {
+    "type": "gated_cross_attention",
+    "language_layers": 3,
+    "language_head_dim": 16,
+    "every": 2,
+}
 
 SYSTEMS: dict[str, dict[str, Any]] = {
     "llava": {"vision": CLIP, "encoder": PENULTIMATE, "tiler": SINGLE, "connector": {"type": "mlp", "kind": "linear"}},
@@ -121,6 +130,29 @@ SYSTEMS: dict[str, dict[str, Any]] = {
         "tiler": SINGLE,
         "connector": QFORMER | {"type": "context_content", "text_length": 10},
     },
+    "cogvlm": {
+        "vision": CLIP,
+        "encoder": PENULTIMATE,
+        "tiler": SINGLE,
+        "connector": {"type": "mlp", "kind": "glu", "hidden": 24},
+        "packer": {"type": "segments", "edges": "learned", "positions": "shared"},
+        "decoder": DENSE | {"type": "visual_expert"},
+    },
+    "flamingo": {
+        "vision": CLIP,
+        "encoder": PENULTIMATE,
+        "tiler": SINGLE,
+        "connector": {"type": "perceiver", "latents": 5, "depth": 2, "heads": 2, "head_dim": 8, "project": False},
+        "packer": {"type": "segments", "positions": "none"},
+        "decoder": GATED,
+    },
+    "lavin": {
+        "vision": CLIP,
+        "encoder": {"type": "tower", "layer": [-3, -2, -1], "feature": "cls"},
+        "tiler": SINGLE,
+        "connector": {"type": "mlp", "kind": "neck", "hidden": 8},
+        "decoder": DENSE | {"type": "modality_adapter"},
+    },
     "learned edges": {
         "vision": CLIP,
         "encoder": PENULTIMATE,
@@ -143,11 +175,20 @@ SYSTEMS: dict[str, dict[str, Any]] = {
 }
 
 
+SILENT = (".up", ".up_bias", "_gate", ".router")  # ends of the names of parameters that begin at nothing, or nearly so
+
+
 def awake(model: torch.nn.Module) -> None:
-    """Low-rank updates that start at nothing get something to say."""
+    """Layers that start as if they were not there get something to say."""
+    generator = torch.Generator().manual_seed(0)
     for part in model.modules():
-        if isinstance(part, LowRank):
-            torch.nn.init.normal_(part.up, std=0.3, generator=torch.Generator().manual_seed(0))
+        if isinstance(part, (LowRank, Adapter, GatedLayer)):
+            for name, parameter in part.named_parameters():
+                if f".{name}".endswith(SILENT):
+                    torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+    for name, parameter in model.named_parameters():
+        if ".vision_" in name:  # an expert's, begun as copies of the text's
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
 
 
 def spec(name: str) -> dict[str, Any]:

@@ -76,13 +76,16 @@ def test_compare_fails_on_nan_other_ids_and_nothing_checked() -> None:
 class Text:
     """A visual of rows without pictures."""
 
-    pad_id, explicit_positions = 0, True
+    pad_id = 0
 
     def __init__(self, packs: bool = False) -> None:
         self.packs, self.reads = packs, False
 
     def join(self, items: object, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
         return {}
+
+    def positions(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return torch.arange(input_ids.shape[1]).expand(input_ids.shape)
 
     def blank(self) -> None:
         return None
@@ -124,10 +127,13 @@ def test_probes_without_pictures_are_scored_beside_the_row_that_brings_one() -> 
     """Of an ordinary model, whose vision tower every rank must run."""
 
     class Blank:
-        pad_id, explicit_positions, packs, reads = 0, False, False, False
+        pad_id, packs, reads = 0, False, False
 
         def join(self, items: object, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
             return {}
+
+        def positions(self, input_ids: torch.Tensor) -> None:
+            return None
 
         def blank(self) -> Sample:
             return Sample("blank", (5, 5, 5, 5, 5), 1)

@@ -180,7 +180,6 @@ class Grey:
     """A visual whose picture becomes its mean grey; counts what it decodes."""
 
     pad_id = 9
-    explicit_positions = True
     packs = False
     reads = False
     blank_row: Sample | None = None
@@ -194,6 +193,9 @@ class Grey:
 
     def join(self, items, input_ids):
         return concatenate(items)
+
+    def positions(self, input_ids):
+        return torch.arange(input_ids.shape[1]).expand(input_ids.shape)
 
     def blank(self):
         return self.blank_row

@@ -37,6 +37,10 @@ class Packer(Protocol):
         """Token ids that replace the one placeholder of a picture. `image_token_id` must be their most frequent id:
         vLLM finds the placeholders of an expansion that way."""
 
+    def placing(self, count: int) -> tuple[list[int], list[bool]]:
+        """Of each of a picture's `count` placeholders, by how much it advances positions, and whether a decoder with
+        layers for pictures takes it for a part of one."""
+
     def parameters(self, text_width: int) -> int:
         """How many the module has."""
 

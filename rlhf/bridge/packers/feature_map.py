@@ -60,6 +60,9 @@ class FeatureMapPacker:
             return slice(0, 1), slice(0, 0)
         return unpadded(layout.size, (layout.grid[0] * local[0][0], layout.grid[1] * local[0][1]))
 
+    def placing(self, count: int) -> tuple[list[int], list[bool]]:
+        return [1] * count, [True] * count
+
     def parameters(self, text_width: int) -> int:
         return text_width
 

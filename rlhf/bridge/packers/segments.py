@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 EDGES = ("none", "learned", "zeros")
+POSITIONS = ("each", "shared", "none")
 
 
 @PACKERS.register
@@ -21,7 +22,9 @@ class SegmentsPacker:
     """`wrap`: tokens set before and after each picture (SAIL-VL2's `<img>`, `</img>`) · `edges`: vectors there, in
     places of their own, learned (CogVLM) or zero (InternLM-XComposer) · `between`: a token between the tiles of a row,
     `row_end`: one after each row of tiles (LLaVA-UHD: a comma and a new line) · `newline`: a token after each row of a
-    tile's own tokens (Fuyu). A recipe writes tokens, and `build` looks their ids up."""
+    tile's own tokens (Fuyu) · `positions`, for a decoder with layers for pictures: each feature has one of its own, all
+    of a picture share one (CogVLM), or they take none (Flamingo). A recipe writes tokens, and `build` looks their ids
+    up."""
 
     type: ClassVar[str] = "segments"
     token_keys: ClassVar[tuple[str, ...]] = ("wrap", "between", "row_end", "newline")
@@ -30,9 +33,11 @@ class SegmentsPacker:
     between: int | None = None
     row_end: int | None = None
     newline: int | None = None
+    positions: str = "each"
 
     def __post_init__(self) -> None:
         one_of("packer.segments edges", self.edges, EDGES)
+        one_of("packer.segments positions", self.positions, POSITIONS)
         object.__setattr__(self, "wrap", token_pair("packer.segments wrap", self.wrap))
         for name in ("between", "row_end", "newline"):
             token_id(f"packer.segments {name}", getattr(self, name))
@@ -59,6 +64,13 @@ class SegmentsPacker:
         if not self.plain:
             found = [image_token_id, *found, image_token_id]
         return found if self.wrap is None else [self.wrap[0], *found, self.wrap[1]]
+
+    def placing(self, count: int) -> tuple[list[int], list[bool]]:
+        edge = 0 if self.plain else 1
+        inside = count - 2 * edge
+        steps = {"each": [1] * inside, "shared": [1] + [0] * (inside - 1), "none": [0] * inside}[self.positions]
+        # CogVLM's own code: the vector that ends a picture is text to the experts, the one that begins it is not
+        return [1] * edge + steps + [1] * edge, [True] * (count - edge) + [False] * edge
 
     def parameters(self, text_width: int) -> int:
         return 2 * text_width if self.edges == "learned" else 0

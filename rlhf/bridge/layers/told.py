@@ -1,0 +1,80 @@
+"""A Qwen3 decoder whose layers are told something of each token beside its position (`rlhf.bridge.positions`)."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.qwen3.modeling_qwen3 import Qwen3PreTrainedModel, Qwen3RMSNorm, Qwen3RotaryEmbedding
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+Rotary = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, [rows, length, head width]
+
+
+class ToldModel(Qwen3PreTrainedModel):  # type: ignore[misc]
+    """Embeddings and a final norm as Qwen3 has them, around the layers of a subclass."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(self.make_layers())
+        self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = Qwen3RotaryEmbedding(self.plain_config())
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def make_layers(self) -> list[nn.Module]:
+        """As many as the Qwen3 inside has."""
+        raise NotImplementedError
+
+    def plain_config(self) -> Any:
+        """Of the Qwen3 inside."""
+        return self.config
+
+    def begin(self) -> None:
+        """Values with which fresh layers begin where those depend on others; called once, of a new model."""
+
+    def tell(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Position and what layers are told, each [rows, length], of position rows [3, rows, length]."""
+        return rows[0], rows[1] - rows[0]
+
+    def run(self, hidden: torch.Tensor, told: torch.Tensor, **shared: Any) -> torch.Tensor:
+        """The hidden states [rows, length, width] after all layers."""
+        for layer in self.layers:
+            hidden = layer(hidden, told=told, **shared)
+        return hidden
+
+    @merge_with_config_defaults  # type: ignore[untyped-decorator]
+    @capture_outputs  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """`position_ids` are position rows [3, rows, length], or [rows, length] where all is text."""
+        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(hidden.shape[1], device=hidden.device) + seen)[None]
+        rows = position_ids if position_ids.ndim == 3 else position_ids.expand(3, -1, -1)
+        positions, told = self.tell(rows)
+        # without positions: transformers takes a step other than one for the beginning of another text
+        mask = create_causal_mask(self.config, hidden, attention_mask, past_key_values, None)
+        shared = {"mask": mask, "rotary": self.rotary_emb(hidden, positions), "past_key_values": past_key_values}
+        hidden = self.run(hidden, told, **shared, **kwargs)
+        return BaseModelOutputWithPast(
+            last_hidden_state=cast(torch.Tensor, self.norm(hidden)),
+            past_key_values=past_key_values if use_cache else None,
+        )
