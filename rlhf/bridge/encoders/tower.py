@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from rlhf.bridge.decoders.modality_adapter import adapter_parameters
 from rlhf.bridge.encoders import ENCODERS
 from rlhf.slots import at_least, one_of, pair, three
 
@@ -24,7 +25,8 @@ class TowerEncoder:
     class token of a tower that has one (CLIP), or "all", the class token first · `interpolate`: resize the position
     table to tiles of another shape (CLIP, SigLIP) · `mean`, `std`: colour normalisation the tower was trained with
     (AIMv2 and CLIP have their own) · `windows`: so many local tiles have low-rank updates of their own to the tower
-    (CLIP, SigLIP), of ranks `attention_rank` and `mlp_rank` (Monkey)."""
+    (CLIP, SigLIP), of ranks `attention_rank` and `mlp_rank` (Monkey) · `adapter_rank`: above 0, adapters before each
+    layer's attention, in `adapter_groups`, mixed by what a router sees of the class token (CLIP; LaVIN)."""
 
     type: ClassVar[str] = "tower"
     layer: int | tuple[int, ...] = -1
@@ -35,10 +37,19 @@ class TowerEncoder:
     windows: int = 0
     attention_rank: int = 16
     mlp_rank: int = 32
+    adapter_rank: int = 0
+    adapter_groups: int = 2
+    adapter_scale: float = 1.0
+    router_temperature: float = 10.0
 
     def __post_init__(self) -> None:
-        at_least("encoder.tower", self, 0, ("windows",))
-        at_least("encoder.tower", self, 1, ("attention_rank", "mlp_rank"))
+        at_least("encoder.tower", self, 0, ("windows", "adapter_rank"))
+        at_least("encoder.tower", self, 1, ("attention_rank", "mlp_rank", "adapter_groups"))
+        if self.adapter_rank % self.adapter_groups:
+            raise ValueError(
+                f"encoder.tower adapter_rank = {self.adapter_rank} does not divide into adapter_groups = "
+                f"{self.adapter_groups}"
+            )
         if not isinstance(self.layer, int):
             object.__setattr__(self, "layer", tuple(self.layer))
         if not self.layers or max(self.layers) >= 0:
@@ -81,7 +92,9 @@ class TowerEncoder:
     def parameters(self, vision: Mapping[str, Any]) -> int:
         width, layers = int(vision["hidden_size"]), int(vision["num_hidden_layers"]) + 1 + max(self.layers)
         attention = self.attention_rank * (width + 3 * width) + self.attention_rank * 2 * width
-        return self.windows * layers * (attention + self.mlp_rank * 2 * width + 3)
+        windows = self.windows * (attention + self.mlp_rank * 2 * width + 3)
+        adapter = adapter_parameters(width, self.adapter_rank, self.adapter_groups) if self.adapter_rank else 0
+        return layers * (windows + adapter)
 
     def width(self, vision: Mapping[str, Any]) -> int:
         return int(vision["hidden_size"])
@@ -89,5 +102,4 @@ class TowerEncoder:
     def build(self, config: Any) -> nn.Module:
         from rlhf.bridge.layers.tower import Tower
 
-        ranks = self.attention_rank, self.mlp_rank
-        return Tower(config, self.layers, self.feature, self.interpolate, self.windows, ranks)
+        return Tower(config, self)

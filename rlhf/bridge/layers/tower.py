@@ -3,61 +3,76 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
+from torch.nn.functional import layer_norm
 from transformers import AutoModel, PretrainedConfig
 
+from rlhf.bridge.layers.modality_adapter import Adapter
 from rlhf.bridge.layers.windows import WindowedLayer
+
+if TYPE_CHECKING:
+    from rlhf.bridge.encoders.tower import TowerEncoder
 
 FINAL_NORMS = ("post_layernorm", "rms_norm")  # CLIP's and SigLIP's, AIMv2's
 
 
-class Tower(nn.Module):
-    """Normalised pixels [tiles, 3, height, width] -> features [tiles, features, width].
+class AdaptedNorm(nn.Module):
+    """A layer's first norm, and what attention reads adapted (LaVIN): the router sees the class token. Not a LayerNorm,
+    which vLLM would put its own in place of."""
 
-    layers   counted from the end, -1 after the final norm; those above the highest are left out, since they would be
-             parameters without a gradient
-    feature  "patch", "cls" or "all"; the class token comes first
-    windows  so many windows have low-rank updates of these `ranks`, of the attention and beside the feed-forward
-    """
-
-    def __init__(
-        self,
-        config: PretrainedConfig,
-        layers: Sequence[int],
-        feature: str,
-        interpolate: bool,
-        windows: int = 0,
-        ranks: tuple[int, int] = (16, 32),
-    ) -> None:
+    def __init__(self, norm: nn.LayerNorm, settings: TowerEncoder) -> None:
         super().__init__()
-        dropped = -1 - max(layers)
+        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+        shape = norm.normalized_shape[0], settings.adapter_rank, settings.adapter_groups
+        self.adapter = Adapter(*shape, settings.adapter_scale, settings.router_temperature)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [tiles, tokens, width], the class token first"""
+        x = layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+        return cast(torch.Tensor, self.adapter(x, self.adapter.weights(x[:, :1])))
+
+
+class Tower(nn.Module):
+    """Normalised pixels [tiles, 3, height, width] -> features [tiles, features, width]. Layers above the highest that
+    is read are left out, since they would be parameters without a gradient."""
+
+    def __init__(self, config: PretrainedConfig, settings: TowerEncoder) -> None:
+        super().__init__()
+        dropped = -1 - max(settings.layers)
         config = copy.deepcopy(config)
         config.num_hidden_layers -= dropped
-        if min(layers) + dropped < -1 - config.num_hidden_layers:
-            raise ValueError(f"encoder.tower layer {min(layers)}: the tower has {config.num_hidden_layers} layers only")
+        if min(settings.layers) + dropped < -1 - config.num_hidden_layers:
+            raise ValueError(
+                f"encoder.tower layer {min(settings.layers)}: the tower has {config.num_hidden_layers} layers only"
+            )
         self.tower = AutoModel.from_config(config)
         has_class = hasattr(self.tower.embeddings, "class_embedding")
-        if feature != "patch" and not has_class:
-            raise ValueError(f"encoder.tower feature {feature!r}: a {config.model_type} has no class token")
+        for asked, name in (
+            (settings.feature != "patch", f"feature {settings.feature!r}"),
+            (settings.adapter_rank, "adapter_rank"),
+        ):
+            if asked and not has_class:
+                raise ValueError(f"encoder.tower {name}: a {config.model_type} has no class token")
         if dropped or has_class:  # CLIP's norm is for its pooled class token alone
             for name in FINAL_NORMS:
                 if hasattr(self.tower, name):
                     setattr(self.tower, name, nn.Identity())
-        if windows:
-            stack = self.tower.encoder.layers
-            if not hasattr(stack[0], "layer_norm1"):
-                raise ValueError(f"encoder.tower windows: a {config.model_type} has no layers like CLIP's")
-            for place, layer in enumerate(stack):
-                stack[place] = WindowedLayer(layer, windows, *ranks)
-        self.windows = windows
-        self.layers = [layer + dropped for layer in layers]
-        self.chosen = {"patch": slice(int(has_class), None), "cls": slice(0, 1), "all": slice(None)}[feature]
+        stack = self.tower.encoder.layers
+        if settings.windows and not hasattr(stack[0], "layer_norm1"):
+            raise ValueError(f"encoder.tower windows: a {config.model_type} has no layers like CLIP's")
+        for place, layer in enumerate(stack):
+            if settings.adapter_rank:
+                layer.layer_norm1 = AdaptedNorm(layer.layer_norm1, settings)
+            if settings.windows:
+                stack[place] = WindowedLayer(layer, settings.windows, settings.attention_rank, settings.mlp_rank)
+        self.windows = settings.windows
+        self.layers = [layer + dropped for layer in settings.layers]
+        self.chosen = {"patch": slice(int(has_class), None), "cls": slice(0, 1), "all": slice(None)}[settings.feature]
         # Passed only when asked for: AIMv2 has no such argument.
-        self.options: dict[str, Any] = {"interpolate_pos_encoding": True} if interpolate else {}
+        self.options: dict[str, Any] = {"interpolate_pos_encoding": True} if settings.interpolate else {}
 
     def forward(self, pixel_values: torch.Tensor, windows: torch.Tensor | None = None) -> torch.Tensor:
         options = self.options
