@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoProcessor
 
 import rlhf.bridge
 from rlhf.architecture import Architecture, base_of, of_config
+from rlhf.bridge.packers import PACKERS
 from rlhf.data.rows import Rows
 from rlhf.data.tokenizer import train_tokenizer
 from rlhf.foreign import ForeignProcessor
@@ -25,12 +26,24 @@ def build_model(recipe: Recipe, sources: Mapping[str, Rows], folder: Path) -> No
     """Train the tokenizer on the recipe's rows, build the bridge of [model] from random weights, save both."""
     assert recipe.model.bridge is not None
     tokenizer = train_tokenizer(
-        (text for rows in sources.values() for text in texts(rows)), recipe.model.tokenizer.vocab_size, recipe.chat
+        (text for rows in sources.values() for text in texts(rows)),
+        recipe.model.tokenizer.vocab_size,
+        recipe.chat,
+        list(packer_marks(recipe.model.bridge.get("packer", {}))),
     )
     seed = derive(recipe.seed, "model") % 2**31
     model, processor = rlhf.bridge.build(recipe.model.bridge, tokenizer, seed)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
+
+
+def packer_marks(packer: Mapping[str, Any]) -> Iterator[str]:
+    """The tokens a packer names that are no single byte, and that a tokenizer must therefore be taught."""
+    for key in PACKERS.find(packer).token_keys if packer else ():
+        named = packer.get(key)
+        for token in named if isinstance(named, list | tuple) else [named]:
+            if isinstance(token, str) and len(token.encode()) > 1:
+                yield token
 
 
 def texts(rows: Rows) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -28,22 +28,25 @@ TEMPLATE = (
 )
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, chat: Chat) -> PreTrainedTokenizerFast:
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, chat: Chat, marks: Sequence[str] = ()
+) -> PreTrainedTokenizerFast:
     """Learn byte-level BPE merges from `texts` (and from the thinking suffix, as if every second text had it).
 
     No token holds more than one digit; a space may lead one. Special tokens: <pad>, <eos> (ends the assistant's
-    turn: the stop token), <image>, <think>, </think> and a mark for each role. The chat template travels with the
-    tokenizer. The result has at most `vocab_size` tokens. Raises ValueError if that is less than bytes and special
+    turn: the stop token), <image>, <think>, </think>, a mark for each role, and `marks`. The chat template travels with
+    the tokenizer. The result has at most `vocab_size` tokens. Raises ValueError if that is less than bytes and special
     tokens need.
     """
-    least = 256 + len(SPECIAL)
+    special = [*SPECIAL, *(mark for mark in dict.fromkeys(marks) if mark not in SPECIAL)]
+    least = 256 + len(special)
     if vocab_size < least:
         raise ValueError(
-            f"model.tokenizer.vocab_size = {vocab_size}: 256 bytes and {len(SPECIAL)} marks need at least {least}"
+            f"model.tokenizer.vocab_size = {vocab_size}: 256 bytes and {len(special)} marks need at least {least}"
         )
     texts = list(texts)
     bodies = [*texts, *[chat.think_suffix] * (len(texts) // 2)]
-    marks = re.compile("|".join(re.escape(token) for token in SPECIAL))
+    apart = re.compile("|".join(re.escape(token) for token in special))
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -54,17 +57,17 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, chat: Chat) -> PreTra
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=list(SPECIAL),
+        special_tokens=special,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     # marks are cut out first: they are tokens of their own and must not teach merges
-    core.train_from_iterator((piece for body in bodies for piece in marks.split(body)), trainer)
+    core.train_from_iterator((piece for body in bodies for piece in apart.split(body)), trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core,
         pad_token=PAD,
         eos_token=EOS,
-        additional_special_tokens=[THINK, END_THINK, *(f"<{role}>" for role in ROLES)],
+        additional_special_tokens=[token for token in special if token not in (PAD, EOS, IMAGE)],
         extra_special_tokens={"image_token": IMAGE},
         clean_up_tokenization_spaces=False,
     )
