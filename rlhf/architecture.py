@@ -22,7 +22,7 @@ from rlhf.bridge.naming import DENSE, MODEL_TYPE, MOE, PATCHES
 from rlhf.bridge.packers import PACKERS
 from rlhf.bridge.sparsity import dense_layers
 from rlhf.recipe import Lora, Model, Rl
-from rlhf.slots import settings
+from rlhf.slots import laid_over, settings
 
 GIB = float(2**30)
 # what saving a model writes beside its architecture
@@ -175,6 +175,17 @@ class Architecture:
         }
         return int(sum(ends.get(name, 0) for name in lora.target_modules) * lora.rank * d["num_hidden_layers"])
 
+    def rebuilt(self, over: Mapping[str, Mapping[str, Any]]) -> Architecture:
+        """This bridge with these tables laid over its own. Raises ValueError where they do not fit."""
+        if not self.is_bridge:
+            raise ValueError("only a bridge of this project can be rebuilt; leave the stage out")
+        if missing := sorted(over.keys() - set(BRIDGE_SLOTS)):
+            raise ValueError(f"bridge has no slot {missing[0]!r}; its slots are {', '.join(BRIDGE_SLOTS)}")
+        tables = {slot: _relaid(slot, table, over.get(slot, {})) for slot, table in self.tables.items()}
+        made = from_bridge(tables, self.decoder["vocab_size"])
+        same = made.tables == self.tables
+        return self if same else made
+
     def upcycled(self, num_experts: int, top_k: int, layers: str = "all") -> Architecture:
         """This dense bridge after `upcycle`. Raises ValueError where `rlhf.bridge.upcycle` would."""
         if self.experts is not None:
@@ -192,6 +203,18 @@ class Architecture:
             "mlp_only_layers": dense_layers(layers, self.decoder["num_hidden_layers"]),
         }
         return replace(self, name=MOE, spec=_canonical({**self.tables, "decoder": decoder}), stored_parameters=None)
+
+
+def _relaid(slot: str, table: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """A vision encoder or decoder of another type keeps the sizes that it has too, as `rlhf.bridge.rebuild` has it."""
+    if slot not in ("vision", "decoder"):
+        return laid_over(table, over)
+    kind = str(over.get("type", table["type"]))
+    defaults = _defaults(slot, kind) or {}
+    if kind == table["type"] or slot == "vision":
+        return {**table, **over} if kind == table["type"] else {**defaults, **over}
+    plain = decoder.plain(table) if (decoder := own(table)) else dict(table)
+    return {**defaults, **{key: value for key, value in plain.items() if key != "type"}, **over}
 
 
 def algorithm_of(stage: Rl, architecture: Architecture) -> str | None:

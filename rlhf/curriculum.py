@@ -14,6 +14,7 @@ from its last checkpoint; a synthesize or evaluate stage has none and begins ane
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import hashlib
 import itertools
@@ -26,6 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import rlhf.bridge
 from rewards.base import file_of
 from rlhf import evaluation, offline, online, replay, synthesis
 from rlhf.agreement import make_probes
@@ -37,7 +39,20 @@ from rlhf.data.rows import Rows, read, write
 from rlhf.data.sources import open_source, open_sources
 from rlhf.footprint import Footprint
 from rlhf.models import build_model, load_processor, local_folder, masked_ids
-from rlhf.recipe import Evaluate, Gate, Optimised, Preference, Recipe, Rl, Sft, Stage, Synthesize, makes_model
+from rlhf.recipe import (
+    Evaluate,
+    Gate,
+    Optimised,
+    Part,
+    Preference,
+    Rebuild,
+    Recipe,
+    Rl,
+    Sft,
+    Stage,
+    Synthesize,
+    makes_model,
+)
 from rlhf.roles import ActorLostError, Actors, Engine
 from rlhf.scoring import Judge
 from rlhf.stage import Context, derive, packs
@@ -199,6 +214,8 @@ class Curriculum:
             with whole(artifact) as partial:
                 write(rows, partial / "rows.parquet")
             return metrics
+        elif isinstance(stage, Rebuild):
+            return await asyncio.to_thread(self._rebuild, stage, context)
         else:
             return {}
         metrics |= {f"model.{name}": float(value) for name, value in facts.items()}
@@ -208,6 +225,25 @@ class Curriculum:
         with whole(artifact) as partial:
             await self.actors.trainer.export(partial)
         return metrics
+
+    def _rebuild(self, stage: Rebuild, context: Context) -> dict[str, float]:
+        """Another bridge of the stage's model, and how many of its parameters come from where."""
+        model, processor = rlhf.bridge.load(context.model)
+        parts = {slot: (self._home(part), part.part or slot) for slot, part in stage.parts.items()}
+        seed = derive(self.recipe.seed, stage.name, "rebuild") % 2**31
+        made, processor, counts = rlhf.bridge.rebuild(model, processor, stage.bridge, parts, seed)
+        metrics = {f"rebuild.{name}": float(value) for name, value in counts.items()}
+        write_json(context.folder / "made.json", metrics)
+        with whole(context.folder / "artifact") as partial:
+            made.save_pretrained(partial)
+            processor.save_pretrained(partial)
+        return metrics
+
+    def _home(self, part: Part) -> Path:
+        if part.artifact is not None:
+            return self.artifact(part.artifact)
+        assert part.path is not None
+        return local_folder(part.path)
 
     async def _begin_rl(self, stage: Rl) -> Mapping[str, float]:
         return await self.begin(stage) if stage.learn else {}
@@ -316,11 +352,7 @@ class Curriculum:
         if self.recipe.model.path is None:
             data = {name: self.rows(name).digest for name in self.recipe.data}
             return _digest([self._shared(), data])
-        folder = local_folder(self.recipe.model.path)
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
-        # sizes and times: the bytes of a large model would take minutes to read
-        facts = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-        return _digest([self.recipe.model.path, facts])
+        return _digest([self.recipe.model.path, facts_of(local_folder(self.recipe.model.path))])
 
     def _shared(self) -> dict[str, Any]:
         """What every artifact depends on; which vLLM implementation serves a model changes nothing in it."""
@@ -341,10 +373,15 @@ class Curriculum:
         measure.append(_code([self.recipe.evaluation.answer, self.recipe.evaluation.soundness]))
         if stage.evaluate == "none":
             measure = ["none"]
+        parts = stage.parts.values() if isinstance(stage, Rebuild) else ()
+        taken = [
+            self.results[p.artifact]["artifact"]["digest"] if p.artifact else facts_of(self._home(p)) for p in parts
+        ]
         return {
             "parent": self.results[parent]["artifact"]["digest"] if parent else self._model_digest(),
             "recipe_digest": _digest(
                 {"stage": config, "shared": shared, "judges": judges, "code": _code(functions_of(stage))}
+                | ({"parts": taken} if taken else {})
                 | ({"record": digest(Path(stage.replay))} if isinstance(stage, Rl) and stage.replay else {})
             ),
             "data_digest": _digest({name: self.rows(name).digest for name in trained_on(stage)}),
@@ -445,6 +482,12 @@ def train_spec(recipe: Recipe, stage: Sft | Preference | Rl, model: Path, masked
         reference=isinstance(stage, Preference) or (isinstance(stage, Rl) and stage.kl is not None),
         critic=stage.foretelling.lr if isinstance(stage, Rl) and stage.foretelling else None,
     )
+
+
+def facts_of(folder: Path) -> list[tuple[str, int, int]]:
+    """What tells whether a folder's files have changed: the bytes of a large model would take minutes to read."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
 
 
 def trained_on(stage: Stage) -> list[str]:

@@ -131,6 +131,11 @@ class Slot(Generic[Component]):
         self._discovered = True
 
 
+def laid_over(table: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """A component's table with other values; one of another type replaces it."""
+    return dict(over) if over.get("type", table.get("type")) != table.get("type") else {**table, **over}
+
+
 def settings(component: Any) -> dict[str, Any]:
     """The plain dict that `Slot.make` turns back into an equal component: JSON-safe, every default spelt out."""
     fields = {field.name: getattr(component, field.name) for field in dataclasses.fields(component)}

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rlhf.bridge.initialisation import reset
     from rlhf.bridge.model import BridgeForConditionalGeneration, BridgeModel, BridgeMoeForConditionalGeneration
     from rlhf.bridge.processor import BridgeImageProcessor, BridgeProcessor
+    from rlhf.bridge.rebuilding import rebuild
     from rlhf.bridge.registration import register
     from rlhf.bridge.upcycling import upcycle
 
@@ -33,6 +34,7 @@ _HOMES = {
     "build": "builder",
     "load": "builder",
     "register": "registration",
+    "rebuild": "rebuilding",
     "reset": "initialisation",
     "upcycle": "upcycling",
 }
@@ -51,6 +53,7 @@ __all__ = [
     "Tile",
     "build",
     "load",
+    "rebuild",
     "register",
     "reset",
     "short_name",

@@ -37,7 +37,8 @@ MORE_KEYS = ("head_dim", "rope_theta")
 IMAGE_TOKEN = "<image>"  # noqa: S105 - a token of text
 
 
-def _config(slot: str, model_type: str, keys: Mapping[str, Any]) -> PretrainedConfig:
+def config_of(slot: str, model_type: str, keys: Mapping[str, Any]) -> PretrainedConfig:
+    """The transformers config of a slot's table. Raises `ValueError` for a key that it does not have."""
     cls = CONFIG_MAPPING[model_type]
     common = {field.name for field in dataclasses.fields(PretrainedConfig)}
     allowed = {field.name for field in dataclasses.fields(cls)} - common | {*MORE_KEYS, "initializer_range"}
@@ -57,7 +58,7 @@ def _token_id(tokenizer: PreTrainedTokenizerBase, token: str | int) -> int:
     return int(ids[0])
 
 
-def _packer(table: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def packer_ids(table: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """A recipe's packer with ids in place of the tokens it names."""
     found = dict(table)
     for key in PACKERS.find(found).token_keys:
@@ -111,12 +112,12 @@ def build(
     if text["vocab_size"] < len(tokenizer):
         raise ValueError(f"decoder.vocab_size {text['vocab_size']} is below the tokenizer's {len(tokenizer)}")
     config = BridgeConfig(
-        vision_config=_config("vision", VISION_TYPES[vision_type], vision),
-        text_config=_config("decoder", decoder_type, text),
+        vision_config=config_of("vision", VISION_TYPES[vision_type], vision),
+        text_config=config_of("decoder", decoder_type, text),
         tiler=dict(spec["tiler"]),
         encoder=dict(spec.get("encoder", {"type": "tower"})),
         connector=dict(spec.get("connector", {"type": "mlp"})),
-        packer=_packer(spec.get("packer", {"type": "segments"}), tokenizer),
+        packer=packer_ids(spec.get("packer", {"type": "segments"}), tokenizer),
         image_token_id=_token_id(tokenizer, IMAGE_TOKEN),
         **ends,
     )

@@ -13,9 +13,12 @@ from rewards.base import file_of
 from rlhf.algorithms.table import estimator_of, method_of
 from rlhf.recipe import (
     BUILDERS,
+    Draws,
     Evaluate,
     Optimised,
+    Part,
     Preference,
+    Rebuild,
     Recipe,
     Rl,
     Sft,
@@ -62,12 +65,14 @@ def _names(recipe: Recipe) -> Iterator[str]:
 def _model(recipe: Recipe) -> Iterator[str]:
     if recipe.model.bridge is not None and recipe.model.implementation == "vllm":
         yield 'model.implementation = "vllm": vLLM has no bridge of its own; use "transformers" or "auto"'
-    path = recipe.model.path
-    if path is None or Path(path).is_dir():
-        return
+    if recipe.model.path is not None:
+        yield from _folder_or_hub("model.path", recipe.model.path)
+
+
+def _folder_or_hub(what: str, path: str) -> Iterator[str]:
     # a name such as org/model may come from the hub, unless org is a folder here, where a typing error is likelier
-    if not HUB_NAME.fullmatch(path) or Path(path).parent.is_dir():
-        yield f"model.path = {path!r}: no such folder; give a model folder, or a hub name such as Qwen/Qwen3-VL-2B"
+    if not Path(path).is_dir() and (not HUB_NAME.fullmatch(path) or Path(path).parent.is_dir()):
+        yield f"{what} = {path!r}: no such folder; give a model folder, or a hub name such as Qwen/Qwen3-VL-2B"
 
 
 def _sources(recipe: Recipe) -> Iterator[str]:
@@ -161,6 +166,9 @@ def _stage(recipe: Recipe, stage: Stage) -> Iterator[str]:
         yield from _batch(recipe, stage)
     if isinstance(stage, Sft) and stage.upcycle is not None and stage.lora is not None:
         yield "upcycle makes experts that a LoRA adapter would leave frozen copies of one another; use one of the two"
+    if isinstance(stage, Rebuild):
+        for slot, part in stage.parts.items():
+            yield from _part(slot, part)
     if isinstance(stage, Rl):
         yield from _rl(recipe, stage)
     if isinstance(stage, Synthesize):
@@ -170,15 +178,22 @@ def _stage(recipe: Recipe, stage: Stage) -> Iterator[str]:
         yield from _gate(recipe, stage, gate.metric)
 
 
+def _part(slot: str, part: Part) -> Iterator[str]:
+    if part.path is not None:
+        yield from _folder_or_hub(f"parts.{slot}.path", part.path)
+
+
 def _links(recipe: Recipe, stage: Stage, earlier: list[Stage]) -> Iterator[str]:
     kinds = {other.name: other.kind for other in recipe.stages}
     made = [other.name for other in earlier if makes_model(other)]
-    for role, name in (("start", stage.start), *(("judge", judge) for judge in stage.judges)):
+    taken = stage.parts.items() if isinstance(stage, Rebuild) else ()
+    named = [(f"parts.{slot}.artifact", part.artifact) for slot, part in taken]
+    for role, name in (("start", stage.start), *(("judge", judge) for judge in stage.judges), *named):
         if name is None or name in made:
             continue
         if name not in kinds:
             yield f"{role} = {name!r} is no stage; {nearest(name, made)}"
-        elif kinds[name] not in ("sft", "preference", "rl"):
+        elif kinds[name] not in ("sft", "preference", "rl", "rebuild"):
             yield f"{role} = {name!r} is a {kinds[name]} stage, which makes no model; name a stage that trains"
         elif any(name == other.name and not makes_model(other) for other in earlier):
             yield f"{role} = {name!r} only samples (learn = false), and leaves no model; name another"
@@ -192,12 +207,12 @@ def _data(recipe: Recipe, stage: Stage, earlier: list[Stage]) -> Iterator[str]:
     synthesized = [other.name for other in earlier if other.kind == "synthesize"]
     later = [o.name for o in recipe.stages if o.kind == "synthesize" and o.name not in synthesized]
     known = [*recipe.data, *synthesized]
-    wanted = [] if stage.kind == "evaluate" else [("data", name) for name in stage.data]
+    wanted = [("data", name) for name in stage.data] if isinstance(stage, Draws) else []
     if stage.eval_data is not None:
         wanted.append(("eval_data", stage.eval_data))
     if isinstance(stage, Optimised):
         wanted += [("upcycle.calibrate", name) for name in stage.calibrating]
-    if stage.kind != "evaluate" and not stage.data:
+    if isinstance(stage, Draws) and not stage.data:
         yield "data is empty; name at least one source with its weight"
     for key, name in wanted:
         if name in known:
@@ -210,7 +225,7 @@ def _data(recipe: Recipe, stage: Stage, earlier: list[Stage]) -> Iterator[str]:
             yield f"{key} {name!r} is no [data] source and no earlier synthesize stage; {nearest(name, known)}"
     if isinstance(stage, Optimised) and stage.eval_data in stage.data:
         yield f"it trains on {stage.eval_data!r}, which it is measured on; use another source for one of the two"
-    if stage.evaluate == "loss" and not makes_model(stage):
+    if stage.evaluate == "loss" and not (isinstance(stage, Optimised) and makes_model(stage)):
         yield 'evaluate = "loss" needs the trainer, which this stage does not use; move it to an sft or rl stage'
     if stage.evaluate in ("judge", "loss") and stage.eval_data is None:
         yield f'evaluate = "{stage.evaluate}" needs eval_data: the source to measure on'

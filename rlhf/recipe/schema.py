@@ -14,6 +14,7 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 UserPath = Annotated[str, AfterValidator(os.path.expanduser)]  # "~" is the user's home
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 SparseLayers = Literal["all", "every_second", "first_half", "second_half"]  # of a mixture of experts
+Slot = Literal["vision", "connector", "packer", "decoder"]  # of a bridge, that has weights
 Implementation = Literal["auto", "vllm", "transformers"]  # of vLLM: its own, or its Transformers backend
 
 
@@ -528,12 +529,63 @@ class Evaluate(StageBase):
     temperatures: list[Positive] = []
 
 
+class Part(Table):
+    """A part of another model: of a stage's `artifact`, or of the folder or hub name `path`. `part` is its slot
+    there, if that is another; a model of transformers is itself the part."""
+
+    artifact: Name | None = None
+    path: UserPath | None = None
+    part: Slot | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Part:
+        if (self.artifact is None) == (self.path is None):
+            raise ValueError(
+                "give either `artifact` (an earlier stage) or `path` (a folder or hub name), not both or none"
+            )
+        return self
+
+
+class Rebuild(StageBase):
+    """Another bridge with the same weights, without training: `bridge` is laid over the model's tables, slot by slot (a
+    table of another type replaces), so that one stage can see larger pictures than the last. What is new begins afresh;
+    a table of positions is resized. `parts` takes over trained parts of other models. `sizes`: by slot, values for keys
+    that `bridge` has, so that one file makes any recipe small."""
+
+    kind: Literal["rebuild"]
+    bridge: dict[str, dict[str, Any]] = {}
+    parts: dict[Slot, Part] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resized(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or "sizes" not in given:
+            return given
+        rest = {key: value for key, value in given.items() if key != "sizes"}
+        bridge, sizes = given.get("bridge", {}), given["sizes"]
+        if not isinstance(sizes, dict) or not all(isinstance(table, dict) for table in sizes.values()):
+            raise ValueError("`sizes` are tables of keys and values by slot: sizes.tiler = { size = 48 }")
+        if not isinstance(bridge, dict):
+            return rest
+        smaller = {
+            slot: {key: sizes.get(slot, {}).get(key, value) for key, value in table.items()}
+            for slot, table in bridge.items()
+        }
+        return rest | {"bridge": smaller}
+
+    @model_validator(mode="after")
+    def _does_something(self) -> Rebuild:
+        if not self.bridge and not self.parts:
+            raise ValueError("it changes nothing: give `bridge`, tables to lay over the model's, or `parts`")
+        return self
+
+
 def makes_model(stage: StageBase) -> bool:
     """Whether the stage leaves a model that others may continue."""
-    return isinstance(stage, Optimised) and not (isinstance(stage, Rl) and not stage.learn)
+    return isinstance(stage, Optimised | Rebuild) and not (isinstance(stage, Rl) and not stage.learn)
 
 
-Stage = Annotated[Sft | Preference | Rl | Synthesize | Evaluate, Field(discriminator="kind")]
+Stage = Annotated[Sft | Preference | Rl | Rebuild | Synthesize | Evaluate, Field(discriminator="kind")]
 
 
 class Recipe(Table):

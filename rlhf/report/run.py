@@ -16,6 +16,7 @@ KINDS = {
     "sft": "learns from worked examples",
     "preference": "learns which of two answers is better",
     "rl": "practises and is rewarded",
+    "rebuild": "gets other eyes or parts, and keeps what it knows",
     "synthesize": "makes its own training data",
     "evaluate": "sits an exam",
 }
@@ -99,7 +100,7 @@ class RunView:
             # a stage that changes nothing has its parent's digest
             return (*(line_to(parent) if parent is not None and parent.number < stage.number else ()), stage)
 
-        trained = [stage for stage in makers.values() if stage.kind in ("sft", "preference", "rl")]
+        trained = [stage for stage in makers.values() if stage.kind in ("sft", "preference", "rl", "rebuild")]
         return max(map(line_to, trained), key=len, default=self.stages)
 
 

@@ -29,16 +29,25 @@ class LowRank(nn.Module):
         return found * (self.scale[place] * (windows >= 0))[:, None, None]
 
 
+class Projections(nn.Module):
+    """Those of an attention, under their names and without its forward: vLLM would fuse them, and updates could not
+    come between."""
+
+    def __init__(self, attention: Any) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = attention.q_proj, attention.k_proj, attention.v_proj
+        self.out_proj = attention.out_proj
+
+
 class WindowedLayer(GradientCheckpointingLayer):  # type: ignore[misc]
     """A layer of CLIP or SigLIP with updates to queries, keys and values, to the attention's output, and beside the
-    feed-forward, which they do not pass. Its projections are this module's own: vLLM would fuse those of an attention,
-    and updates could not come between."""
+    feed-forward, which they do not pass."""
 
     def __init__(self, layer: Any, windows: int, attention_rank: int, mlp_rank: int) -> None:
         super().__init__()
         attention = layer.self_attn
-        self.query, self.key, self.value = attention.q_proj, attention.k_proj, attention.v_proj
-        self.out, self.heads, self.scale = attention.out_proj, attention.num_heads, attention.scale
+        self.self_attn = Projections(attention)
+        self.heads, self.scale = attention.num_heads, attention.scale
         self.layer_norm1, self.layer_norm2, self.mlp = layer.layer_norm1, layer.layer_norm2, layer.mlp
         width = int(attention.embed_dim)
         self.lora_in = LowRank(windows, width, 3 * width, attention_rank)
@@ -55,9 +64,10 @@ class WindowedLayer(GradientCheckpointingLayer):  # type: ignore[misc]
     ) -> torch.Tensor:
         x = self.layer_norm1(hidden_states)
         updates = self.lora_in(x, windows).chunk(3, dim=-1)
-        projections = zip((self.query, self.key, self.value), updates, strict=True)
+        own = self.self_attn
+        projections = zip((own.q_proj, own.k_proj, own.v_proj), updates, strict=True)
         query, key, value = (project(x) + update for project, update in projections)
         found = attend(query, key, value, self.heads, scale=self.scale)
-        hidden_states = hidden_states + self.out(found) + self.lora_out(found, windows)
+        hidden_states = hidden_states + own.out_proj(found) + self.lora_out(found, windows)
         fed: torch.Tensor = self.mlp(self.layer_norm2(hidden_states))
         return hidden_states + fed + self.lora_mlp(hidden_states, windows)
