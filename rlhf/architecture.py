@@ -405,7 +405,10 @@ def _vision(v: Mapping[str, Any], encoder: Mapping[str, Any]) -> int:
     if v["type"] == "patches":
         return 0
     chosen = encoder.get("layer", -1)
-    dropped = -1 - (chosen if isinstance(chosen, int) else max(chosen))  # layers above the highest that is read
+    highest = chosen if isinstance(chosen, int) else max(chosen)
+    if every := encoder.get("every"):
+        highest = -1 - v["num_hidden_layers"] % every
+    dropped = -1 - highest  # layers above the highest that is read
     hidden, inner, layers = v["hidden_size"], v["intermediate_size"], v["num_hidden_layers"] - dropped
     patch, image = _area(v["patch_size"]), _area(v["image_size"])
     patches = 3 * patch * hidden

@@ -14,7 +14,7 @@ from rlhf.bridge.packers import PACKERS, Packer
 from rlhf.bridge.tilers import TILERS, Tiler
 from rlhf.slots import settings
 
-VISION_KEYS = ("patch_size", "image_size", "is_native")
+VISION_KEYS = ("patch_size", "image_size", "is_native", "num_hidden_layers")
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ ELSEWHERE = {
     "tensor_parallel_size": "tensor_parallel",
     "world_size": "trainer_ranks",
 }
-EVERY = "*"  # in place of a stage's name
+EVERY = "*"  # in place of a stage's or a source's name
 Layer = tuple[str, dict[str, Any], int]  # a file or an override: its name, what it holds, the keys it spells out
 
 
@@ -110,6 +110,9 @@ def _merge(
         old, here = merged.get(key), (*path, key)
         if here == ("stages",):
             merged[key] = _merge_stages(old, value, origin, written)
+        elif here == ("data", EVERY):
+            for name in list(merged):
+                merged = _merge(merged, {name: value}, origin, written, path)
         elif value == {"remove": True} and here[-1] != "options":  # a builder's options are its own
             if key not in merged:
                 raise RecipeError(f"{origin}: there is no {'.'.join(here)} to remove")

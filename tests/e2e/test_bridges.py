@@ -17,9 +17,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file
 
 from rlhf import bridge
-from rlhf.recipe import Sft, load
+from rlhf.architecture import base_of
+from rlhf.recipe import Rebuild, Recipe, Sft, load
+from rlhf.stage import derive
 from rlhf.types import Group, Prompt, Sampling
 from tests.unit.systems import SYSTEMS, awake, spec
 from tests.unit.test_bridge_build import tiny
@@ -139,31 +143,50 @@ def test_a_stage_moves_what_it_declares_and_nothing_else(name: str, tmp_path: Pa
     """The supervised stages of a recipe, small: what a stage's globs name has moved, the rest is bit-equal."""
     files = [str(ROOT / "recipes" / place) for place in (f"bridges/{name}.toml", "sizes/toy.toml")]
     recipe = load(files)
-    removed = [f"stages.{stage.name} = {{ remove = true }}" for stage in recipe.stages if not isinstance(stage, Sft)]
+    kept = [stage for stage in recipe.stages if isinstance(stage, Sft | Rebuild)]
+    removed = [f"stages.{stage.name} = {{ remove = true }}" for stage in recipe.stages if stage not in kept]
+    overrides = [*removed, "stages.think-fusion.start = 'long-cot'", "tracking.wandb = false"]
     command = [sys.executable, "-m", "rlhf.cli", "run", *files]
-    for override in [*removed, "stages.think-fusion.start = 'long-cot'", "tracking.wandb = false"]:
-        command += ["-o", override]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        [*command, *(part for override in overrides for part in ("-o", override))],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    run = tmp_path / "runs" / name
-    stages = [stage for stage in recipe.stages if isinstance(stage, Sft)]
-    made = {stage.name: next(run.glob(f"stages/*-{stage.name}/artifact")) for stage in stages}
-    before = next((run / "model").rglob("model.safetensors")).parent
-    for stage in stages:
-        parent = stage.start or next(
-            (s.name for s in reversed(stages[: stages.index(stage)]) if s.name != "judge"), None
-        )
-        parent = "long-cot" if stage.name == "think-fusion" else parent
-        weights = [
-            dict(bridge.load(folder)[0].named_parameters()) for folder in (made.get(parent, before), made[stage.name])
-        ]
-        moved = {bridge.short_name(key) for key, value in weights[1].items() if not torch.equal(value, weights[0][key])}
-        globs = stage.train or {"*": stage.lr}
-        declared = {
-            bridge.short_name(key) for key in weights[1] if any(fnmatchcase(bridge.short_name(key), g) for g in globs)
-        }
-        assert moved, stage.name
-        assert moved <= declared, stage.name
-        # a row of the embedding that no text has, and what is too small to move in one step, may stay
-        assert len(declared - moved) <= 0.1 * len(declared), (stage.name, sorted(declared - moved))
+    run, recipe = tmp_path / "runs" / name, load(files, overrides)
+    made = {stage.name: next(run.glob(f"stages/*-{stage.name}/artifact")) for stage in recipe.stages}
+    first = next((run / "model").rglob("model.safetensors")).parent
+    for stage in recipe.stages:
+        if isinstance(stage, Sft):
+            parent = recipe.parent_of(stage)
+            moved, declared = moved_by(stage, recipe, made[parent] if parent else first, made[stage.name])
+            assert moved, stage.name
+            assert moved <= declared, stage.name
+            # a row of the embedding that no text has, and what is too small to move in one step, may stay
+            assert len(declared - moved) <= 0.1 * len(declared), (stage.name, sorted(declared - moved))
+
+
+def moved_by(stage: Sft, recipe: Recipe, before: Path, after: Path) -> tuple[set[str], set[str]]:
+    """Names of the parameters that a stage has moved, and of those that it says it trains."""
+    if stage.lora is not None:  # adapters beside a base that is not written again
+        found = load_file(after / "adapter_model.safetensors")
+        ups = {key: bool(value.any()) for key, value in found.items() if ".lora_B." in key}
+        return {key for key, moved in ups.items() if moved}, set(ups)
+    model, _ = bridge.load(base_of(before))
+    seed = derive(recipe.seed, stage.name, "trainer") % 2**31
+    if (before / "adapter_config.json").exists():
+        model = PeftModel.from_pretrained(model, before).merge_and_unload()
+    if stage.upcycle is not None:
+        model = bridge.upcycle(model, stage.upcycle.num_experts, stage.upcycle.top_k, stage.upcycle.layers, seed)
+    if stage.reset:
+        bridge.reset(model, stage.reset, seed)
+    old, new = dict(model.named_parameters()), dict(bridge.load(after)[0].named_parameters())
+    assert old.keys() == new.keys()
+    names = {bridge.short_name(key): key for key in new}
+    moved = {short for short, key in names.items() if not torch.equal(old[key], new[key])}
+    globs = stage.train or {"*": stage.lr}
+    return moved, {short for short in names if any(fnmatchcase(short, glob) for glob in globs)}

@@ -148,7 +148,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     },
     "lavin": {
         "vision": CLIP,
-        "encoder": {"type": "tower", "layer": [-3, -2, -1], "feature": "cls", "adapter_rank": 4},
+        "encoder": {"type": "tower", "every": 1, "feature": "cls", "adapter_rank": 4},
         "tiler": SINGLE,
         "connector": {"type": "mlp", "kind": "neck", "hidden": 8},
         "decoder": DENSE | {"type": "modality_adapter"},

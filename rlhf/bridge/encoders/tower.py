@@ -21,7 +21,8 @@ FEATURES = ("patch", "cls", "all")
 @dataclass(frozen=True)
 class TowerEncoder:
     """`layer`: -1 is the tower's output after its final norm, -2 the output of the last layer but one, and so on
-    (LLaVA's numbering; layers above it are not built); several of them end to end (LaVIN) · `feature`: the patches, the
+    (LLaVA's numbering; layers above it are not built); several of them end to end; or `every`: the last of each so many
+    layers (LaVIN: 4) · `feature`: the patches, the
     class token of a tower that has one (CLIP), or "all", the class token first · `interpolate`: resize the position
     table to tiles of another shape (CLIP, SigLIP) · `mean`, `std`: colour normalisation the tower was trained with
     (AIMv2 and CLIP have their own) · `windows`: so many local tiles have low-rank updates of their own to the tower
@@ -30,6 +31,7 @@ class TowerEncoder:
 
     type: ClassVar[str] = "tower"
     layer: int | tuple[int, ...] = -1
+    every: int = 0
     feature: str = "patch"
     interpolate: bool = False
     mean: tuple[float, float, float] = HALF
@@ -43,7 +45,7 @@ class TowerEncoder:
     router_temperature: float = 10.0
 
     def __post_init__(self) -> None:
-        at_least("encoder.tower", self, 0, ("windows", "adapter_rank"))
+        at_least("encoder.tower", self, 0, ("windows", "adapter_rank", "every"))
         at_least("encoder.tower", self, 1, ("attention_rank", "mlp_rank", "adapter_groups"))
         if self.adapter_rank % self.adapter_groups:
             raise ValueError(
@@ -52,17 +54,23 @@ class TowerEncoder:
             )
         if not isinstance(self.layer, int):
             object.__setattr__(self, "layer", tuple(self.layer))
-        if not self.layers or max(self.layers) >= 0:
+        given = self.layer if isinstance(self.layer, tuple) else (self.layer,)
+        if not given or max(given) >= 0:
             raise ValueError(f"encoder.tower layer counts from the end: -1, -2, ...; got {self.layer}")
-        if self.windows and len(self.layers) > 1:
+        if self.windows and (self.every or len(given) > 1):
             raise ValueError("encoder.tower windows are for a tower of which one layer is read")
         one_of("encoder.tower feature", self.feature, FEATURES)
         for name in ("mean", "std"):
             object.__setattr__(self, name, three(f"encoder.tower {name}", getattr(self, name)))
 
-    @property
-    def layers(self) -> tuple[int, ...]:
-        return (self.layer,) if isinstance(self.layer, int) else self.layer
+    def layers(self, vision: Mapping[str, Any]) -> tuple[int, ...]:
+        """Those that are read, counted from the end."""
+        if not self.every:
+            return (self.layer,) if isinstance(self.layer, int) else self.layer
+        total = int(vision["num_hidden_layers"])
+        if self.every > total:
+            raise ValueError(f"encoder.tower every = {self.every}: the tower has {total} layers only")
+        return tuple(layer - total - 1 for layer in range(self.every, total + 1, self.every))
 
     def grid(self, box: tuple[int, int], vision: Mapping[str, Any]) -> tuple[int, int]:
         if "image_size" not in vision:
@@ -79,18 +87,19 @@ class TowerEncoder:
         if box[0] % patch[0] or box[1] % patch[1]:
             raise ValueError(f"tiles of {box} (height, width) do not divide into patches of {patch}")
         rows, cols = box[0] // patch[0], box[1] // patch[1]
+        read = len(self.layers(vision))
         if self.feature == "cls":
-            return 1, len(self.layers)
+            return 1, read
         if self.feature == "all":
-            return 1, len(self.layers) * (1 + rows * cols)
-        return len(self.layers) * rows, cols
+            return 1, read * (1 + rows * cols)
+        return read * rows, cols
 
     @property
     def planar(self) -> bool:
-        return self.feature == "patch" and len(self.layers) == 1
+        return self.feature == "patch" and isinstance(self.layer, int) and not self.every
 
     def parameters(self, vision: Mapping[str, Any]) -> int:
-        width, layers = int(vision["hidden_size"]), int(vision["num_hidden_layers"]) + 1 + max(self.layers)
+        width, layers = int(vision["hidden_size"]), int(vision["num_hidden_layers"]) + 1 + max(self.layers(vision))
         attention = self.attention_rank * (width + 3 * width) + self.attention_rank * 2 * width
         windows = self.windows * (attention + self.mlp_rank * 2 * width + 3)
         adapter = adapter_parameters(width, self.adapter_rank, self.adapter_groups) if self.adapter_rank else 0

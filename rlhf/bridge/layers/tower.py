@@ -41,13 +41,12 @@ class Tower(nn.Module):
 
     def __init__(self, config: PretrainedConfig, settings: TowerEncoder) -> None:
         super().__init__()
-        dropped = -1 - max(settings.layers)
+        read = settings.layers(config.to_dict())
+        dropped = -1 - max(read)
         config = copy.deepcopy(config)
         config.num_hidden_layers -= dropped
-        if min(settings.layers) + dropped < -1 - config.num_hidden_layers:
-            raise ValueError(
-                f"encoder.tower layer {min(settings.layers)}: the tower has {config.num_hidden_layers} layers only"
-            )
+        if min(read) + dropped < -1 - config.num_hidden_layers:
+            raise ValueError(f"encoder.tower layer {min(read)}: the tower has {config.num_hidden_layers} layers only")
         self.tower = AutoModel.from_config(config)
         has_class = hasattr(self.tower.embeddings, "class_embedding")
         for asked, name in (
@@ -69,7 +68,7 @@ class Tower(nn.Module):
             if settings.windows:
                 stack[place] = WindowedLayer(layer, settings.windows, settings.attention_rank, settings.mlp_rank)
         self.windows = settings.windows
-        self.layers = [layer + dropped for layer in settings.layers]
+        self.layers = [layer + dropped for layer in read]
         self.chosen = {"patch": slice(int(has_class), None), "cls": slice(0, 1), "all": slice(None)}[settings.feature]
         # Passed only when asked for: AIMv2 has no such argument.
         self.options: dict[str, Any] = {"interpolate_pos_encoding": True} if settings.interpolate else {}
