@@ -63,8 +63,8 @@ check: $(STAMP) $(ASIDE)  ## format, lint, types, docker files, tests
 	$(VENV)/bin/hadolint docker/Dockerfile.cpu docker/Dockerfile.gpu
 	$(PYTEST)
 
-bridges: $(STAMP)  ## every published bridge against the engine, and the stages of every recipe of recipes/bridges
-	BRIDGES=all $(PY) -m pytest tests/e2e/test_bridges.py $(ARGS)
+bridges: $(STAMP)  ## every recipe of recipes/bridges, small: its stages, and its rollouts beside the trainer; into bridges.json
+	$(PY) -m tests.bridges $(ARGS)
 
 bench: $(STAMP)  ## ratios to a peer on this machine, into bench.json (an hour; nothing else may run)
 	$(PY) -m tests.bench $(ARGS)

@@ -22,6 +22,7 @@ ABOUT = """Post-training of vision-language models: a recipe is a curriculum, a 
 
 Exit status: 0 done, 1 the run failed, 2 the recipe or the data cannot be used, 3 a gate was missed, 130 interrupted.
 """
+BRIDGES = Path("recipes/bridges")
 FAILED, UNUSABLE, GATE_MISSED, INTERRUPTED = 1, 2, 3, 130
 CONTINUES = "the same command continues from the last checkpoint"
 
@@ -61,6 +62,10 @@ def _parser() -> argparse.ArgumentParser:
     verb("check", check_command, "measure what only an engine can tell: implementation and log-prob gap of [model]")
     evaluate = verb("eval", eval_command, "evaluate a model folder on the recipe's held-out questions")
     evaluate.add_argument("--model", type=Path, required=True, help="an artifact folder")
+    bridges = verb("bridges", bridges_command, "list published bridges: size, tokens, stages, serving", recipe=False)
+    bridges.add_argument("recipe", nargs="*", type=Path, help="recipe files (default: all of recipes/bridges)")
+    bridges.add_argument("--size", default="1024x768", metavar="WIDTHxHEIGHT", help="of the picture whose tokens count")
+    bridges.add_argument("--markdown", action="store_true", help="as the table of recipes/bridges/README.md")
     report = verb("report", report_command, "write report.html of a run folder", recipe=False)
     report.add_argument("folder", type=Path)
     submit = verb("submit", submit_command, "run a curriculum as a job of a Ray head (started here if none is given)")
@@ -186,6 +191,19 @@ def _report(folder: Path) -> None:
 
 def plan_command(parsed: argparse.Namespace) -> int:
     print(describe(make_plan(load(parsed.recipe, parsed.override), verdicts=_verdicts(parsed))))
+    return 0
+
+
+def bridges_command(parsed: argparse.Namespace) -> int:
+    from rlhf.plan.bridges import list_bridges
+
+    width, _, height = parsed.size.partition("x")
+    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+        return _fail(f"--size {parsed.size}: write width and height in pixels, such as 1024x768", UNUSABLE)
+    paths = parsed.recipe or sorted(BRIDGES.glob("*.toml"))
+    if not paths:
+        return _fail(f"no recipes in {BRIDGES}; name recipe files, or call this where {BRIDGES} is", UNUSABLE)
+    print(list_bridges(paths, (int(width), int(height)), parsed.markdown))
     return 0
 
 

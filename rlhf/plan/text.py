@@ -9,7 +9,9 @@ from rlhf.plan.types import Plan, StagePlan
 
 
 @dataclass(frozen=True)
-class _Table:
+class Text:
+    """A table of words."""
+
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -28,11 +30,11 @@ def describe(plan: Plan) -> str:
     ]
     lines += [f"note: {note}" for note in plan.notes]
     for table in _tables(plan):
-        lines += ["", table.title, *_aligned(table)]
+        lines += ["", table.title, *aligned(table)]
     return "\n".join(lines)
 
 
-def _tables(plan: Plan) -> tuple[_Table, ...]:
+def _tables(plan: Plan) -> tuple[Text, ...]:
     actors = tuple(
         (a.role, str(a.count), f"{a.cpus:g}", str(a.threads), f"{a.gpus:g}", f"{a.memory_gib:.2f}") for a in plan.actors
     )
@@ -43,8 +45,8 @@ def _tables(plan: Plan) -> tuple[_Table, ...]:
         for use in stage.engines
     )
     return (
-        _Table("Actors", ("role", "number", "cpus", "threads", "gpus", "GiB each"), actors),
-        _Table(
+        Text("Actors", ("role", "number", "cpus", "threads", "gpus", "GiB each"), actors),
+        Text(
             "Stages",
             (
                 "stage",
@@ -59,7 +61,7 @@ def _tables(plan: Plan) -> tuple[_Table, ...]:
             ),
             stages,
         ),
-        _Table("Engines", ("stage", "role", "architecture", "workers", "cold starts", "log-probs"), engines),
+        Text("Engines", ("stage", "role", "architecture", "workers", "cold starts", "log-probs"), engines),
     )
 
 
@@ -79,7 +81,8 @@ def _stage_row(stage: StagePlan) -> tuple[str, ...]:
     )
 
 
-def _aligned(table: _Table) -> Iterator[str]:
+def aligned(table: Text) -> Iterator[str]:
+    """Its lines, columns under one another."""
     lines = (table.columns, *table.rows)
     widths = [max(len(line[i]) for line in lines) for i in range(len(table.columns))]
     for line in lines:

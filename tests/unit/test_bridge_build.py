@@ -54,9 +54,10 @@ SPEC = {
 }
 
 
-def byte_tokenizer():
+def byte_tokenizer(marks=()):
     """One token a byte and the special ones: no training, no files."""
-    vocabulary = {token: i for i, token in enumerate(SPECIAL + sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    special = [*SPECIAL, *(mark for mark in marks if mark not in SPECIAL)]
+    vocabulary = {token: i for i, token in enumerate(special + sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -64,14 +65,14 @@ def byte_tokenizer():
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         eos_token="<eos>",
-        additional_special_tokens=["<image>", "<img>", "</img>"],
+        additional_special_tokens=special[2:],
         padding_side="left",
     )
 
 
-def tiny(seed=0, loud=True, **slots):
+def tiny(seed=0, loud=True, marks=(), **slots):
     """(model, processor). `loud` scales the weights so that every part is heard in the logits."""
-    model, processor = rlhf.bridge.build(copy.deepcopy(SPEC | slots), byte_tokenizer(), seed)
+    model, processor = rlhf.bridge.build(copy.deepcopy(SPEC | slots), byte_tokenizer(marks), seed)
     if loud:
         with torch.no_grad():
             for parameter in model.parameters():
