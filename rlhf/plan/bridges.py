@@ -19,8 +19,8 @@ SERVED = {
 
 
 def list_bridges(paths: Sequence[Path], size: tuple[int, int], markdown: bool = False) -> str:
-    """A table of recipes, a line for each stage; tokens are those of a picture of `size` = (width, height), and the most any
-    picture becomes. Raises PlanError where a recipe builds no bridge."""
+    """A table of recipes, a line for each stage; tokens are those of a picture of `size` = (width, height), and the
+    most any picture becomes. Raises PlanError where a recipe builds no bridge."""
     rows = [_row(path, load([path]), size) for path in paths]
     if not markdown:
         lines = [

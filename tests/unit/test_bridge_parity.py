@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import cross_entropy
 from transformers import (
     AutoModel,
+    Blip2Config,
+    Blip2ForImageTextRetrieval,
     Blip2QFormerConfig,
     Blip2QFormerModel,
     CLIPVisionConfig,
@@ -29,6 +32,7 @@ from transformers.models.internvl.modeling_internvl import InternVLModel
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.minicpmv4_6.image_processing_pil_minicpmv4_6 import MiniCPMV4_6ImageProcessorPil
 
+from rlhf.bridge.alignment import align
 from rlhf.bridge.connectors import CONNECTORS
 from rlhf.bridge.layers.mlp import PixelShuffle
 from rlhf.bridge.layers.qformer import QFormer
@@ -495,14 +499,7 @@ def test_a_large_picture_is_scaled_into_fuyus_box():
 def test_windows_have_updates_of_their_own():
     ours, processor = tiny(**spec("monkey"))
     plain = tiny(**spec("monkey") | {"encoder": {"type": "tower"}})[0]
-    names = {".query.": ".self_attn.q_proj.", ".key.": ".self_attn.k_proj.", ".value.": ".self_attn.v_proj."}
-    names[".out."] = ".self_attn.out_proj."
-    shared = {}
-    for name, value in ours.state_dict().items():
-        if ".lora_" not in name:
-            own = next((name.replace(*pair) for pair in names.items() if ".layers." in name and pair[0] in name), name)
-            shared[own] = value
-    plain.load_state_dict(shared)
+    plain.load_state_dict({name: value for name, value in ours.state_dict().items() if ".lora_" not in name})
     inputs = processor.image_inputs([picture(0, 40, 24), picture(1, 9, 50)])
 
     def tiles(model):
@@ -543,12 +540,164 @@ def test_a_windows_update_is_its_formula():
     one = x[:1]
     normed = layer.layer_norm1(one)
     q, k, v = low(layer.lora_in, normed).chunk(3, dim=-1)
-    parts = [layer.query(normed) + q, layer.key(normed) + k, layer.value(normed) + v]
+    own = layer.self_attn
+    parts = [own.q_proj(normed) + q, own.k_proj(normed) + k, own.v_proj(normed) + v]
     heads = [part.unflatten(-1, (2, -1)).transpose(1, 2) for part in parts]
     weights = (heads[0] @ heads[1].transpose(2, 3) * (WIDTH / 2) ** -0.5).softmax(-1)
     joined = (weights @ heads[2]).transpose(1, 2).flatten(2)
-    one = one + layer.out(joined) + low(layer.lora_out, joined)
+    one = one + own.out_proj(joined) + low(layer.lora_out, joined)
     expected = one + layer.mlp(layer.layer_norm2(one)) + low(layer.lora_mlp, one)
     torch.testing.assert_close(layer(x, windows=windows)[:1], expected, **CLOSE)
     windows = torch.tensor([-1, -1])
     assert torch.equal(layer(x, windows=windows)[1], layer(x.flip(0), windows=windows)[0])
+
+
+# T4
+
+
+def aligning():
+    """A reader with the heads of BLIP-2's first stage, and BLIP-2 of transformers with its weights."""
+    module = connector(
+        type="qformer", queries=6, layers=3, width=24, heads=2, intermediate=40, text_length=8, aligned=10
+    )
+    reader = module.reader.eval()
+    reader.heads.temperature.data.fill_(0.5)
+    for part in reader.modules():  # loud enough to tell one picture from another
+        if isinstance(part, nn.LayerNorm):
+            part.weight.data += 1
+    theirs = Blip2ForImageTextRetrieval(
+        Blip2Config(
+            vision_config={
+                "hidden_size": WIDTH,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "intermediate_size": 8,
+            },
+            qformer_config={
+                "hidden_size": 24,
+                "num_hidden_layers": 3,
+                "num_attention_heads": 2,
+                "intermediate_size": 40,
+                "encoder_hidden_size": WIDTH,
+                "cross_attention_frequency": 2,
+                "vocab_size": 51,
+                "max_position_embeddings": 8,
+                "use_qformer_text_input": True,
+            },
+            text_config={"model_type": "opt", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+            num_query_tokens=6,
+            image_text_hidden_size=10,
+        )
+    ).eval()
+    copy(NAMES, reader.qformer, theirs.qformer)
+    heads = reader.heads
+    with torch.no_grad():
+        theirs.query_tokens.copy_(reader.queries[None])
+        theirs.embeddings.word_embeddings.weight.copy_(torch.cat((reader.words.weight, heads.starts[:1])))
+        theirs.embeddings.position_embeddings.weight.copy_(reader.places.weight)
+        own = ((heads.vision, "vision_projection"), (heads.text, "text_projection"), (heads.match, "itm_head"))
+        for ours, name in own:
+            getattr(theirs, name).load_state_dict(ours.state_dict())
+    features = torch.randn(3, 9, WIDTH)
+    captions = torch.tensor([[3, 4, 5, 6], [7, 8, -1, -1], [9, 4, 2, -1]])
+    # what stands for their vision model: it gives what the reader's norm makes of the features
+    theirs.vision_model.forward = lambda pixel_values, **_: (reader.norm_vision(pixel_values),)
+    return reader, theirs, features, captions
+
+
+def scores(theirs, features, captions, match):
+    ids = torch.cat((torch.full((len(captions), 1), 50), captions.clamp(min=0)), dim=1)
+    seen = torch.nn.functional.pad((captions >= 0).long(), (1, 0), value=1)
+    out = theirs(features, ids, seen, use_image_text_matching_head=match, return_dict=False)
+    return out[0]
+
+
+@torch.no_grad()
+def test_contrast_and_matching_are_blip2s():
+    reader, theirs, features, captions = aligning()
+    likeness = scores(theirs, features, captions, False) / 0.5
+    if likeness.shape != (3, 3):
+        likeness = likeness.reshape(3, 3)
+    found = align(reader, features, captions, ("itc",), 3)["itc"]
+    target = torch.arange(3)
+    expected = sum(cross_entropy(part, target, label_smoothing=0.1) for part in (likeness, likeness.T)) / 2
+    torch.testing.assert_close(found, expected, **CLOSE)
+    swapped = align(reader, features.flip(0), captions.flip(0), ("itc",), 3)["itc"]
+    torch.testing.assert_close(found, swapped, **CLOSE)  # the same pairs in another order
+    assert abs(align(reader, features.flip(0), captions, ("itc",), 3)["itc"] - found) > 1e-3  # the control: other pairs
+
+    torch.manual_seed(1)
+    drawn = align(reader, features, captions, ("itm",), 3)["itm"]
+    torch.manual_seed(1)
+    others = likeness.clone().fill_diagonal_(-1e4)
+    wrong_captions = torch.multinomial(others.softmax(1), 1)[:, 0]
+    wrong_pictures = torch.multinomial(others.T.softmax(1), 1)[:, 0]
+    assert not (wrong_captions == target).any()  # never the pair itself
+    assert not (wrong_pictures == target).any()
+    pictures, texts = torch.cat((target, wrong_pictures, target)), torch.cat((target, target, wrong_captions))
+    logits = scores(theirs, features[pictures], captions[texts], True)
+    labels = torch.tensor([1] * 3 + [0] * 6)
+    torch.testing.assert_close(drawn, cross_entropy(logits, labels), **CLOSE)
+    assert abs(cross_entropy(logits, 1 - labels) - drawn) > 1e-3
+
+
+@torch.no_grad()
+def test_generation_tells_captions_from_queries_that_do_not_see_them():
+    """BLIP-2's two passes, the queries' keys kept from the first, are one pass under one mask."""
+    reader, theirs, features, captions = aligning()
+    found = align(reader, features, captions, ("itg",), 3)["itg"]
+    source = reader.norm_vision(features)
+    words = torch.cat((reader.heads.starts[1].expand(3, 1, -1), reader.words(captions.clamp(min=0))), dim=1)
+    both = torch.cat((reader.queries.expand(3, -1, -1), words + reader.places.weight[:5]), dim=1)
+    told = reader.qformer(reader.queries.expand(3, -1, -1), source, 6)
+    seen = torch.ones(11, 11, dtype=torch.bool).tril()
+    seen[:6, :6] = True
+    whole = reader.qformer(both, source, 6, seen[None, None])
+    asked = {"query_embeds": both, "query_length": 6, "encoder_hidden_states": source}
+    expected = theirs.qformer(
+        **asked, attention_mask=torch.where(seen, 0.0, torch.finfo(torch.float32).min).expand(3, 1, -1, -1)
+    ).last_hidden_state
+    torch.testing.assert_close(whole, expected, **CLOSE)
+    torch.testing.assert_close(whole[:, :6], told, **CLOSE)  # queries as if there were no text
+    logits = reader.heads.words(whole[:, 6:-1], reader.words.weight).transpose(1, 2)
+    expected = cross_entropy(logits, captions, label_smoothing=0.1, ignore_index=-1)
+    torch.testing.assert_close(found, expected, **CLOSE)
+    other = captions.clone()
+    other[0, 3] = 11  # the last word of a caption: nothing before it hears of it
+    changed = reader.qformer(
+        torch.cat((both[:, :-1], (reader.words(other.clamp(min=0))[:, -1:] + reader.places.weight[4])), dim=1),
+        source,
+        6,
+        seen[None, None],
+    )
+    torch.testing.assert_close(changed[:, :-1], whole[:, :-1], **EXACT)
+    assert (changed[:, -1] - whole[:, -1]).abs().max() > 1e-3
+
+
+def test_pairs_that_do_not_count_change_nothing():
+    reader, _, features, captions = aligning()
+    wanted = ("itc", "itm", "itg")
+    torch.manual_seed(0)
+    two = align(reader, features[:2], captions[:2], wanted, 2)
+    torch.manual_seed(0)
+    padded = align(reader, features, captions, ("itg",), 2)
+    torch.testing.assert_close(padded["itg"], two["itg"], **CLOSE)
+    none = align(reader, features[:1], captions[:1], wanted, 0)
+    assert [float(value.detach()) for value in none.values()] == [0, 0, 0]
+    sum(none.values()).backward()
+    assert all(parameter.grad is not None for parameter in reader.parameters())
+    reader.zero_grad()
+    sum(two.values()).backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in reader.parameters())
+
+
+def test_a_q_former_of_published_size():
+    """188 million parameters with BERT's words, the first stage's heads included (BLIP-2, section 3.1), to 1 %: how many
+    words and which heads the paper counts it does not say."""
+    settings = CONNECTORS.make({"type": "qformer", "text_length": 512, "aligned": 256})
+    with torch.device("meta"):
+        module = settings.build(1408, 4096, 30523)
+    count = sum(parameter.numel() for parameter in module.parameters())
+    assert count == settings.parameters(1408, 4096, 30523)
+    count -= sum(parameter.numel() for parameter in module.projection.parameters())
+    assert abs(count / 188e6 - 1) < 0.01

@@ -19,7 +19,9 @@ class QFormerConnector(Plain):
     """A BERT whose queries see the picture by cross-attention in every `cross_every`-th layer, the first included ·
     `queries`: tokens a tile becomes · `layers`, `width`, `heads`, `intermediate`: BERT's (published: its base size) ·
     `text_length`: so many tokens of the question at most go through its self-attention beside the queries
-    (InstructBLIP); 0 for none · `norm`: a LayerNorm of the vision features before it (BLIP-2's ln_vision)."""
+    (InstructBLIP); 0 for none · `norm`: a LayerNorm of the vision features before it (BLIP-2's ln_vision) · `aligned`:
+    above 0, heads for BLIP-2's first stage, whose contrast is in so many dimensions (published: 256), and text in the
+    last layer too."""
 
     type: ClassVar[str] = "qformer"
     queries: int = 32
@@ -30,11 +32,14 @@ class QFormerConnector(Plain):
     cross_every: int = 2
     text_length: int = 0
     norm: bool = True
+    aligned: int = 0
 
     def __post_init__(self) -> None:
         what = f"connector.{self.type}"
         at_least(what, self, 1, ("queries", "layers", "width", "heads", "intermediate", "cross_every"))
-        at_least(what, self, 0, ("text_length",))
+        at_least(what, self, 0, ("text_length", "aligned"))
+        if self.aligned and self.text_length < 2:
+            raise ValueError(f"{what} aligned compares pictures with their captions: give text_length, their longest")
         if self.width % self.heads:
             raise ValueError(f"{what} width {self.width} does not divide into {self.heads} heads")
 
@@ -50,9 +55,14 @@ class QFormerConnector(Plain):
         crossed = (self.layers + self.cross_every - 1) // self.cross_every
         stack = self.layers * (attention + feeding) + crossed * crossing
         ends = self.queries * width + 2 * width + (2 * vision_width if self.norm else 0)
-        # what text becomes in the last layer is read by nobody
-        text = (vocabulary + self.text_length) * width + (self.layers - 1) * feeding if self.text_length else 0
-        return stack + ends + text
+        text = (vocabulary + self.text_length) * width + self.text_layers * feeding if self.text_length else 0
+        heads = 2 * (width + 1) * self.aligned + 2 * (width + 1) + 1 + 2 * width + width**2 + 3 * width + vocabulary
+        return stack + ends + text + (heads if self.aligned else 0)
+
+    @property
+    def text_layers(self) -> int:
+        """Layers with a feed-forward for text: what it becomes in the last is read by nobody but the heads."""
+        return self.layers if self.aligned else self.layers - 1 if self.text_length else 0
 
     def parameters(self, vision_width: int, text_width: int, vocabulary: int) -> int:
         return self.reader_parameters(vision_width, vocabulary) + self.width * text_width + text_width

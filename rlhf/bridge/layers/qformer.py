@@ -95,6 +95,26 @@ class QFormer(nn.Module):
         return x
 
 
+class Heads(nn.Module):
+    """What BLIP-2's first stage asks of queries and text: where both lie in one space, whether they match, and the next
+    word."""
+
+    def __init__(self, width: int, space: int, vocabulary: int) -> None:
+        super().__init__()
+        self.starts = nn.Parameter(torch.randn(2, width) * 0.02)  # begin a text to be compared, and one to be told
+        self.vision = nn.Linear(width, space)
+        self.text = nn.Linear(width, space)
+        self.match = nn.Linear(width, 2)
+        self.temperature = nn.Parameter(torch.tensor(0.07))
+        self.transform = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width, eps=EPS)
+        self.bias = nn.Parameter(torch.zeros(vocabulary))
+
+    def words(self, states: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        """Logits [..., vocabulary] of the next word from states [..., width] and the table of words."""
+        return self.norm(gelu(self.transform(states))) @ table.T + self.bias
+
+
 class Reader(nn.Module):
     """Queries that read a picture and, where text_length is above 0, a question: features [tiles, features, vision
     width] and text [tiles, text_length], -1 where there is no token -> [tiles, queries, width]."""
@@ -105,8 +125,8 @@ class Reader(nn.Module):
         self.norm_vision = nn.LayerNorm(vision_width) if settings.norm else None
         self.words = nn.Embedding(vocabulary, settings.width) if settings.text_length else None
         self.places = nn.Embedding(settings.text_length, settings.width) if settings.text_length else None
-        # what text becomes in the last layer is read by nobody
-        self.qformer = QFormer(settings, vision_width, settings.layers - 1 if settings.text_length else 0)
+        self.qformer = QFormer(settings, vision_width, settings.text_layers)
+        self.heads = Heads(settings.width, settings.aligned, vocabulary) if settings.aligned else None
 
     def forward(self, features: torch.Tensor, text: torch.Tensor | None) -> torch.Tensor:
         source = features if self.norm_vision is None else self.norm_vision(features)
@@ -114,6 +134,8 @@ class Reader(nn.Module):
         if self.words is None or self.places is None:
             found: torch.Tensor = self.qformer(asked, source, asked.shape[1])
             return found
+        if self.heads is not None:
+            raise ValueError("this connector is for BLIP-2's first stage: set connector.aligned = 0 before it is read")
         if text is None:
             raise ValueError("this connector reads the question: give `questions` [cells, text_length]")
         words = self.words(text.clamp(min=0)) + self.places.weight
