@@ -190,7 +190,7 @@ class Policy(Learner):
     def _sources(self) -> Iterator[tuple[str, list[nn.Parameter]]]:
         """Base name of every parameter, and the parameters needed to compute it."""
         for name, parameter in self.model.named_parameters():
-            if ".lora_" in name:
+            if self.spec.lora is not None and ".lora_" in name:
                 continue
             needed = [parameter]
             if ".base_layer." in name:

@@ -132,13 +132,16 @@ def build(
 
 
 def load(path: str | PathLike[str]) -> tuple[BridgeForConditionalGeneration, BridgeProcessor]:
-    """The model (in evaluation mode) and processor of a saved folder. Raises `ValueError` if the two disagree."""
-    model = AutoModelForImageTextToText.from_pretrained(path)
+    """The model (in evaluation mode) and processor of a saved folder. Raises `ValueError` if the two disagree, or where
+    weights are missing: transformers would put anything in their place."""
+    model, loaded = AutoModelForImageTextToText.from_pretrained(path, output_loading_info=True)
     processor = AutoProcessor.from_pretrained(path)
     if not isinstance(model, BridgeForConditionalGeneration) or not isinstance(processor, BridgeProcessor):
         raise ValueError(  # noqa: TRY004 - the folder is wrong, not the type of an argument
             f"{path} holds a {type(model).__name__} with a {type(processor).__name__}, not a bridge"
         )
+    if missing := sorted(loaded["missing_keys"]):
+        raise ValueError(f"{path} lacks {len(missing)} weights of its model, {missing[0]} among them; save it whole")
     if processor.geometry != model.config.geometry:
         raise ValueError(f"{path}: its image processor and its config.json describe different pictures")
     return model, processor

@@ -156,7 +156,7 @@ def _part(slot: str, folder: Path, part: str, model: BridgeForConditionalGenerat
 
 def _added(name: str) -> bool:
     """Whether a parameter is one of those that adaptations add to published models."""
-    return any(mark in name for mark in (".vision_", ".gated.", "adapter", ".lora_"))
+    return any(mark in name for mark in (".vision_", ".gated.", "adapter", ".window_"))
 
 
 def _weights(slot: str, folder: Path, part: str) -> Weights:

@@ -99,6 +99,16 @@ def test_the_seed_decides_the_weights_and_leaves_the_callers_random_state_alone(
     assert not torch.equal(one["model.connector.2.weight"], other["model.connector.2.weight"])
 
 
+def test_a_folder_without_all_weights_is_refused(tmp_path):
+    """transformers would put anything in their place, and say so in a note."""
+    model, processor = tiny()
+    kept = {name: value for name, value in model.state_dict().items() if "connector" not in name}
+    model.save_pretrained(tmp_path, state_dict=kept)
+    processor.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"lacks \d+ weights of its model, model.connector"):
+        rlhf.bridge.load(tmp_path)
+
+
 def test_architecture_names_say_which_decoder_has_experts():
     for decoder, moe in ((DENSE, False), (MOE, True)):
         model, _ = tiny(decoder=decoder)

@@ -499,7 +499,7 @@ def test_a_large_picture_is_scaled_into_fuyus_box():
 def test_windows_have_updates_of_their_own():
     ours, processor = tiny(**spec("monkey"))
     plain = tiny(**spec("monkey") | {"encoder": {"type": "tower"}})[0]
-    plain.load_state_dict({name: value for name, value in ours.state_dict().items() if ".lora_" not in name})
+    plain.load_state_dict({name: value for name, value in ours.state_dict().items() if ".window_" not in name})
     inputs = processor.image_inputs([picture(0, 40, 24), picture(1, 9, 50)])
 
     def tiles(model):
@@ -509,7 +509,7 @@ def test_windows_have_updates_of_their_own():
 
     expected = tiles(plain)
     layers = ours.model.vision.tower.encoder.layers
-    updates = [layer.get_submodule(name) for layer in layers for name in ("lora_in", "lora_out", "lora_mlp")]
+    updates = [layer.get_submodule(name) for layer in layers for name in ("window_in", "window_out", "window_mlp")]
     for update in updates:  # `tiny` scales what is not a vector; updates start at 0
         assert not update.up.any()
         assert update.scale.eq(1).all()
@@ -528,7 +528,7 @@ def test_a_windows_update_is_its_formula():
     """To q, k and v from the normed input, to the attention's output, and past the feed-forward from its input."""
     ours, _ = tiny(**spec("monkey"))
     layer = ours.model.vision.tower.encoder.layers[0]
-    for update in (layer.lora_in, layer.lora_out, layer.lora_mlp):
+    for update in (layer.window_in, layer.window_out, layer.window_mlp):
         nn.init.normal_(update.up, std=0.3)
         nn.init.normal_(update.scale)
     windows = torch.tensor([2, -1])
@@ -539,14 +539,14 @@ def test_a_windows_update_is_its_formula():
 
     one = x[:1]
     normed = layer.layer_norm1(one)
-    q, k, v = low(layer.lora_in, normed).chunk(3, dim=-1)
+    q, k, v = low(layer.window_in, normed).chunk(3, dim=-1)
     own = layer.self_attn
     parts = [own.q_proj(normed) + q, own.k_proj(normed) + k, own.v_proj(normed) + v]
     heads = [part.unflatten(-1, (2, -1)).transpose(1, 2) for part in parts]
     weights = (heads[0] @ heads[1].transpose(2, 3) * (WIDTH / 2) ** -0.5).softmax(-1)
     joined = (weights @ heads[2]).transpose(1, 2).flatten(2)
-    one = one + own.out_proj(joined) + low(layer.lora_out, joined)
-    expected = one + layer.mlp(layer.layer_norm2(one)) + low(layer.lora_mlp, one)
+    one = one + own.out_proj(joined) + low(layer.window_out, joined)
+    expected = one + layer.mlp(layer.layer_norm2(one)) + low(layer.window_mlp, one)
     torch.testing.assert_close(layer(x, windows=windows)[:1], expected, **CLOSE)
     windows = torch.tensor([-1, -1])
     assert torch.equal(layer(x, windows=windows)[1], layer(x.flip(0), windows=windows)[0])
@@ -692,8 +692,8 @@ def test_pairs_that_do_not_count_change_nothing():
 
 
 def test_a_q_former_of_published_size():
-    """188 million parameters with BERT's words, the first stage's heads included (BLIP-2, section 3.1), to 1 %: how many
-    words and which heads the paper counts it does not say."""
+    """188 million parameters with BERT's words, the first stage's heads included (BLIP-2, section 3.1), to 1 %: how
+    many words and which heads the paper counts it does not say."""
     settings = CONNECTORS.make({"type": "qformer", "text_length": 512, "aligned": 256})
     with torch.device("meta"):
         module = settings.build(1408, 4096, 30523)

@@ -94,7 +94,7 @@ def test_windows_begin_as_the_tower_they_share():
     found = made.model.vision(pixels, torch.arange(4))
     torch.testing.assert_close(found, model.model.vision(pixels), atol=1e-6, rtol=0)
     assert counts["left"] == 0
-    assert counts["fresh"] == sum(p.numel() for n, p in made.named_parameters() if ".lora_" in n)
+    assert counts["fresh"] == sum(p.numel() for n, p in made.named_parameters() if ".window_" in n)
 
 
 @torch.no_grad()

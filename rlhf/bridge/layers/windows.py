@@ -50,9 +50,9 @@ class WindowedLayer(GradientCheckpointingLayer):  # type: ignore[misc]
         self.heads, self.scale = attention.num_heads, attention.scale
         self.layer_norm1, self.layer_norm2, self.mlp = layer.layer_norm1, layer.layer_norm2, layer.mlp
         width = int(attention.embed_dim)
-        self.lora_in = LowRank(windows, width, 3 * width, attention_rank)
-        self.lora_out = LowRank(windows, width, width, attention_rank)
-        self.lora_mlp = LowRank(windows, width, width, mlp_rank)
+        self.window_in = LowRank(windows, width, 3 * width, attention_rank)
+        self.window_out = LowRank(windows, width, width, attention_rank)
+        self.window_mlp = LowRank(windows, width, width, mlp_rank)
 
     def forward(
         self,
@@ -63,11 +63,11 @@ class WindowedLayer(GradientCheckpointingLayer):  # type: ignore[misc]
         **kwargs: Any,  # noqa: ARG002
     ) -> torch.Tensor:
         x = self.layer_norm1(hidden_states)
-        updates = self.lora_in(x, windows).chunk(3, dim=-1)
+        updates = self.window_in(x, windows).chunk(3, dim=-1)
         own = self.self_attn
         projections = zip((own.q_proj, own.k_proj, own.v_proj), updates, strict=True)
         query, key, value = (project(x) + update for project, update in projections)
         found = attend(query, key, value, self.heads, scale=self.scale)
-        hidden_states = hidden_states + own.out_proj(found) + self.lora_out(found, windows)
+        hidden_states = hidden_states + own.out_proj(found) + self.window_out(found, windows)
         fed: torch.Tensor = self.mlp(self.layer_norm2(hidden_states))
-        return hidden_states + fed + self.lora_mlp(hidden_states, windows)
+        return hidden_states + fed + self.window_mlp(hidden_states, windows)
