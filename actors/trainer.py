@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from actors.aligner import Aligner
 from actors.critic import Critic
 from actors.learner import TrainInfo
 from actors.policy import Policy
@@ -47,7 +48,8 @@ class TrainerRank:
         """Load spec.model and make it ready to train. Raises ValueError for globs that match nothing, and for an
         upcycling or reset the model does not support."""
         self.end()
-        self._stage = Policy(self._deepspeed, spec, self.rank, self.world_size, self.device)
+        kind = Aligner if spec.objectives else Policy
+        self._stage = kind(self._deepspeed, spec, self.rank, self.world_size, self.device)
         if spec.critic is not None:
             self._critic = Critic(self._deepspeed, spec, self.rank, self.world_size, self.device)
         return self._stage.info

@@ -277,6 +277,7 @@ class TrainSpec:
     checkpointing  backward computes each layer anew instead of keeping what forward made of it
     packed   rows of a micro-batch lie end to end, a shared prompt once, without padding; for bridges only
     reference  keep a frozen copy of `model` to measure divergences from; with LoRA the base is that
+    objectives  of a stage that teaches the connector alone, and their weights: `rlhf.bridge.alignment`
     critic   the learning rate of a second model, begun from `model`, that foretells the rewards; None: there is none
     """
 
@@ -303,3 +304,4 @@ class TrainSpec:
     packed: bool = False
     reference: bool = False
     critic: float | None = None
+    objectives: Mapping[str, float] = field(default_factory=dict)

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import distributed
+from torch.distributed.nn.functional import all_gather
 from torch.nn.functional import cross_entropy, normalize
 
 from rlhf.bridge.layers.qformer import Heads, Reader
@@ -69,20 +70,17 @@ def _likeness(heads: Heads, told: torch.Tensor, alone: torch.Tensor, own: int) -
 
 
 def _of_all_ranks(mine: torch.Tensor, own: int) -> torch.Tensor:
-    """This rank's, with their gradient, and then what counts of the others'."""
+    """This rank's, and then what counts of the others', whose gradients go back to them."""
     if not distributed.is_initialized() or distributed.get_world_size() == 1:
         return mine
-    counts = [torch.zeros(1, dtype=torch.long, device=mine.device) for _ in range(distributed.get_world_size())]
-    distributed.all_gather(counts, torch.tensor([own], device=mine.device))
-    sizes = [int(count) for count in counts]
-    padded = mine.new_zeros(max(1, *sizes), *mine.shape[1:])
-    padded[:own] = mine[:own].detach()
-    parts = [torch.empty_like(padded) for _ in sizes]
-    distributed.all_gather(parts, padded)
-    rank = distributed.get_rank()
-    return torch.cat(
-        (mine, *(part[:size] for at, (part, size) in enumerate(zip(parts, sizes, strict=True)) if at != rank))
-    )
+    sizes = torch.zeros(distributed.get_world_size(), dtype=torch.long, device=mine.device)
+    sizes[distributed.get_rank()] = own
+    distributed.all_reduce(sizes)
+    most = max(1, int(sizes.max()))
+    padded = torch.cat((mine[:own], mine.new_zeros(most - own, *mine.shape[1:])))
+    parts = all_gather(padded)
+    counts = enumerate(zip(parts, sizes.tolist(), strict=True))
+    return torch.cat((mine, *(part[:size] for rank, (part, size) in counts if rank != distributed.get_rank())))
 
 
 def _contrast(of_pictures: torch.Tensor, of_texts: torch.Tensor, own: int) -> torch.Tensor:

@@ -81,6 +81,8 @@ class Geometry:
                 "this decoder counts the features of a picture, and pictures of this tiler have different numbers of "
                 'them: take tiler.type = "single"'
             )
+        if getattr(self.connector, "aligned", 0) and any(len(layout.tiles) > 1 or self.sized for layout in layouts):
+            raise ValueError(f'{connector} aligned compares pictures of one tile: take tiler.type = "single"')
         steps, _ = self.packer.placing(2)
         if self.told != "pictures" and steps != [1, 1]:
             raise ValueError(

@@ -14,7 +14,9 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput, MoeCausalLMOutputWithPast
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
+from rlhf.bridge.alignment import align
 from rlhf.bridge.config import BridgeConfig, is_moe
+from rlhf.bridge.layers.qformer import Reader
 from rlhf.bridge.layout import Layout, Tile
 from rlhf.bridge.positions import next_position, position_rows
 from rlhf.bridge.raster import from_cells
@@ -176,6 +178,15 @@ class BridgeModel(BridgePreTrainedModel):
         found = torch.cat(list(features)) if isinstance(features, list) else cast(torch.Tensor, features)
         return embeds + found.sum().to(embeds.dtype) * 0
 
+    def align(
+        self, pixel_values: torch.Tensor, captions: torch.Tensor, objectives: Sequence[str], pairs: int
+    ) -> dict[str, torch.Tensor]:
+        """Losses that teach the connector alone; see `rlhf.bridge.alignment`. `pixel_values` [pairs, 3, height, width]
+        of pictures of one tile, `captions` [pairs, length], -1 after their end; the first `pairs` of them count."""
+        return align(
+            cast(Reader, self.connector.reader), self.vision(pixel_values.to(self.dtype)), captions, objectives, pairs
+        )
+
     def get_rope_index(
         self,
         input_ids: torch.Tensor,
@@ -283,11 +294,18 @@ class BridgeForConditionalGeneration(BridgePreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        captions: torch.Tensor | None = None,
+        objectives: Sequence[str] = (),
+        pairs: int = 0,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
         """Logits [rows, kept length, vocabulary]; `loss` when `labels` [rows, length] are given; `router_logits` (one
         [rows * length, experts] a layer) and the balancing `aux_loss` of a mixture-of-experts decoder when asked for,
-        in which case the loss holds `router_aux_loss_coef` times it, as in transformers."""
+        in which case the loss holds `router_aux_loss_coef` times it, as in transformers. With `captions`: no logits,
+        but the losses of `BridgeModel.align` by name."""
+        if captions is not None:
+            assert pixel_values is not None
+            return cast(Any, self.model.align(pixel_values, captions, objectives, pairs))
         text = self.config.text_config
         routed = is_moe(text) and (text.output_router_logits if output_router_logits is None else output_router_logits)
         if routed:

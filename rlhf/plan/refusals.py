@@ -10,7 +10,7 @@ from rlhf.architecture import Architecture, algorithm_of
 from rlhf.plan.cluster import Cluster
 from rlhf.plan.engines import is_served
 from rlhf.plan.feasibility import nearest
-from rlhf.recipe import Optimised, Recipe, Rl, Stage
+from rlhf.recipe import Optimised, Rebuild, Recipe, Rl, Sft, Stage
 
 # GSPO's ratio is a geometric mean over a row's tokens: it moves by 1e-4 to 1e-3 a step (2507.18071 clips at 3e-4, 4e-4)
 GSPO_CLIP_LIMIT = 0.01
@@ -44,6 +44,19 @@ def _unfit(recipe: Recipe, stage: Stage, architecture: Architecture) -> Iterator
                 f"a clip range of {widest:g} never binds for GSPO, whose ratio is a mean over the whole row; leave "
                 "clip_low and clip_high out (3e-4 and 4e-4)"
             )
+    aligned = architecture.tables.get("connector", {}).get("aligned", 0) if architecture.is_bridge else 0
+    if isinstance(stage, Sft) and stage.objectives:
+        if not aligned:
+            yield "objectives need a Q-Former with their heads: set connector.aligned = 256 and connector.text_length"
+        if stage.evaluate != "none" or stage.lora is not None or stage.mix == "loss":
+            yield (
+                'objectives teach the connector, not the answers: leave `evaluate`, `lora` and mix = "loss" out here'
+            )
+    elif aligned and not isinstance(stage, Rebuild):
+        yield (
+            'connector.aligned is for a stage with `objectives`; put a stage of kind "rebuild" before this one, with '
+            "bridge.connector.aligned = 0"
+        )
     shards = recipe.resources.zero_stage == 3 and recipe.resources.trainer_ranks > 1
     if isinstance(stage, Optimised) and shards and architecture.shapes_differ:
         yield (

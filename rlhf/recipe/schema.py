@@ -319,10 +319,13 @@ class Optimised(Draws):
 class Sft(Optimised):
     """Supervised: negative log-likelihood of the assistant's words. normalise = "token": mean over all answer
     tokens of the batch; "row": summed over each row's tokens, divided by the number of rows (SAIL-VL2, think-fusion).
-    `reset` names parameters to start anew (a fresh connector); `upcycle` makes the decoder a mixture of experts."""
+    `reset` names parameters to start anew (a fresh connector); `upcycle` makes the decoder a mixture of experts.
+    `objectives`, with their weights, in place of the likelihood: BLIP-2's contrast ("itc"), matching ("itm") and
+    generation ("itg") of pictures and answers, which teach a Q-Former and need no decoder."""
 
     kind: Literal["sft"]
     batch_size: PositiveInt
+    objectives: dict[Literal["itc", "itm", "itg"], Positive] = {}
     normalise: Literal["token", "row"] = "token"
     reset: list[str] = []
     upcycle: Upcycle | None = None

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.architecture import architecture_of
-from rlhf.recipe import Sft, load
+from rlhf.recipe import load
 from tests.bridges import parity, stages
 
 
@@ -42,10 +42,8 @@ def main() -> int:
 def one(name: str, ask: parity.Ask) -> dict[str, Any]:
     """A line of bridges.json. Raises AssertionError where something is not as the recipe or the engine says."""
     full, small = load(stages.files_of(name)[:1]), load(stages.files_of(name))
-    assert small.model.bridge is not None
-    mixed = next((s.upcycle for s in small.stages if isinstance(s, Sft) and s.upcycle is not None), None)
     with tempfile.TemporaryDirectory(prefix="bridges-") as folder:
-        gap = parity.measure(small.model.bridge, ask, Path(folder) / "model", mixed)
+        gap = parity.measure(*stages.served(small), ask, Path(folder) / "model")
         assert gap.holds, f"gap {gap.gap:.1e}, control {gap.control:.1e}"
         recipe, made, first = stages.run(name, Path(folder), [])
         stages.check(recipe, made, first)

@@ -113,7 +113,7 @@ def difference(model: Any, processor: Any, groups: Sequence[Group], masked: Sequ
     return float(np.max(found))
 
 
-def measure(tables: Mapping[str, Any], ask: Ask, folder: Path, upcycle: Upcycle | None = None) -> Parity:
+def measure(tables: Mapping[str, Any], upcycle: Upcycle | None, ask: Ask, folder: Path) -> Parity:
     """Build the bridge, its weights loud enough to be heard, and let an engine sample from it."""
     torch.set_num_threads(1)
     model, processor = tiny(marks=packer_marks(tables.get("packer", {})), **tables)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -14,7 +15,8 @@ from safetensors.torch import load_file
 
 from rlhf import bridge
 from rlhf.architecture import base_of
-from rlhf.recipe import Optimised, Recipe, Sft, load, makes_model
+from rlhf.recipe import Optimised, Rebuild, Recipe, Sft, Upcycle, load, makes_model
+from rlhf.slots import laid_over
 from rlhf.stage import derive
 
 ROOT = Path(__file__).parents[2]
@@ -25,6 +27,16 @@ DEADLINE = 400.0
 def files_of(name: str) -> list[str]:
     """The recipe, and the overlay that makes it small."""
     return [str(ROOT / "recipes" / place) for place in (f"bridges/{name}.toml", "sizes/toy.toml")]
+
+
+def served(recipe: Recipe) -> tuple[dict[str, dict[str, Any]], Upcycle | None]:
+    """The bridge as the last stages have it, and what its decoder became."""
+    assert recipe.model.bridge is not None
+    tables = dict(recipe.model.bridge)
+    for stage in recipe.stages:
+        if isinstance(stage, Rebuild):
+            tables |= {slot: laid_over(tables.get(slot, {}), over) for slot, over in stage.bridge.items()}
+    return tables, next((s.upcycle for s in recipe.stages if isinstance(s, Sft) and s.upcycle is not None), None)
 
 
 def run(name: str, folder: Path, overrides: list[str]) -> tuple[Recipe, dict[str, Path], Path]:

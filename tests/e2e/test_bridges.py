@@ -24,10 +24,7 @@ def ask() -> Iterator[parity.Ask]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_rollouts_have_the_trainers_log_probs(name: str, ask: parity.Ask, tmp_path: Path) -> None:
-    recipe = load(stages.files_of(name))
-    assert recipe.model.bridge is not None
-    upcycle = next((s.upcycle for s in recipe.stages if isinstance(s, Sft) and s.upcycle is not None), None)
-    found = parity.measure(recipe.model.bridge, ask, tmp_path, upcycle)
+    found = parity.measure(*stages.served(load(stages.files_of(name))), ask, tmp_path)
     assert found.holds, found
 
 

@@ -164,7 +164,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def save_bridge(folder: Path, moe: bool) -> str:
+def save_bridge(folder: Path, moe: bool, **slots: Any) -> str:
     decoder: dict[str, Any] = {
         "type": "qwen3",
         "hidden_size": 32,
@@ -195,6 +195,7 @@ def save_bridge(folder: Path, moe: bool) -> str:
         },
         "tiler": {"type": "single", "size": [16, 16]},
         "decoder": decoder,
+        **slots,
     }
     model, processor = bridge.build(spec, tokenizer(), seed=0)
     # the default initialisation leaves gradients too small to compare at 1e-5
@@ -283,6 +284,38 @@ def test_two_ranks_train_as_one(one, two, sparse, zero_stage):
     held_out = lopsided(99)
     # ten optimizer steps of Adam apart, so no longer equal to rounding
     assert two.losses(held_out[0])["loss"] == pytest.approx(one.losses(held_out[1])["loss"], abs=1e-3)
+
+
+@pytest.fixture(scope="module")
+def reading(tmp_path_factory):
+    """A bridge whose Q-Former has the heads of BLIP-2's first stage."""
+    folder = tmp_path_factory.mktemp("reading")
+    sizes = {"queries": 4, "layers": 2, "width": 16, "heads": 2, "intermediate": 32, "text_length": 12}
+    return save_bridge(folder, moe=False, connector={"type": "qformer", **sizes, "aligned": 8})
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_pairs_are_compared_over_all_ranks(one, two, reading, zero_stage):
+    """Contrast and generation of BLIP-2 on two ranks as on one, gradients of what was compared included; a rank may
+    have no pair. (Matching draws its false pairs, of a rank's own.)"""
+    changes = {"train": {"connector.reader.*": 1e-3}, "objectives": {"itc": 1.0, "itg": 0.5}}
+    one.begin(spec_of(reading, **changes))
+    two.begin(spec_of(reading, zero_stage=zero_stage, **changes))
+    for step in range(4):
+        pairs = rows(5, True, step * 10)
+        mine = (pairs[:3], pairs[3:]) if step % 2 else (pairs, [])
+        tokens = sum(sample.num_completion for sample in pairs)
+        expected = one.step(Batch(((tuple(pairs),),), tokens, 5)).metrics
+        found = two.step(Batch(tuple((tuple(part),) for part in mine), tokens, 5)).metrics
+        assert found["itc"] == pytest.approx(expected["itc"], abs=1e-5), step
+        assert found["itg"] == pytest.approx(expected["itg"], abs=1e-5)
+        assert found["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+    gradients, wanted = two.first_gradients(), one.first_gradients()
+    assert gradients.keys() == wanted.keys()
+    for name, gradient in gradients.items():
+        assert np.abs(gradient - wanted[name]).max() <= 1e-5, name
+    with pytest.raises(Exception, match="text/0/0 has 0 pictures"):
+        one.step(Batch(((tuple(rows(2, False)),),), 9, 2))
 
 
 @pytest.mark.parametrize("zero_stage", [2, 3])

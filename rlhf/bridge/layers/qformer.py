@@ -105,7 +105,7 @@ class Heads(nn.Module):
         self.vision = nn.Linear(width, space)
         self.text = nn.Linear(width, space)
         self.match = nn.Linear(width, 2)
-        self.temperature = nn.Parameter(torch.tensor(0.07))
+        self.temperature = nn.Parameter(torch.full((1,), 0.07))
         self.transform = nn.Linear(width, width)
         self.norm = nn.LayerNorm(width, eps=EPS)
         self.bias = nn.Parameter(torch.zeros(vocabulary))
@@ -134,8 +134,6 @@ class Reader(nn.Module):
         if self.words is None or self.places is None:
             found: torch.Tensor = self.qformer(asked, source, asked.shape[1])
             return found
-        if self.heads is not None:
-            raise ValueError("this connector is for BLIP-2's first stage: set connector.aligned = 0 before it is read")
         if text is None:
             raise ValueError("this connector reads the question: give `questions` [cells, text_length]")
         words = self.words(text.clamp(min=0)) + self.places.weight
