@@ -95,3 +95,29 @@ def test_what_an_actor_raised_is_told_without_its_wrapping(
     assert shown == (
         "rlhf: ValueError: train: the glob 'x.*' matches no parameter\ndo it again; RLHF_TRACEBACK=1 shows where\n"
     )
+
+
+def test_bridges_are_listed_with_what_a_picture_becomes(capsys: pytest.CaptureFixture[str]) -> None:
+    folder = RECIPE.parent / "bridges"
+    names = ("llava15", "flamingo", "qwen_vl")
+    status, shown = run(capsys, "bridges", *(str(folder / f"{name}.toml") for name in names), "--size", "500x375")
+    assert status == 0
+    lines = shown.splitlines()
+    assert [line.split()[0] for line in lines if line[:1].strip()] == ["recipe", *names]
+    llava15 = next(line for line in lines if line.startswith("llava15"))
+    assert "576" in llava15
+    assert "align: connector" in llava15
+    assert "at-448: vision.image_size = 448, tiler.size = 448" in shown
+    status, shown = run(capsys, "bridges", str(RECIPE), "--size", "wide")
+    assert (status, "--size wide: write width and height" in shown) == (2, True)
+    status, shown = run(capsys, "bridges", str(folder / "none.toml"))
+    assert (status, "none.toml: cannot be read" in shown) == (2, True)
+
+
+def test_the_page_of_bridges_has_the_table_that_is_printed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(RECIPE.parents[1])
+    status, shown = run(capsys, "bridges", "--markdown")
+    assert status == 0
+    assert shown.strip() in (RECIPE.parent / "bridges" / "README.md").read_text()
