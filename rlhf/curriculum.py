@@ -351,7 +351,8 @@ class Curriculum:
         """What the model before all stages is: what it is built from, or which files it has."""
         if self.recipe.model.path is None:
             data = {name: self.rows(name).digest for name in self.recipe.data}
-            return _digest([self._shared(), data])
+            taken = self.recipe.model.tokenizer.path
+            return _digest([self._shared(), data, *([facts_of(local_folder(taken))] if taken else [])])
         return _digest([self.recipe.model.path, facts_of(local_folder(self.recipe.model.path))])
 
     def _shared(self) -> dict[str, Any]:

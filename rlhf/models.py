@@ -14,7 +14,7 @@ import rlhf.bridge
 from rlhf.architecture import Architecture, base_of, of_config
 from rlhf.bridge.packers import PACKERS
 from rlhf.data.rows import Rows
-from rlhf.data.tokenizer import train_tokenizer
+from rlhf.data.tokenizer import adopt_tokenizer, train_tokenizer
 from rlhf.foreign import ForeignProcessor
 from rlhf.recipe import Recipe
 from rlhf.stage import derive
@@ -23,14 +23,15 @@ TOKENIZER_ROWS = 2000  # rows of each source the tokenizer is trained on
 
 
 def build_model(recipe: Recipe, sources: Mapping[str, Rows], folder: Path) -> None:
-    """Train the tokenizer on the recipe's rows, build the bridge of [model] from random weights, save both."""
+    """Train the tokenizer on the recipe's rows, or take the one it names, build the bridge of [model] from random
+    weights, save both."""
     assert recipe.model.bridge is not None
-    tokenizer = train_tokenizer(
-        (text for rows in sources.values() for text in texts(rows)),
-        recipe.model.tokenizer.vocab_size,
-        recipe.chat,
-        list(packer_marks(recipe.model.bridge.get("packer", {}))),
-    )
+    settings, marks = recipe.model.tokenizer, list(packer_marks(recipe.model.bridge.get("packer", {})))
+    if settings.path is not None:
+        tokenizer = adopt_tokenizer(local_folder(settings.path), marks)
+    else:
+        bodies = (text for rows in sources.values() for text in texts(rows))
+        tokenizer = train_tokenizer(bodies, settings.vocab_size, recipe.chat, marks)
     seed = derive(recipe.seed, "model") % 2**31
     model, processor = rlhf.bridge.build(recipe.model.bridge, tokenizer, seed)
     model.save_pretrained(folder)

@@ -1,12 +1,14 @@
-"""A small byte-level BPE tokenizer, trained on the recipe's own text."""
+"""A small byte-level BPE tokenizer, trained on the recipe's own text, or one that was published."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rlhf.data.rows import ROLES
 from rlhf.recipe import Chat
@@ -26,6 +28,39 @@ TEMPLATE = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<assistant>' -}}{%- endif -%}"
 )
+
+
+# Of a template that knows text alone: before it, messages whose content is in parts get it as one string.
+FLAT = (
+    "{%- set flat = namespace(messages=[]) -%}"
+    "{%- for message in messages -%}{%- set body = namespace(text='') -%}"
+    "{%- if message['content'] is string -%}{%- set body.text = message['content'] -%}"
+    "{%- else -%}{%- for part in message['content'] -%}"
+    "{%- set body.text = body.text + ('<image>' if part['type'] == 'image' else part['text']) -%}"
+    "{%- endfor -%}{%- endif -%}"
+    "{%- set flat.messages = flat.messages + [dict(message, content=body.text)] -%}{%- endfor -%}"
+    "{%- set messages = flat.messages -%}"
+)
+
+
+def adopt_tokenizer(folder: Path, marks: Sequence[str] = ()) -> PreTrainedTokenizerBase:
+    """A published language model's tokenizer, taught what it lacks of <pad>, <image>, <think>, </think> and `marks`.
+    Its chat template is kept, with pictures as <image> in the text; one without a template gets that of `train_tokenizer`.
+    Raises ValueError for a tokenizer without an end token."""
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), extra_special_tokens={"image_token": IMAGE})
+    if tokenizer.eos_token is None:
+        raise ValueError(f"model.tokenizer.path: the tokenizer in {folder} has no eos_token, which ends every answer")
+    wanted = [THINK, END_THINK, *dict.fromkeys(marks)]
+    if tokenizer.chat_template is None:
+        wanted += [f"<{role}>" for role in ROLES]
+    known = tokenizer.get_vocab()
+    special: dict[str, Any] = {"additional_special_tokens": [mark for mark in wanted if mark not in known]}
+    if tokenizer.pad_token is None:
+        special["pad_token"] = PAD
+    tokenizer.add_special_tokens(special, replace_extra_special_tokens=False)
+    ours, own = TEMPLATE.replace(EOS, str(tokenizer.eos_token)), tokenizer.chat_template
+    tokenizer.chat_template = ours if own is None else FLAT + own
+    return tokenizer
 
 
 def train_tokenizer(

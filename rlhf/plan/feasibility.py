@@ -65,8 +65,9 @@ def _names(recipe: Recipe) -> Iterator[str]:
 def _model(recipe: Recipe) -> Iterator[str]:
     if recipe.model.bridge is not None and recipe.model.implementation == "vllm":
         yield 'model.implementation = "vllm": vLLM has no bridge of its own; use "transformers" or "auto"'
-    if recipe.model.path is not None:
-        yield from _folder_or_hub("model.path", recipe.model.path)
+    for what, path in (("model.path", recipe.model.path), ("model.tokenizer.path", recipe.model.tokenizer.path)):
+        if path is not None:
+            yield from _folder_or_hub(what, path)
 
 
 def _folder_or_hub(what: str, path: str) -> Iterator[str]:

@@ -52,9 +52,17 @@ class Lora(Table):
 
 
 class Tokenizer(Table):
-    """A byte-level BPE tokenizer trained on the text of the recipe's own data."""
+    """A byte-level BPE tokenizer trained on the text of the recipe's own data, or that of a published language model
+    (`path`: a folder or hub name), which is taught the marks that it lacks and keeps its chat template."""
 
     vocab_size: Annotated[int, Field(ge=264)] = 512  # 256 bytes and the marks (rlhf.data.tokenizer)
+    path: UserPath | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Tokenizer:
+        if self.path is not None and "vocab_size" in self.model_fields_set:
+            raise ValueError("`vocab_size` is of a tokenizer to train, and `path` names one: remove one of the two")
+        return self
 
 
 class Model(Table):
@@ -90,6 +98,12 @@ class Model(Table):
     def _one_source(self) -> Model:
         if (self.path is None) == (self.bridge is None):
             raise ValueError("give either `path` (a model to start from) or `bridge` (one to build), not both or none")
+        given = self.tokenizer.path
+        if given is not None and (self.bridge is None or "vocab_size" not in self.bridge.get("decoder", {})):
+            raise ValueError(
+                f"tokenizer.path = {given!r} goes with a `bridge` to build whose decoder.vocab_size is that of the "
+                "language model; give it"
+            )
         return self
 
 
