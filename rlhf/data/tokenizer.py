@@ -45,8 +45,8 @@ FLAT = (
 
 def adopt_tokenizer(folder: Path, marks: Sequence[str] = ()) -> PreTrainedTokenizerBase:
     """A published language model's tokenizer, taught what it lacks of <pad>, <image>, <think>, </think> and `marks`.
-    Its chat template is kept, with pictures as <image> in the text; one without a template gets that of `train_tokenizer`.
-    Raises ValueError for a tokenizer without an end token."""
+    Its chat template is kept, with pictures as <image> in the text; one without a template gets that of
+    `train_tokenizer`. Raises ValueError for a tokenizer without an end token."""
     tokenizer = AutoTokenizer.from_pretrained(str(folder), extra_special_tokens={"image_token": IMAGE})
     if tokenizer.eos_token is None:
         raise ValueError(f"model.tokenizer.path: the tokenizer in {folder} has no eos_token, which ends every answer")
