@@ -52,7 +52,7 @@ class Policy(Learner):
         metrics = self.learn(batch, totals)
         if usage is not None:
             summed = usage.over_ranks()
-            self._shares = summed.shares()
+            self._shares = summed.shares(self.spec.loss.router_count)
             metrics |= summed.metrics()
         return StepStats(metrics, gap, tied)
 
@@ -86,7 +86,8 @@ class Policy(Learner):
             if routed:
                 used = Usage.of(routed, tensors, self.processor.image_token_id)
                 if loss_spec.router_aux and self._shares is not None:
-                    loss = loss + loss_spec.router_aux * used.imbalance(self._shares, length)
+                    times = len(routed) if loss_spec.router_layers == "sum" else 1
+                    loss = loss + loss_spec.router_aux * times * used.imbalance(self._shares, length)
                 usage = used.detach() if usage is None else usage + used.detach()
             # every rank must run backward through the whole model, also for a dummy row without a completion
             loss = loss + 0.0 * out.logits.sum() if not bool(tensors.completion.any()) else loss

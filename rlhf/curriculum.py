@@ -431,6 +431,7 @@ class Curriculum:
 
 def train_spec(recipe: Recipe, stage: Sft | Preference | Rl, model: Path, masked: tuple[int, ...]) -> TrainSpec:
     """What the trainer needs to know of a stage. The clip belongs to the algorithm unless the recipe gives one."""
+    balance: dict[str, Any] = {key: getattr(stage, key) for key in ("router_aux", "router_count", "router_layers")}
     if isinstance(stage, Rl):
         name = algorithm_of(stage, from_folder(model))
         assert name is not None  # a model that can be trained has a configuration
@@ -448,13 +449,13 @@ def train_spec(recipe: Recipe, stage: Sft | Preference | Rl, model: Path, masked
             kl=(stage.kl.chosen, stage.kl.weight) if stage.kl is not None and stage.kl.place == "loss" else None,
             temperature=stage.temperature,
             masked_ids=masked,
-            router_aux=stage.router_aux,
+            **balance,
         )
         updates, upcycle = stage.updates_per_step, None
     elif isinstance(stage, Preference):
-        loss, updates, upcycle = Loss(kind="reinforce", normalise="row", router_aux=stage.router_aux), 1, None
+        loss, updates, upcycle = Loss(kind="reinforce", normalise="row", **balance), 1, None
     else:
-        loss = Loss(kind="nll", normalise=stage.normalise, router_aux=stage.router_aux)
+        loss = Loss(kind="nll", normalise=stage.normalise, **balance)
         updates = 1
         made = stage.upcycle
         upcycle = (made.num_experts, made.top_k, made.layers) if made else None

@@ -74,10 +74,12 @@ class Usage:
 
     chosen    [layers, 2, experts] how often text and image tokens choose it
     probable  [layers, experts] their router probabilities, summed; with a gradient
+    first     [layers, experts] how often it is a token's first choice
     """
 
     chosen: Tensor
     probable: Tensor
+    first: Tensor
 
     @staticmethod
     def of(routed: Routed, tensors: Tensors, image_id: int) -> Usage:
@@ -87,29 +89,34 @@ class Usage:
         chosen = [_counts(routing, seen, pictured) for routing in routed.values()]
         weights = seen.float()
         probable = [weights @ routing.logits.float().softmax(-1) for routing in routed.values()]
-        return Usage(torch.stack(chosen), torch.stack(probable))
+        first = [
+            torch.bincount(routing.choice()[:, 0], seen.double(), minlength=routing.logits.shape[-1])
+            for routing in routed.values()
+        ]
+        return Usage(torch.stack(chosen), torch.stack(probable), torch.stack(first))
 
     def detach(self) -> Usage:
         """Without the gradient, in float64."""
-        return Usage(self.chosen, self.probable.detach().double())
+        return Usage(self.chosen, self.probable.detach().double(), self.first)
 
     def __add__(self, other: Usage) -> Usage:
-        return Usage(self.chosen + other.chosen, self.probable + other.probable)
+        return Usage(self.chosen + other.chosen, self.probable + other.probable, self.first + other.first)
 
     def over_ranks(self) -> Usage:
         """The sum over all ranks of the process group; collective."""
-        both = torch.cat((self.chosen, self.probable[:, None]), dim=1)
+        both = torch.cat((self.chosen, self.probable[:, None], self.first[:, None]), dim=1)
         torch.distributed.all_reduce(both)
-        return Usage(both[:, :2], both[:, 2])
+        return Usage(both[:, :2], both[:, 2], both[:, 3])
 
-    def shares(self) -> Tensor:
-        """[layers, experts] of all choices."""
-        total = self.chosen.sum(1)
+    def shares(self, count: str = "chosen") -> Tensor:
+        """[layers, experts] of all choices, or of tokens' "first" ones."""
+        total = self.first if count == "first" else self.chosen.sum(1)
         return total / total.sum(-1, keepdim=True).clamp(min=1)
 
     def imbalance(self, shares: Tensor, tokens: float) -> Tensor:
         """E · Σ_e f_e · P_e, the mean over layers: f are `shares`, P these probabilities over `tokens`. 1 where either
-        is uniform, E where one expert has all (Fedus 2021, eq. 4)."""
+        is uniform, E where one expert has all (Fedus 2021, eq. 4). With shares of all choices it is transformers'
+        `load_balancing_loss_func` of each layer over top_k; with those of first ones DeepSpeed's, as MoE-LLaVA has it."""
         each = (shares.to(self.probable) * self.probable).sum(-1) / tokens
         return each.mean() * shares.shape[-1]
 

@@ -261,6 +261,8 @@ class Loss:
     temperature: float = 1.0
     masked_ids: tuple[int, ...] = ()
     router_aux: float = 0.0
+    router_count: Literal["chosen", "first"] = "chosen"
+    router_layers: Literal["mean", "sum"] = "mean"
 
 
 @dataclass(frozen=True)

@@ -292,7 +292,9 @@ class Draws(StageBase):
 
 class Optimised(Draws):
     """A stage that trains, by AdamW or Muon. `train` maps globs over parameter names to learning rates, the rest is
-    frozen; without it every parameter trains at `lr`."""
+    frozen; without it every parameter trains at `lr`. `router_aux` weighs a loss for unevenly used experts, 1 a layer
+    where use is even: counting all experts a token takes (Qwen3-MoE) or its "first" one, the mean over layers or their
+    "sum" (MoE-LLaVA: both the latter)."""
 
     steps: PositiveInt
     lr: Positive = 1e-6
@@ -304,6 +306,8 @@ class Optimised(Draws):
     muon: Muon | None = None
     clip_grad: Positive = 1.0
     router_aux: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    router_count: Literal["chosen", "first"] = "chosen"
+    router_layers: Literal["mean", "sum"] = "mean"
     lora: Lora | None = None
     checkpoint_every: PositiveInt = 20
 

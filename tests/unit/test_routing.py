@@ -32,8 +32,12 @@ def test_usage_by_hand() -> None:
     # layer 0: text on expert 0, pictures on 1; layer 1: all on expert 3
     chosen = torch.tensor([[[4, 0, 0, 0], [0, 4, 0, 0]], [[0, 0, 0, 4], [0, 0, 0, 4]]]).double()
     probable = torch.tensor([[4, 4, 0, 0], [0, 0, 0, 8]]).double()
-    usage = Usage(chosen, probable)
+    first = torch.tensor([[8, 0, 0, 0], [0, 0, 0, 8]]).double()
+    usage = Usage(chosen, probable, first)
     assert usage.shares().tolist() == [[0.5, 0.5, 0, 0], [0, 0, 0, 1]]
+    assert usage.shares("first").tolist() == [[1, 0, 0, 0], [0, 0, 0, 1]]
+    # by first choices: layer 0: 4 · 1 · ½ = 2; layer 1: 4
+    assert float(usage.imbalance(usage.shares("first"), 8.0)) == pytest.approx(3)
     found = usage.metrics()
     # layer 0: 4 · (½ · ½ + ½ · ½) = 2; layer 1: 4 · 1 · 1 = 4
     assert found["router_aux"] == pytest.approx(3)
@@ -42,9 +46,9 @@ def test_usage_by_hand() -> None:
     assert found["router_entropy.text.0"] == 0
     both = (usage + usage).metrics()
     assert both == found
-    even = Usage(torch.ones(1, 2, 4).double(), torch.ones(1, 4).double()).metrics()
+    even = Usage(torch.ones(1, 2, 4).double(), torch.ones(1, 4).double(), torch.ones(1, 4).double()).metrics()
     assert (even["router_aux"], even["router_entropy"], even["router_dead"]) == (1, pytest.approx(1), 0)
-    text = Usage(torch.tensor([[[1.0, 1], [0, 0]]]), torch.ones(1, 2))
+    text = Usage(torch.tensor([[[1.0, 1], [0, 0]]]), torch.ones(1, 2), torch.ones(1, 2))
     assert [name for name in text.metrics() if "." in name] == ["router_entropy.text.0"]
 
 
@@ -102,6 +106,21 @@ def test_imbalance_is_that_of_transformers_on_one_layer(mixture) -> None:
     torch.testing.assert_close(mine, theirs / top_k)  # their shares add up to top_k
     gradients = [torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in (mine * top_k, theirs)]
     torch.testing.assert_close(*gradients, atol=1e-7, rtol=1e-4)
+
+
+def test_by_first_choices_imbalance_is_deepspeeds() -> None:
+    """That of MoE-LLaVA, which sums it over layers."""
+    from deepspeed.moe.sharded_moe import top2gating
+
+    logits = torch.randn(40, 4, generator=torch.Generator().manual_seed(0)) * 2
+    theirs = top2gating(logits, 40.0, 0, drop_tokens=True, top2_2nd_expert_sampling=False)[0]
+    routing = Routing(logits, 2)
+    first = torch.bincount(routing.choice()[:, 0], minlength=4)[None].double()
+    found = Usage(torch.zeros(1, 2, 4), logits.softmax(-1).sum(0)[None], first)
+    mine = found.imbalance(found.shares("first"), 40.0)
+    torch.testing.assert_close(float(mine), float(theirs), atol=1e-6, rtol=0)
+    both = torch.bincount(routing.choice().flatten(), minlength=4)[None].double()
+    assert abs(float(found.imbalance(both / both.sum(), 40.0)) - float(theirs)) > 1e-3  # the control: both choices
 
 
 def test_calibration_spreads_the_tokens_of_an_upcycled_decoder_and_leaves_its_output() -> None:
