@@ -18,6 +18,7 @@ from typing import Any
 
 from rlhf.bridge.decoders import DECODERS, own, type_of
 from rlhf.bridge.geometry import Geometry
+from rlhf.bridge.heads import HEADS, Head
 from rlhf.bridge.naming import DENSE, MODEL_TYPE, MOE, PATCHES
 from rlhf.bridge.packers import PACKERS
 from rlhf.bridge.sparsity import dense_layers
@@ -27,7 +28,7 @@ from rlhf.slots import laid_over, settings
 GIB = float(2**30)
 # what saving a model writes beside its architecture
 VOLATILE = {"_name_or_path", "dtype", "torch_dtype", "transformers_version"}
-BRIDGE_SLOTS = ("vision", "encoder", "tiler", "connector", "packer", "decoder")
+BRIDGE_SLOTS = ("vision", "encoder", "tiler", "connector", "packer", "decoder", "head")
 SLOT_DEFAULTS: dict[str, dict[str, Any]] = {
     "encoder": {"type": "tower"},
     "connector": {"type": "mlp"},
@@ -156,7 +157,9 @@ class Architecture:
         geometry, vision, width = geometry_of(self.tables), self.tables["vision"], self.decoder["hidden_size"]
         connector = geometry.connector.parameters(geometry.encoder.width(vision), width, self.decoder["vocab_size"])
         between = geometry.encoder.parameters(vision) + connector + geometry.packer.parameters(width)
-        return _vision(vision, self.tables["encoder"]) + between + _decoder(self.decoder)
+        head = head_of(self.tables)
+        beside = 0 if head is None else head.parameters(width)
+        return _vision(vision, self.tables["encoder"]) + between + _decoder(self.decoder) + beside
 
     def lora_parameters(self, lora: Lora) -> int | None:
         """Parameters of the adapters on the decoder's linear layers."""
@@ -181,7 +184,8 @@ class Architecture:
             raise ValueError("only a bridge of this project can be rebuilt; leave the stage out")
         if missing := sorted(over.keys() - set(BRIDGE_SLOTS)):
             raise ValueError(f"bridge has no slot {missing[0]!r}; its slots are {', '.join(BRIDGE_SLOTS)}")
-        tables = {slot: _relaid(slot, table, over.get(slot, {})) for slot, table in self.tables.items()}
+        tables = {slot: _relaid(slot, self.tables[slot], over.get(slot, {})) for slot in self.tables}
+        tables |= {"head": dict(over["head"])} if "head" in over.keys() - self.tables.keys() else {}
         made = from_bridge(tables, self.decoder["vocab_size"])
         same = made.tables == self.tables
         return self if same else made
@@ -257,6 +261,7 @@ def from_bridge(bridge: Mapping[str, Mapping[str, Any]], vocab_size: int) -> Arc
         _require_sizes(slot, tables[slot])
     try:
         geometry_of(tables)
+        head_of(tables)
     except (ValueError, TypeError) as error:
         raise ValueError(f"model.bridge: {error}; make tiler, vision and connector fit one another") from error
     architecture = Architecture(DENSE, _canonical(tables))
@@ -349,6 +354,7 @@ def of_config(config: Mapping[str, Any], folder: Path) -> Architecture:
         kind = str(vision.pop("model_type", ""))
         vision["type"] = "patches" if kind == PATCHES else kind.removesuffix("_vision_model")
         tables |= {"vision": vision} | {slot: config[slot] for slot in ("encoder", "tiler", "connector", "packer")}
+        tables |= {"head": config["head"]} if config.get("head") else {}
     elif "vision_config" in config:
         tables["vision"] = config["vision_config"]
     return Architecture(name, _canonical(tables), _stored(folder))
@@ -372,6 +378,17 @@ def geometry_of(tables: Mapping[str, Mapping[str, Any]]) -> Geometry:
         image_token_id=0,
         told=decoder.told if (decoder := own(tables["decoder"])) else "nothing",
     )
+
+
+def head_of(tables: Mapping[str, Mapping[str, Any]]) -> Head | None:
+    """The head of a bridge's tables, if it has one; of the tokens it names only their number matters."""
+    if "head" not in tables:
+        return None
+    table = dict(tables["head"])
+    for key in HEADS.find(table).token_keys:
+        if isinstance(table.get(key), list | tuple):
+            table[key] = list(range(len(table[key])))
+    return HEADS.make(table)
 
 
 def weight_bytes(parameters: int, trainable: int, precision: str, zero_stage: int, ranks: int) -> int:

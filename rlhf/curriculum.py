@@ -479,6 +479,7 @@ def train_spec(recipe: Recipe, stage: Sft | Preference | Rl, model: Path, masked
         lora=(stage.lora.rank, stage.lora.alpha, tuple(stage.lora.target_modules)) if stage.lora else None,
         muon=(stage.muon.ratio, stage.muon.momentum) if stage.muon else None,
         objectives={str(name): weight for name, weight in stage.objectives.items()} if isinstance(stage, Sft) else {},
+        signals=stage.signals if isinstance(stage, Sft) else 0.0,
         beside=resources.trainer_threads_beside,
         checkpointing=resources.checkpointing,
         packed=packs(recipe, model),

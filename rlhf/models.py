@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoProcessor
 
 import rlhf.bridge
 from rlhf.architecture import Architecture, base_of, of_config
+from rlhf.bridge.heads import HEADS
 from rlhf.bridge.packers import PACKERS
 from rlhf.data.rows import Rows
 from rlhf.data.tokenizer import adopt_tokenizer, train_tokenizer
@@ -26,7 +27,7 @@ def build_model(recipe: Recipe, sources: Mapping[str, Rows], folder: Path) -> No
     """Train the tokenizer on the recipe's rows, or take the one it names, build the bridge of [model] from random
     weights, save both."""
     assert recipe.model.bridge is not None
-    settings, marks = recipe.model.tokenizer, list(packer_marks(recipe.model.bridge.get("packer", {})))
+    settings, marks = recipe.model.tokenizer, list(marks_of(recipe.model.bridge))
     if settings.path is not None:
         tokenizer = adopt_tokenizer(local_folder(settings.path), marks)
     else:
@@ -38,13 +39,15 @@ def build_model(recipe: Recipe, sources: Mapping[str, Rows], folder: Path) -> No
     processor.save_pretrained(folder)
 
 
-def packer_marks(packer: Mapping[str, Any]) -> Iterator[str]:
-    """The tokens a packer names that are no single byte, and that a tokenizer must therefore be taught."""
-    for key in PACKERS.find(packer).token_keys if packer else ():
-        named = packer.get(key)
-        for token in named if isinstance(named, list | tuple) else [named]:
-            if isinstance(token, str) and len(token.encode()) > 1:
-                yield token
+def marks_of(bridge: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """The tokens a bridge's packer and head name that are no single byte, and that a tokenizer must be taught."""
+    for slot, components in (("packer", PACKERS), ("head", HEADS)):
+        table = bridge.get(slot, {})
+        for key in components.find(table).token_keys if table else ():  # type: ignore[attr-defined]
+            named = table.get(key)
+            for token in named if isinstance(named, list | tuple) else [named]:
+                if isinstance(token, str) and len(token.encode()) > 1:
+                    yield token
 
 
 def texts(rows: Rows) -> Iterator[str]:

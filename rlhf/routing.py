@@ -115,8 +115,8 @@ class Usage:
 
     def imbalance(self, shares: Tensor, tokens: float) -> Tensor:
         """E · Σ_e f_e · P_e, the mean over layers: f are `shares`, P these probabilities over `tokens`. 1 where either
-        is uniform, E where one expert has all (Fedus 2021, eq. 4). With shares of all choices it is transformers'
-        `load_balancing_loss_func` of each layer over top_k; with those of first ones DeepSpeed's, as MoE-LLaVA has it."""
+        is uniform, E where one expert has all (Fedus 2021, eq. 4). With shares of all choices it is a top_k-th of
+        transformers' `load_balancing_loss_func`; with those of first ones it is DeepSpeed's, as in MoE-LLaVA."""
         each = (shares.to(self.probable) * self.probable).sum(-1) / tokens
         return each.mean() * shares.shape[-1]
 

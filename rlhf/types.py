@@ -139,6 +139,7 @@ class Sample:
     current        whether the weights that its step starts from sampled every token
     advantages     [T] of each completion token, where a critic tells them apart; empty: `advantage`
     returns        [T] what a critic should have said before each; empty without one
+    signal         what the answer's signal tokens are to say, in words; "" where it has none
     """
 
     key: str
@@ -151,6 +152,7 @@ class Sample:
     current: bool = True
     advantages: tuple[float, ...] = ()
     returns: tuple[float, ...] = ()
+    signal: str = ""
 
     @property
     def num_completion(self) -> int:
@@ -280,6 +282,7 @@ class TrainSpec:
     packed   rows of a micro-batch lie end to end, a shared prompt once, without padding; for bridges only
     reference  keep a frozen copy of `model` to measure divergences from; with LoRA the base is that
     objectives  of a stage that teaches the connector alone, and their weights: `rlhf.bridge.alignment`
+    signals  weight of what signal tokens say beside their captions (`actors.signals`); 0: they say nothing
     critic   the learning rate of a second model, begun from `model`, that foretells the rewards; None: there is none
     """
 
@@ -307,3 +310,4 @@ class TrainSpec:
     reference: bool = False
     critic: float | None = None
     objectives: Mapping[str, float] = field(default_factory=dict)
+    signals: float = 0.0

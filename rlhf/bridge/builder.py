@@ -18,14 +18,15 @@ from transformers import (
 
 from rlhf.bridge.config import BridgeConfig, is_moe
 from rlhf.bridge.decoders import DECODERS, PREFIX
+from rlhf.bridge.heads import HEADS
 from rlhf.bridge.layers.told import ToldModel
 from rlhf.bridge.model import BridgeForConditionalGeneration, BridgeMoeForConditionalGeneration
 from rlhf.bridge.naming import PATCHES
 from rlhf.bridge.packers import PACKERS
 from rlhf.bridge.processor import BridgeImageProcessor, BridgeProcessor
-from rlhf.slots import unknown
+from rlhf.slots import Slot, unknown
 
-SLOTS = ("vision", "encoder", "tiler", "connector", "packer", "decoder")
+SLOTS = ("vision", "encoder", "tiler", "connector", "packer", "decoder", "head")
 VISION_TYPES = {
     "siglip": "siglip_vision_model",
     "aimv2": "aimv2_vision_model",
@@ -58,10 +59,10 @@ def _token_id(tokenizer: PreTrainedTokenizerBase, token: str | int) -> int:
     return int(ids[0])
 
 
-def packer_ids(table: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """A recipe's packer with ids in place of the tokens it names."""
+def with_ids(slot: Slot[Any], table: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """A recipe's packer or head with ids in place of the tokens it names."""
     found = dict(table)
-    for key in PACKERS.find(found).token_keys:
+    for key in slot.find(found).token_keys:
         named = found.get(key)
         if isinstance(named, list | tuple):
             found[key] = [_token_id(tokenizer, token) for token in named]
@@ -117,7 +118,8 @@ def build(
         tiler=dict(spec["tiler"]),
         encoder=dict(spec.get("encoder", {"type": "tower"})),
         connector=dict(spec.get("connector", {"type": "mlp"})),
-        packer=packer_ids(spec.get("packer", {"type": "segments"}), tokenizer),
+        packer=with_ids(PACKERS, spec.get("packer", {"type": "segments"}), tokenizer),
+        head=with_ids(HEADS, spec["head"], tokenizer) if "head" in spec else None,
         image_token_id=_token_id(tokenizer, IMAGE_TOKEN),
         **ends,
     )

@@ -8,6 +8,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PretrainedConfig
 
 from rlhf.bridge.decoders import DECODERS, type_of
 from rlhf.bridge.geometry import Geometry
+from rlhf.bridge.heads import HEADS
 from rlhf.bridge.naming import DENSE, MODEL_TYPE, MOE, PATCHES
 from rlhf.slots import settings
 
@@ -41,7 +42,8 @@ for _kind in DECODERS.types():
 
 class BridgeConfig(PretrainedConfig):
     """`vision_config` and `text_config` are configs of transformers; `tiler`, `encoder`, `connector` and `packer` are
-    the settings of the four slots between them (see those packages); `image_token_id` is the placeholder."""
+    the settings of the four slots between them, `head` those of one beside the words (see those packages);
+    `image_token_id` is the placeholder."""
 
     model_type = MODEL_TYPE
     sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig, "vision_config": AutoConfig}
@@ -56,6 +58,7 @@ class BridgeConfig(PretrainedConfig):
         encoder: dict[str, Any] | None = None,
         connector: dict[str, Any] | None = None,
         packer: dict[str, Any] | None = None,
+        head: dict[str, Any] | None = None,
         image_token_id: int | None = None,
         **kwargs: Any,
     ) -> None:
@@ -80,6 +83,7 @@ class BridgeConfig(PretrainedConfig):
         self.encoder = settings(geometry.encoder)
         self.connector = settings(geometry.connector)
         self.packer = settings(geometry.packer)
+        self.head = None if head is None else settings(HEADS.make(head))
         kwargs.setdefault("tie_word_embeddings", bool(getattr(self.text_config, "tie_word_embeddings", False)))
         # The name by which vLLM and the Auto classes choose; a saved folder already carries it.
         if kwargs.get("architectures") is None:

@@ -16,6 +16,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss
 
 from rlhf.bridge.alignment import align
 from rlhf.bridge.config import BridgeConfig, is_moe
+from rlhf.bridge.heads import HEADS
 from rlhf.bridge.layers.qformer import Reader
 from rlhf.bridge.layout import Layout, Tile
 from rlhf.bridge.positions import next_position, position_rows
@@ -59,6 +60,7 @@ class BridgeModel(BridgePreTrainedModel):
         self.vision = self.geometry.encoder.build(config.vision_config)
         self.connector = self.geometry.connector.build(vision_width, text_width, config.text_config.vocab_size)
         self.packer = self.geometry.packer.build(text_width)
+        self.head = None if config.head is None else HEADS.make(config.head).build(text_width)
         self.sized = self.geometry.sized
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
@@ -297,12 +299,14 @@ class BridgeForConditionalGeneration(BridgePreTrainedModel, GenerationMixin):
         captions: torch.Tensor | None = None,
         objectives: Sequence[str] = (),
         pairs: int = 0,
+        signal_places: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
         """Logits [rows, kept length, vocabulary]; `loss` when `labels` [rows, length] are given; `router_logits` (one
         [rows * length, experts] a layer) and the balancing `aux_loss` of a mixture-of-experts decoder when asked for,
         in which case the loss holds `router_aux_loss_coef` times it, as in transformers. With `captions`: no logits,
-        but the losses of `BridgeModel.align` by name."""
+        but the losses of `BridgeModel.align` by name. With `signal_places` [signals, tokens], which of all input tokens
+        end to end spell signals: `signals`, what the head says of them."""
         if captions is not None:
             assert pixel_values is not None
             return cast(Any, self.model.align(pixel_values, captions, objectives, pairs))
@@ -333,7 +337,7 @@ class BridgeForConditionalGeneration(BridgePreTrainedModel, GenerationMixin):
                 out.router_logits, text.num_experts, text.num_experts_per_tok, attention_mask
             )
             loss = None if loss is None else loss + text.router_aux_loss_coef * balance
-        return MoeCausalLMOutputWithPast(
+        result = MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=cast(Any, balance),
             logits=logits,
@@ -342,6 +346,12 @@ class BridgeForConditionalGeneration(BridgePreTrainedModel, GenerationMixin):
             attentions=out.attentions,
             router_logits=out.router_logits if routed else None,
         )
+        if signal_places is not None:
+            assert self.model.head is not None
+            assert input_ids is not None
+            spelt = self.get_input_embeddings()(input_ids.flatten()[signal_places])
+            result["signals"] = self.model.head(out.last_hidden_state.flatten(0, 1)[signal_places] + spelt)
+        return result
 
     def prepare_inputs_for_generation(
         self,

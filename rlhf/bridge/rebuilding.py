@@ -13,12 +13,14 @@ import torch
 from torch.nn.functional import interpolate
 from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM, PretrainedConfig
 
-from rlhf.bridge.builder import VISION_TYPES, config_of, load, new, packer_ids
+from rlhf.bridge.builder import VISION_TYPES, config_of, load, new, with_ids
 from rlhf.bridge.config import BridgeConfig
 from rlhf.bridge.decoders import DECODERS, PREFIX, own, type_of
+from rlhf.bridge.heads import HEADS
 from rlhf.bridge.layers.told import ToldModel
 from rlhf.bridge.model import BridgeForConditionalGeneration
 from rlhf.bridge.naming import MODEL_TYPE, short_name
+from rlhf.bridge.packers import PACKERS
 from rlhf.bridge.processor import BridgeImageProcessor, BridgeProcessor
 from rlhf.recipe import Slot
 from rlhf.slots import laid_over
@@ -87,7 +89,9 @@ def _config(old: BridgeConfig, tables: Mapping[str, Mapping[str, Any]], processo
     }
     for slot in ("tiler", "encoder", "connector", "packer"):
         table = laid_over(getattr(old, slot), tables.get(slot, {}))
-        settings[slot] = packer_ids(table, processor.tokenizer) if slot == "packer" else table
+        settings[slot] = with_ids(PACKERS, table, processor.tokenizer) if slot == "packer" else table
+    if (head := laid_over(old.head or {}, tables.get("head", {}))) != {}:
+        settings["head"] = with_ids(HEADS, head, processor.tokenizer)
     if "vision" in tables:
         kind = old.vision_config.model_type.removesuffix("_vision_model")
         given = {"type": kind, **tables["vision"]}

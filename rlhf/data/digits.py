@@ -56,7 +56,8 @@ COUNT_OF = ("how many {} are there?", "count the {}.")
 class Options:
     """min_digits to max_digits a picture (1 to 4); categories asked; augmentation 0 (centred, upright size) to 1;
     critique: a judge goes through the chain before its verdict; corrupted: the share of corrupted chains it is shown;
-    faults: with what probability each part of those is wrong (0: one kind of fault each, which the row names)."""
+    faults: with what probability each part of those is wrong (0: one kind of fault each, which the row names); signals:
+    the tokens that say a picture is to be drawn."""
 
     min_digits: int = 1
     max_digits: int = 4
@@ -65,6 +66,7 @@ class Options:
     critique: bool = False
     corrupted: float = 0.5
     faults: float = 0.0
+    signals: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ def build(table: str, rows: int, split: str, seed: int, options: Mapping[str, An
     prompts     every category, no answer (for reinforcement learning)
     judge       a reply to be judged beside the image: half sound, half corrupted; the answer is yes or no
     judge_text  the same, the digits given in the text
+    signals     no image: digits to draw; the answer is the tokens of option `signals`, what to draw in column signal
     facts       no image: a dozen small truths a reply, those that chains are made of and judges check
 
     split "heldout" makes any of them from held-out scans, with a third of the augmentation. Columns: answer, category,
@@ -110,6 +113,7 @@ def build(table: str, rows: int, split: str, seed: int, options: Mapping[str, An
         "prompts": _prompt_row,
         "judge": _judge_row,
         "judge_text": _judge_text_row,
+        "signals": _signal_row,
         "facts": _facts_row,
     }
     if table not in makers:
@@ -317,6 +321,14 @@ def _judge_row(rng: random.Random, options: Options, split: str, turn: int) -> R
 def _judge_text_row(rng: random.Random, options: Options, split: str, turn: int) -> Row:
     judged = _judged(rng, options, split, turn)
     return judged.row(f"{_told(judged.puzzle, rng)} ", None)
+
+
+def _signal_row(rng: random.Random, options: Options, split: str, _turn: int) -> Row:
+    if not options.signals:
+        raise DataError("digits table 'signals' needs the option signals: the tokens of the bridge's head, in order")
+    puzzle = _puzzle(rng, options, split)
+    caption = " ".join(WORDS[digit] for digit in puzzle.digits)
+    return _row(puzzle, f"draw {caption}.", "".join(options.signals), False, None) | {"signal": caption}
 
 
 def _facts_row(rng: random.Random, options: Options, split: str, _turn: int) -> Row:

@@ -69,7 +69,8 @@ def as_sample(
 ) -> Sample:
     """The row as a question and the answer to learn: the last assistant message, end token included.
 
-    think None takes the row's boolean column `think` (False where there is none). Prompt and answer are tokenised
+    think None takes the row's boolean column `think` (False where there is none); column `signal` is what the answer's
+    signal tokens are to say. Prompt and answer are tokenised
     apart and joined as ids, as in generation. Raises DataError as `as_prompt`, and when no answer ends the row.
     """
     messages = row["messages"]
@@ -81,7 +82,7 @@ def as_sample(
     prompt = as_prompt(row, source, index, tokenizer, with_think, chat)
     completion = _completion(tokenizer, _text(messages[-1]), where)
     expanded = tuple(processor.expand(list(prompt.token_ids), [media.size for media in prompt.media]))
-    return Sample(prompt.key, expanded + completion, len(expanded), prompt.media)
+    return Sample(prompt.key, expanded + completion, len(expanded), prompt.media, signal=str(row.get("signal") or ""))
 
 
 def as_pair(row: Mapping[str, Any], source: str, index: int, processor: Processor, chat: Chat) -> list[Sample]:

@@ -14,7 +14,7 @@ from rlhf.recipe import Optimised, Rebuild, Recipe, Rl, Sft, Stage
 
 # GSPO's ratio is a geometric mean over a row's tokens: it moves by 1e-4 to 1e-3 a step (2507.18071 clips at 3e-4, 4e-4)
 GSPO_CLIP_LIMIT = 0.01
-PARTS = ("vision", "connector", "packer", "language_model", "lm_head")
+PARTS = ("vision", "connector", "packer", "head", "language_model", "lm_head")
 # of the decoder, and of towers
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "out_proj", "fc1", "fc2")
 
@@ -52,6 +52,8 @@ def _unfit(recipe: Recipe, stage: Stage, architecture: Architecture) -> Iterator
             yield (
                 'objectives teach the connector, not the answers: leave `evaluate`, `lora` and mix = "loss" out here'
             )
+    elif isinstance(stage, Sft) and stage.signals and "head" not in architecture.tables:
+        yield 'signals need a head that reads them: give [model.bridge] head = { type = "signals", tokens = [...] }'
     elif aligned and not isinstance(stage, Rebuild):
         yield (
             'connector.aligned is for a stage with `objectives`; put a stage of kind "rebuild" before this one, with '

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from rlhf import bridge
-from rlhf.models import masked_ids, packer_marks
+from rlhf.models import marks_of, masked_ids
 from rlhf.recipe import Upcycle
 from rlhf.types import Group, Prompt, Sampling
 from tests.unit.systems import awake
@@ -116,7 +116,7 @@ def difference(model: Any, processor: Any, groups: Sequence[Group], masked: Sequ
 def measure(tables: Mapping[str, Any], upcycle: Upcycle | None, ask: Ask, folder: Path) -> Parity:
     """Build the bridge, its weights loud enough to be heard, and let an engine sample from it."""
     torch.set_num_threads(1)
-    model, processor = tiny(marks=packer_marks(tables.get("packer", {})), **tables)
+    model, processor = tiny(marks=marks_of(tables), **tables)
     awake(model)
     if upcycle is not None:
         model = bridge.upcycle(model, upcycle.num_experts, upcycle.top_k, upcycle.layers, 1)

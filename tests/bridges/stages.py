@@ -14,7 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from rlhf import bridge
-from rlhf.architecture import base_of
+from rlhf.architecture import SLOT_DEFAULTS, base_of
 from rlhf.recipe import Optimised, Rebuild, Recipe, Sft, Upcycle, load, makes_model
 from rlhf.slots import laid_over
 from rlhf.stage import derive
@@ -32,7 +32,7 @@ def files_of(name: str) -> list[str]:
 def served(recipe: Recipe) -> tuple[dict[str, dict[str, Any]], Upcycle | None]:
     """The bridge as the last stages have it, and what its decoder became."""
     assert recipe.model.bridge is not None
-    tables = dict(recipe.model.bridge)
+    tables = {**SLOT_DEFAULTS, **recipe.model.bridge}
     for stage in recipe.stages:
         if isinstance(stage, Rebuild):
             tables |= {slot: laid_over(tables.get(slot, {}), over) for slot, over in stage.bridge.items()}
@@ -88,4 +88,6 @@ def moved_by(stage: Optimised, recipe: Recipe, before: Path, after: Path) -> tup
     names = {bridge.short_name(key): key for key in new}
     moved = {short for short, key in names.items() if not torch.equal(old[key], new[key])}
     globs = stage.train or {"*": stage.lr}
-    return moved, {short for short in names if any(fnmatchcase(short, glob) for glob in globs)}
+    # a head learns where signals do
+    idle = () if isinstance(stage, Sft) and stage.signals else ("head.",)
+    return moved, {n for n in names if any(fnmatchcase(n, glob) for glob in globs) and not n.startswith(idle)}

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qw
 
 import rlhf.bridge
 from rlhf.data.tokenizer import adopt_tokenizer, train_tokenizer
-from rlhf.models import build_model, packer_marks
+from rlhf.models import build_model, marks_of
 from rlhf.recipe import Chat, RecipeError, validate
 from tests.unit.systems import CLIP, SINGLE
 from tests.unit.test_bridge_build import DENSE
@@ -96,7 +96,9 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
 
 
 def test_marks_of_a_packer_are_tokens_of_a_trained_one() -> None:
-    marks = list(packer_marks({"type": "segments", "wrap": ["<img>", "</img>"], "between": ",", "row_end": "\n"}))
+    marks = list(
+        marks_of({"packer": {"type": "segments", "wrap": ["<img>", "</img>"], "between": ",", "row_end": "\n"}})
+    )
     assert marks == ["<img>", "</img>"]
     tokenizer = train_tokenizer(["one, two <img>"] * 3, 300, Chat(), marks)
     assert [len(tokenizer.encode(mark, add_special_tokens=False)) for mark in (*marks, ",", "\n")] == [1, 1, 1, 1]
