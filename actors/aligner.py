@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from actors.learner import Totals
 from actors.policy import Policy
+from rlhf.batching import read_media
 from rlhf.routing import Usage
 from rlhf.types import Batch, Sample
 
@@ -53,7 +54,7 @@ class Aligner(Policy):
                     f"sample {sample.key} has {len(sample.media)} pictures; itc, itm and itg compare one with its "
                     "caption: leave the row out"
                 )
-        read = [self.visual.read(sample.media[0])["pixel_values"] for sample in samples]
+        read = [read_media(sample, sample.media[0], self.visual)["pixel_values"] for sample in samples]
         texts = [torch.tensor(sample.token_ids[sample.prompt_length :]) for sample in samples]
         if not samples:
             read, texts = [torch.zeros(1, 3, *self.processor.geometry.tiler.cell)], [torch.tensor([self.visual.pad_id])]

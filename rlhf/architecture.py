@@ -16,7 +16,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from rlhf.bridge.decoders import DECODERS, own, type_of
+from rlhf.bridge.decoders import DECODERS, own, require_underived, type_of
 from rlhf.bridge.geometry import Geometry
 from rlhf.bridge.heads import HEADS, Head
 from rlhf.bridge.naming import DENSE, MODEL_TYPE, MOE, PATCHES
@@ -214,11 +214,11 @@ def _relaid(slot: str, table: Mapping[str, Any], over: Mapping[str, Any]) -> dic
     if slot not in ("vision", "decoder"):
         return laid_over(table, over)
     kind = str(over.get("type", table["type"]))
-    defaults = _defaults(slot, kind) or {}
-    if kind == table["type"] or slot == "vision":
-        return {**table, **over} if kind == table["type"] else {**defaults, **over}
-    plain = decoder.plain(table) if (decoder := own(table)) else dict(table)
-    return {**defaults, **{key: value for key, value in plain.items() if key != "type"}, **over}
+    if kind == table["type"]:
+        return {**table, **over}
+    plain = decoder.plain(table) if slot == "decoder" and (decoder := own(table)) else dict(table)
+    inherited = DECODERS.find({"type": kind}).of_plain(plain) if kind in DECODERS.types() else {}
+    return {**(_defaults(slot, kind) or {}), **plain, **inherited, "type": kind, **over}
 
 
 def algorithm_of(stage: Rl, architecture: Architecture) -> str | None:
@@ -234,6 +234,8 @@ def algorithm_of(stage: Rl, architecture: Architecture) -> str | None:
 def architecture_of(model: Model) -> Architecture:
     """The architecture `[model]` describes. Raises ValueError saying what to change."""
     if model.bridge is not None:
+        if (decoder := own(model.bridge.get("decoder", {}))) is not None:
+            require_underived(decoder, model.bridge["decoder"])
         return from_bridge(model.bridge, model.tokenizer.vocab_size)
     assert model.path is not None
     folder = Path(model.path)

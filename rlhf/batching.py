@@ -423,7 +423,7 @@ def collate(samples: Sequence[Sample], visual: Visual) -> Tensors:
         input_ids=input_ids,
         attention_mask=attention_mask,
         position_ids=visual.positions(input_ids),
-        media=visual.join([_read(rows[i], item, visual) for i in bringers for item in rows[i].media], input_ids),
+        media=visual.join([read_media(rows[i], item, visual) for i in bringers for item in rows[i].media], input_ids),
         mask=completion * weights[:, None],
         old_logprobs=of_tokens.pop("logprobs"),
         **of_tokens,
@@ -450,7 +450,8 @@ def _pack(rows: Sequence[Sample], attention_mask: Tensor) -> tuple[Packing, Sequ
     return Packing(places, owned, _runs([_length(row) for row in rows], RUN_COST)), list(firsts.values())
 
 
-def _read(row: Sample, item: Media, visual: Visual) -> Mapping[str, Tensor]:
+def read_media(row: Sample, item: Media, visual: Visual) -> Mapping[str, Tensor]:
+    """Tensors of one of the row's media. Raises ValueError naming the row if it cannot be read."""
     try:
         return visual.read(item)
     except (OSError, ValueError) as error:

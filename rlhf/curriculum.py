@@ -33,11 +33,13 @@ from rlhf import evaluation, offline, online, replay, synthesis
 from rlhf.agreement import make_probes
 from rlhf.algorithms.table import method_of
 from rlhf.architecture import algorithm_of, from_folder
+from rlhf.bridge.rebuilding import rebuilt
 from rlhf.checkpoint import digest, latest, read_json, whole, write_json
 from rlhf.data.formatting import as_sample
-from rlhf.data.rows import Rows, read, write
+from rlhf.data.rows import DataError, Rows, read, write
 from rlhf.data.sources import open_source, open_sources
 from rlhf.footprint import Footprint
+from rlhf.foreign import open_model
 from rlhf.models import build_model, load_processor, local_folder, masked_ids
 from rlhf.recipe import (
     Evaluate,
@@ -47,6 +49,7 @@ from rlhf.recipe import (
     Preference,
     Rebuild,
     Recipe,
+    RecipeError,
     Rl,
     Sft,
     Stage,
@@ -228,8 +231,10 @@ class Curriculum:
 
     def _rebuild(self, stage: Rebuild, context: Context) -> dict[str, float]:
         """Another bridge of the stage's model, and how many of its parameters come from where."""
-        model, processor = rlhf.bridge.load(context.model)
-        parts = {slot: (self._home(part), part.part or slot) for slot, part in stage.parts.items()}
+        model, processor, _ = open_model(str(context.model))  # adapters merged in
+        if not isinstance(model, rlhf.bridge.BridgeForConditionalGeneration):
+            raise DataError(f"stage {stage.name!r}: {context.model} holds no bridge, and only bridges are rebuilt")
+        parts = {slot: self._home(part) for slot, part in stage.parts.items()}
         seed = derive(self.recipe.seed, stage.name, "rebuild") % 2**31
         made, processor, counts = rlhf.bridge.rebuild(model, processor, stage.bridge, parts, seed)
         metrics = {f"rebuild.{name}": float(value) for name, value in counts.items()}
@@ -345,6 +350,7 @@ class Curriculum:
             return
         with whole(model) as partial:
             build_model(self.recipe, {name: self.rows(name) for name in self.recipe.data}, partial)
+        require_rebuildable(self.recipe, model)
         write_json(self.folder / "model.json", inputs)
 
     def _model_digest(self) -> str:
@@ -427,6 +433,23 @@ class Curriculum:
                 **self.footprint.machine(),
             },
         )
+
+
+def require_rebuildable(recipe: Recipe, folder: Path) -> None:
+    """Make the config of every rebuild stage, so that a key or token that it cannot have is told before the first
+    stage. Raises RecipeError naming the stage."""
+    processor, made = load_processor(folder), dict[str, Any]()
+    for stage in recipe.stages:
+        parent = recipe.parent_of(stage)
+        config = made[parent] if parent else rlhf.bridge.BridgeConfig.from_pretrained(folder)
+        if isinstance(stage, Sft) and stage.upcycle is not None:
+            config = None  # experts come later than this looks
+        if isinstance(stage, Rebuild) and config is not None:
+            try:
+                config = rebuilt(config, stage.bridge, processor)
+            except ValueError as error:
+                raise RecipeError(f"stages.{stage.name}.bridge: {error}") from error
+        made[stage.name] = config
 
 
 def train_spec(recipe: Recipe, stage: Sft | Preference | Rl, model: Path, masked: tuple[int, ...]) -> TrainSpec:

@@ -11,13 +11,14 @@ from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoProcessor
 
 import rlhf.bridge
-from rlhf.architecture import Architecture, base_of, of_config
+from rlhf.architecture import SLOT_DEFAULTS, Architecture, base_of, of_config
 from rlhf.bridge.heads import HEADS
 from rlhf.bridge.packers import PACKERS
 from rlhf.data.rows import Rows
 from rlhf.data.tokenizer import adopt_tokenizer, train_tokenizer
 from rlhf.foreign import ForeignProcessor
-from rlhf.recipe import Recipe
+from rlhf.recipe import Rebuild, Recipe
+from rlhf.slots import laid_over
 from rlhf.stage import derive
 
 TOKENIZER_ROWS = 2000  # rows of each source the tokenizer is trained on
@@ -27,7 +28,7 @@ def build_model(recipe: Recipe, sources: Mapping[str, Rows], folder: Path) -> No
     """Train the tokenizer on the recipe's rows, or take the one it names, build the bridge of [model] from random
     weights, save both."""
     assert recipe.model.bridge is not None
-    settings, marks = recipe.model.tokenizer, list(marks_of(recipe.model.bridge))
+    settings, marks = recipe.model.tokenizer, [mark for bridge in bridges_of(recipe) for mark in marks_of(bridge)]
     if settings.path is not None:
         tokenizer = adopt_tokenizer(local_folder(settings.path), marks)
     else:
@@ -37,6 +38,16 @@ def build_model(recipe: Recipe, sources: Mapping[str, Rows], folder: Path) -> No
     model, processor = rlhf.bridge.build(recipe.model.bridge, tokenizer, seed)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
+
+
+def bridges_of(recipe: Recipe) -> Iterator[dict[str, dict[str, Any]]]:
+    """The tables of the bridge to build, and of each that a stage makes of the one before."""
+    tables: dict[str, dict[str, Any]] = {**SLOT_DEFAULTS, **(recipe.model.bridge or {})}
+    yield tables
+    for stage in recipe.stages:
+        if isinstance(stage, Rebuild):
+            tables = tables | {slot: laid_over(tables.get(slot, {}), over) for slot, over in stage.bridge.items()}
+            yield tables
 
 
 def marks_of(bridge: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:

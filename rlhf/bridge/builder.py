@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from os import PathLike
 from typing import Any
 
@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from rlhf.bridge.config import BridgeConfig, is_moe
-from rlhf.bridge.decoders import DECODERS, PREFIX
+from rlhf.bridge.decoders import DECODERS, PREFIX, own, require_underived
 from rlhf.bridge.heads import HEADS
 from rlhf.bridge.layers.told import ToldModel
 from rlhf.bridge.model import BridgeForConditionalGeneration, BridgeMoeForConditionalGeneration
@@ -77,10 +77,15 @@ def new(config: BridgeConfig, seed: int) -> BridgeForConditionalGeneration:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = cls(config)
-    decoder = model.model.language_model
-    if isinstance(decoder, ToldModel):
-        decoder.begin()
+    begin(model, [name for name, _ in model.named_parameters()])
     return model
+
+
+def begin(model: BridgeForConditionalGeneration, names: Iterable[str]) -> None:
+    """Of the model's parameters `names` begin afresh; the decoder gives its own their first values."""
+    decoder, home = model.model.language_model, "model.language_model."
+    if isinstance(decoder, ToldModel):
+        decoder.begin({name.removeprefix(home) for name in names if name.startswith(home)})
 
 
 def build(
@@ -109,6 +114,8 @@ def build(
     if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer needs a pad and an eos token")
     ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    if (ours := own({"type": decoder_type.removeprefix(PREFIX), **decoder})) is not None:
+        require_underived(ours, decoder)
     text = {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id} | ends | decoder
     if text["vocab_size"] < len(tokenizer):
         raise ValueError(f"decoder.vocab_size {text['vocab_size']} is below the tokenizer's {len(tokenizer)}")
@@ -124,13 +131,17 @@ def build(
         **ends,
     )
     processor = BridgeProcessor(BridgeImageProcessor(config.geometry.to_dict()), tokenizer)
-    for size in config.geometry.tiler.extremes:  # vLLM reads the pattern from text
+    require_readable(config, tokenizer)
+    return new(config, seed), processor
+
+
+def require_readable(config: BridgeConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise `ValueError` unless the tokenizer reads a picture's pattern back: vLLM has it as text."""
+    processor = BridgeProcessor(BridgeImageProcessor(config.geometry.to_dict()), tokenizer)
+    for size in config.geometry.tiler.extremes:
         pattern = config.geometry.expand([config.image_token_id], [size])
         if tokenizer.encode(processor.pattern_text(size), add_special_tokens=False) != pattern:
-            raise ValueError(
-                f"packer: the tokenizer does not read back the tokens {spec.get('packer')} as they are written"
-            )
-    return new(config, seed), processor
+            raise ValueError(f"packer: the tokenizer does not read back the tokens {config.packer} as they are written")
 
 
 def load(path: str | PathLike[str]) -> tuple[BridgeForConditionalGeneration, BridgeProcessor]:

@@ -14,7 +14,7 @@ from rlhf.bridge.packers import PACKERS, Packer
 from rlhf.bridge.tilers import TILERS, Tiler
 from rlhf.slots import settings
 
-VISION_KEYS = ("patch_size", "image_size", "is_native", "num_hidden_layers")
+VISION_KEYS = ("patch_size", "image_size", "is_native")
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ class Geometry:
         """From the plain dicts of a config. `vision` needs `patch_size`, and for a tower `image_size`. Raises
         `ValueError` where components do not fit together."""
         parts = TILERS.make(tiler), ENCODERS.make(encoder), CONNECTORS.make(connector), PACKERS.make(packer)
-        seen = {key: vision[key] for key in VISION_KEYS if key in vision}
+        read = (*VISION_KEYS, "num_hidden_layers") if encoder.get("every") else VISION_KEYS
+        seen = {key: vision[key] for key in read if key in vision}
         geometry = cls(*parts, image_token_id, tuple(sorted(seen.items())), told)
         geometry.require_fit()
         for size in geometry.tiler.extremes:

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 
 import torch
 
-from rlhf.bridge.builder import new
+from rlhf.bridge.builder import begin, new
 from rlhf.bridge.model import BridgeForConditionalGeneration
 from rlhf.bridge.naming import short_name
 
@@ -26,4 +26,5 @@ def reset(model: BridgeForConditionalGeneration, globs: Iterable[str], seed: int
     with torch.no_grad():
         for name in chosen:
             parameters[name].copy_(fresh[name])
+    begin(model, chosen)
     return sorted(chosen)

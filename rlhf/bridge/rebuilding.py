@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch.nn.functional import interpolate
-from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig
 
-from rlhf.bridge.builder import VISION_TYPES, config_of, load, new, with_ids
+from rlhf.architecture import base_of
+from rlhf.bridge.builder import VISION_TYPES, begin, config_of, new, require_readable, with_ids
 from rlhf.bridge.config import BridgeConfig
 from rlhf.bridge.decoders import DECODERS, PREFIX, own, type_of
 from rlhf.bridge.heads import HEADS
-from rlhf.bridge.layers.told import ToldModel
 from rlhf.bridge.model import BridgeForConditionalGeneration
 from rlhf.bridge.naming import MODEL_TYPE, short_name
 from rlhf.bridge.packers import PACKERS
@@ -40,17 +40,18 @@ def rebuild(
     model: BridgeForConditionalGeneration,
     processor: BridgeProcessor,
     tables: Mapping[str, Mapping[str, Any]],
-    parts: Mapping[Slot, tuple[Path, Slot]],
+    parts: Mapping[Slot, Path],
     seed: int,
 ) -> tuple[BridgeForConditionalGeneration, BridgeProcessor, dict[str, int]]:
     """A bridge with `tables` laid over those of `model`, and how many parameters were kept, resized (a table of
     positions), taken from `parts`, begun afresh and left behind.
 
     A parameter is kept where the new bridge has one of its name and shape. `parts` maps a slot (vision, connector,
-    packer, decoder) to a folder and the part of it: of a bridge, or a vision encoder or language model of transformers.
+    packer, decoder) to the folder it is taken from: of a bridge, or of a vision encoder or language model of
+    transformers, beside which what the bridge adds to it begins afresh.
     Raises `ValueError` where a part does not fit.
     """
-    config = _config(model.config, tables, processor)
+    config = rebuilt(model.config, tables, processor)
     fresh = new(config, seed)
     fresh.to(model.dtype)
     old, target = dict(model.named_parameters()), dict(fresh.named_parameters())  # tied ones once
@@ -60,17 +61,24 @@ def rebuild(
         if before is not None and before.shape == value.shape:
             found["kept"][name] = before
         elif before is not None and name.endswith(POSITIONS) and before.shape[1] == value.shape[1]:
-            found["resized"][name] = resized(before, model.config.vision_config, config.vision_config)
+            table = resized(before, model.config.vision_config, config.vision_config)
+            if table.shape == value.shape:  # else one of the two has a class token
+                found["resized"][name] = table
     begun = target.keys() - found["kept"].keys() - found["resized"].keys()
-    for slot, (folder, part) in parts.items():
-        found["taken"] |= _part(slot, folder, part, fresh, begun)
+    for slot, folder in parts.items():
+        taken = _part(slot, folder, fresh)
+        found["taken"] |= taken
+        # what a published part has none of begins beside it, whatever this model had
+        added = {name for name in target if name.startswith(PARTS[slot]) and name not in taken}
+        begun |= added
+        for weights in (found["kept"], found["resized"]):
+            for name in added | taken.keys():
+                weights.pop(name, None)
     for weights in found.values():
         for name, value in weights.items():
             target[name].copy_(value)
     begun -= found["taken"].keys()
-    decoder = fresh.model.language_model
-    if isinstance(decoder, ToldModel) and any(".language_model." in name for name in begun):
-        decoder.begin()
+    begin(fresh, begun)
     counts = {how: sum(value.numel() for value in weights.values()) for how, weights in found.items()}
     counts["fresh"] = sum(target[name].numel() for name in begun)
     counts["left"] = sum(value.numel() for name, value in old.items() if name not in target)
@@ -79,7 +87,8 @@ def rebuild(
     return fresh.train(model.training), made, counts
 
 
-def _config(old: BridgeConfig, tables: Mapping[str, Mapping[str, Any]], processor: BridgeProcessor) -> BridgeConfig:
+def rebuilt(old: BridgeConfig, tables: Mapping[str, Mapping[str, Any]], processor: BridgeProcessor) -> BridgeConfig:
+    """The config with `tables` laid over its own. Raises `ValueError` for a key or token that it cannot have."""
     settings: dict[str, Any] = {
         "vision_config": old.vision_config,
         "text_config": old.text_config,
@@ -93,7 +102,7 @@ def _config(old: BridgeConfig, tables: Mapping[str, Mapping[str, Any]], processo
     if (head := laid_over(old.head or {}, tables.get("head", {}))) != {}:
         settings["head"] = with_ids(HEADS, head, processor.tokenizer)
     if "vision" in tables:
-        kind = old.vision_config.model_type.removesuffix("_vision_model")
+        kind = next(name for name, of in VISION_TYPES.items() if of == old.vision_config.model_type)
         given = {"type": kind, **tables["vision"]}
         settings["vision_config"] = _changed("vision", old.vision_config, VISION_TYPES[given.pop("type")], given)
     if "decoder" in tables:
@@ -102,7 +111,9 @@ def _config(old: BridgeConfig, tables: Mapping[str, Mapping[str, Any]], processo
         settings["text_config"] = _changed(
             "decoder", old.text_config, PREFIX * (kind in DECODERS.types()) + kind, given
         )
-    return BridgeConfig(**settings)
+    config = BridgeConfig(**settings)
+    require_readable(config, processor.tokenizer)
+    return config
 
 
 def _changed(slot: str, old: PretrainedConfig, model_type: str, given: Mapping[str, Any]) -> PretrainedConfig:
@@ -116,7 +127,12 @@ def _changed(slot: str, old: PretrainedConfig, model_type: str, given: Mapping[s
     known = {field.name for field in dataclasses.fields(cls)}
     # layer types are those of as many layers as there were
     kept = {key: value for key, value in fields.items() if key in known and key not in ("model_type", "layer_types")}
-    return cls(**{**kept, **given})
+    if "rope_theta" in given and kept.get("rope_parameters"):  # which holds the old one
+        kept["rope_parameters"] = {**kept["rope_parameters"], "rope_theta": given["rope_theta"]}
+    inherited = (
+        DECODERS.find({"type": kind}).of_plain(fields) if (kind := type_of(model_type)) in DECODERS.types() else {}
+    )
+    return cls(**{**kept, **(inherited if model_type != old.model_type else {}), **given})
 
 
 def resized(table: torch.Tensor, old: PretrainedConfig, config: PretrainedConfig) -> torch.Tensor:
@@ -134,19 +150,18 @@ def resized(table: torch.Tensor, old: PretrainedConfig, config: PretrainedConfig
     return torch.cat((table[:first], wider.permute(0, 2, 3, 1).flatten(0, 2)))
 
 
-def _part(slot: str, folder: Path, part: str, model: BridgeForConditionalGeneration, begun: set[str]) -> Weights:
-    """The weights of a slot, under the model's names. What only this model has may be missing if it begins afresh."""
-    found = _weights(slot, folder, part)
+def _part(slot: str, folder: Path, model: BridgeForConditionalGeneration) -> Weights:
+    """The weights of a slot, under the model's names; without what adaptations add to it, if the folder has none."""
+    found = _weights(slot, folder)
     wanted = {name: value for name, value in model.named_parameters() if name.startswith(PARTS[slot])}
     taken: Weights = {}
     for name, value in wanted.items():
         if name not in found:
-            if name in begun and slot in ("decoder", "vision") and _added(name):
+            if slot in ("decoder", "vision") and _added(name):
                 continue
             raise ValueError(f"parts.{slot}: {folder} has no {short_name(name)!r}; is it of the same kind?")
         if name.endswith(POSITIONS) and found[name].shape != value.shape:
-            config = model.config.vision_config
-            taken[name] = resized(found[name], _pictures(folder, config), config)
+            taken[name] = resized(found[name], _pictures(folder), model.config.vision_config)
         elif found[name].shape != value.shape:
             raise ValueError(
                 f"parts.{slot}: {short_name(name)!r} is {list(found[name].shape)} in {folder} and {list(value.shape)} "
@@ -163,40 +178,26 @@ def _added(name: str) -> bool:
     return any(mark in name for mark in (".vision_", ".gated.", "adapter", ".window_"))
 
 
-def _weights(slot: str, folder: Path, part: str) -> Weights:
-    """Of `part` of the model in `folder`, under the names a bridge has for `slot`."""
-    if (folder / "adapter_config.json").exists():
-        raise ValueError(
-            f"parts.{slot}: {folder} holds LoRA adapters; take their base, or merge them into it with peft"
-        )
-    if json.loads((folder / "config.json").read_text()).get("model_type") == MODEL_TYPE:
-        state = load(folder)[0].state_dict()
-        return {
-            target + name.removeprefix(source): value
-            for source, target in zip(PARTS[part], PARTS[slot], strict=True)
-            for name, value in state.items()
-            if name.startswith(source)
-        }
+def _weights(slot: str, folder: Path) -> Weights:
+    """Of the model in `folder`, adapters merged in, under the names a bridge has for `slot`."""
+    from rlhf.foreign import open_model
+
+    if AutoConfig.from_pretrained(base_of(folder)).model_type == MODEL_TYPE:
+        state = open_model(str(folder))[0].state_dict()
+        return {name: value for name, value in state.items() if name.startswith(PARTS[slot])}
+    if base_of(folder) != folder:
+        raise ValueError(f"parts.{slot}: {folder} holds adapters of no bridge; merge them into their base with peft")
     if slot == "vision":
         whole = AutoModel.from_pretrained(folder)
         state = getattr(whole, "vision_model", whole).state_dict()
         return {f"model.vision.tower.{name}": value for name, value in state.items()}
     if slot == "decoder":
         state = AutoModelForCausalLM.from_pretrained(folder).state_dict()
-        return {
-            ("model.language_model." + name.removeprefix("model.")) if name.startswith("model.") else name: value
-            for name, value in state.items()
-        }
+        return {re.sub(r"^model\.", "model.language_model.", name): value for name, value in state.items()}
     raise ValueError(f"parts.{slot}: {folder} holds no bridge, and a {slot} is a part of bridges only")
 
 
-def _pictures(folder: Path, like: PretrainedConfig) -> PretrainedConfig:
+def _pictures(folder: Path) -> PretrainedConfig:
     """What says how large the pictures of a vision encoder are."""
-    fields = json.loads((folder / "config.json").read_text())
-    fields = fields.get("vision_config", fields)
-    return cast(
-        PretrainedConfig,
-        type(like)(
-            image_size=fields.get("image_size", like.image_size), patch_size=fields.get("patch_size", like.patch_size)
-        ),
-    )
+    config = AutoConfig.from_pretrained(base_of(folder))
+    return cast(PretrainedConfig, getattr(config, "vision_config", config))

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlhf.architecture import Architecture, architecture_of, geometry_of
+from rlhf.architecture import Architecture, geometry_of
+from rlhf.plan.derive import last_architecture
 from rlhf.plan.text import Text, aligned
 from rlhf.plan.types import PlanError
 from rlhf.recipe import Optimised, Rebuild, Recipe, Sft, Stage, load
@@ -19,8 +20,8 @@ SERVED = {
 
 
 def list_bridges(paths: Sequence[Path], size: tuple[int, int], markdown: bool = False) -> str:
-    """A table of recipes, a line for each stage; tokens are those of a picture of `size` = (width, height), and the
-    most any picture becomes. Raises PlanError where a recipe builds no bridge."""
+    """A table of recipes, a line for each stage. Sizes are those after the last stage; tokens are those of a picture of
+    `size` = (width, height), and the most any picture becomes. Raises PlanError where a recipe builds no bridge."""
     rows = [_row(path, load([path]), size) for path in paths]
     if not markdown:
         lines = [
@@ -35,8 +36,8 @@ def list_bridges(paths: Sequence[Path], size: tuple[int, int], markdown: bool = 
 
 def _row(path: Path, recipe: Recipe, size: tuple[int, int]) -> tuple[str, str, str, str, list[str]]:
     try:
-        architecture = architecture_of(recipe.model)
-    except ValueError as error:
+        architecture = last_architecture(recipe)
+    except PlanError as error:
         raise PlanError(f"{path}: {error}") from error
     if not architecture.is_bridge:
         raise PlanError(f"{path}: [model] is no bridge to build; name recipes such as recipes/bridges/llava15.toml")

@@ -98,6 +98,11 @@ def _architectures(recipe: Recipe) -> dict[str, Architecture]:
     return found
 
 
+def last_architecture(recipe: Recipe) -> Architecture:
+    """The architecture of the model that the last stage leaves. Raises PlanError where one does not fit."""
+    return _architectures(recipe)[recipe.stages[-1].name]
+
+
 def _stage(recipe: Recipe, stage: Stage, architecture: Architecture, engines: tuple[EngineUse, ...]) -> StagePlan:
     r, longest = recipe.resources, recipe.resources.max_model_len
     steps = rows = rollouts_per_step = rollouts = 0

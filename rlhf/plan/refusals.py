@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from rlhf.algorithms.table import method_of
@@ -15,8 +16,11 @@ from rlhf.recipe import Optimised, Rebuild, Recipe, Rl, Sft, Stage
 # GSPO's ratio is a geometric mean over a row's tokens: it moves by 1e-4 to 1e-3 a step (2507.18071 clips at 3e-4, 4e-4)
 GSPO_CLIP_LIMIT = 0.01
 PARTS = ("vision", "connector", "packer", "head", "language_model", "lm_head")
-# of the decoder, and of towers
-LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "out_proj", "fc1", "fc2")
+# of the decoder, of towers, and of CogVLM's experts
+LINEAR_LAYERS = (
+    *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "out_proj", "fc1", "fc2"),
+    *(f"vision_{name}_proj" for name in "qkvo"),
+)
 
 
 def unfit_stages(recipe: Recipe, architectures: Mapping[str, Architecture]) -> Iterator[str]:
@@ -48,9 +52,12 @@ def _unfit(recipe: Recipe, stage: Stage, architecture: Architecture) -> Iterator
     if isinstance(stage, Sft) and stage.objectives:
         if not aligned:
             yield "objectives need a Q-Former with their heads: set connector.aligned = 256 and connector.text_length"
-        if stage.evaluate != "none" or stage.lora is not None or stage.mix == "loss":
+        if not any(_may_match(glob, ("vision", "connector.reader")) for glob in stage.train or ("*",)):
+            yield "objectives teach vision.* and connector.reader.*, and `train` names neither; add one"
+        if stage.evaluate != "none" or stage.upcycle is not None or stage.lora is not None or stage.mix == "loss":
             yield (
-                'objectives teach the connector, not the answers: leave `evaluate`, `lora` and mix = "loss" out here'
+                "objectives teach the connector, not the answers: leave `evaluate`, `upcycle`, `lora` and "
+                'mix = "loss" out here'
             )
     elif isinstance(stage, Sft) and stage.signals and "head" not in architecture.tables:
         yield 'signals need a head that reads them: give [model.bridge] head = { type = "signals", tokens = [...] }'
@@ -80,6 +87,12 @@ def _unfit(recipe: Recipe, stage: Stage, architecture: Architecture) -> Iterator
                 f"a picture of up to {pictures} tokens and {key} = {tokens} leave no room for the question in "
                 f"resources.max_model_len = {limit}; raise it, or use fewer tiles"
             )
+
+
+def _may_match(glob: str, parts: Sequence[str]) -> bool:
+    """Whether a glob can match a name in one of these parts, as far as its plain beginning tells."""
+    plain = re.split(r"[*?\[]", glob, maxsplit=1)[0]
+    return any(f"{part}.".startswith(plain) or plain.startswith(f"{part}.") for part in parts)
 
 
 def _nothing_trains(stage: Optimised) -> Iterator[str]:

@@ -553,12 +553,11 @@ class Evaluate(StageBase):
 
 
 class Part(Table):
-    """A part of another model: of a stage's `artifact`, or of the folder or hub name `path`. `part` is its slot
-    there, if that is another; a model of transformers is itself the part."""
+    """A part of another model: of an earlier stage's `artifact`, or of the folder or hub name `path`; a model of
+    transformers is itself the part."""
 
     artifact: Name | None = None
     path: UserPath | None = None
-    part: Slot | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> Part:
@@ -592,6 +591,8 @@ class Rebuild(StageBase):
             return rest
         smaller = {
             slot: {key: sizes.get(slot, {}).get(key, value) for key, value in table.items()}
+            if isinstance(table, dict)
+            else table
             for slot, table in bridge.items()
         }
         return rest | {"bridge": smaller}

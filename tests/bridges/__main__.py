@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rlhf.architecture import architecture_of
+from rlhf.plan.derive import last_architecture
 from rlhf.recipe import load
 from tests.bridges import parity, stages
 
@@ -47,7 +47,7 @@ def one(name: str, ask: parity.Ask) -> dict[str, Any]:
         assert gap.holds, f"gap {gap.gap:.1e}, control {gap.control:.1e}"
         recipe, made, first = stages.run(name, Path(folder), [])
         stages.check(recipe, made, first)
-    architecture = architecture_of(full.model)
+    architecture = last_architecture(full)
     return {
         "name": name,
         "served": "vllm",

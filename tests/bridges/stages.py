@@ -14,9 +14,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from rlhf import bridge
-from rlhf.architecture import SLOT_DEFAULTS, base_of
-from rlhf.recipe import Optimised, Rebuild, Recipe, Sft, Upcycle, load, makes_model
-from rlhf.slots import laid_over
+from rlhf.architecture import base_of
+from rlhf.models import bridges_of
+from rlhf.recipe import Optimised, Recipe, Sft, Upcycle, load, makes_model
 from rlhf.stage import derive
 
 ROOT = Path(__file__).parents[2]
@@ -31,11 +31,7 @@ def files_of(name: str) -> list[str]:
 
 def served(recipe: Recipe) -> tuple[dict[str, dict[str, Any]], Upcycle | None]:
     """The bridge as the last stages have it, and what its decoder became."""
-    assert recipe.model.bridge is not None
-    tables = {**SLOT_DEFAULTS, **recipe.model.bridge}
-    for stage in recipe.stages:
-        if isinstance(stage, Rebuild):
-            tables |= {slot: laid_over(tables.get(slot, {}), over) for slot, over in stage.bridge.items()}
+    *_, tables = bridges_of(recipe)
     return tables, next((s.upcycle for s in recipe.stages if isinstance(s, Sft) and s.upcycle is not None), None)
 
 

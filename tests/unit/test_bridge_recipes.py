@@ -102,6 +102,32 @@ def test_sizes_change_only_what_a_bridge_has(tmp_path):
         load([base], ["model.sizes = 3"])
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "says"),
+    [
+        ("llava", "stages.align.objectives = { itc = 1.0 }", "objectives need a Q-Former with their heads"),
+        ("blip2", "stages.represent.train = { 'language_model.*' = 1e-4 }", "`train` names neither; add one"),
+        ("blip2", "stages.represent.upcycle = { num_experts = 2, top_k = 1 }", "leave `evaluate`, `upcycle`, `lora`"),
+        ("blip2", "stages.queries = { remove = true }", 'put a stage of kind "rebuild" before this one'),
+        ("llava", "stages.align.signals = 1.0", "signals need a head that reads them"),
+        ("qwen_vl", "stages.at-448.parts.vision.artifact = 'pretrein'", "did you mean 'pretrain'"),
+        ("qwen_vl", "stages.at-448.parts.vision.path = 'nowhere'", "parts.vision.path = 'nowhere': no such folder"),
+        ("qwen_vl", "stages.at-448.bridge.tiller = { size = 4 }", "bridge has no slot 'tiller'"),
+        ("qwen_vl", "stages.at-448.sizes.tiler.size = 60", "stage 'at-448': model.bridge: tiles are \\(60, 60\\)"),
+        ("flamingo", "model.bridge.decoder.num_hidden_layers = 3", "num_hidden_layers follows from its own keys"),
+        (
+            "cogvlm",
+            "model.bridge.tiler = { type = 'grid', tile = 48, max_tiles = 4 }",
+            "counts the features of a picture",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_the_plan(name, change, says):
+    recipe = load([FOLDER / "bridges" / f"{name}.toml", TOY], [change])
+    with pytest.raises(PlanError, match=says):
+        make_plan(recipe, Cluster(cpus=2, memory_gib=24))
+
+
 def test_shapes_that_differ_are_not_sharded_by_zero_3():
     files = [FOLDER / "bridges" / "llava_uhd.toml", TOY]
     two = ["resources.trainer_ranks = 2", "resources.trainer_threads = 1"]

@@ -78,7 +78,7 @@ def test_a_published_decoder_brings_its_words(tmp_path: Path) -> None:
     decoder.save_pretrained(tmp_path / "weights")
     build_model(validate(recipe(tmp_path, vocab_size=280), "test"), {}, tmp_path / "model")
     model, processor = rlhf.bridge.load(tmp_path / "model")
-    made, _, _ = rlhf.bridge.rebuild(model, processor, {}, {"decoder": (tmp_path / "weights", "decoder")}, 0)
+    made, _, _ = rlhf.bridge.rebuild(model, processor, {}, {"decoder": tmp_path / "weights"}, 0)
     ids = processor.tokenizer("how many?", return_tensors="pt").input_ids
     torch.testing.assert_close(made(ids).logits, decoder(ids).logits, atol=1e-6, rtol=0)
 

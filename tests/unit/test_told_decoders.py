@@ -8,13 +8,14 @@ from torch.nn.functional import gelu
 from transformers import CLIPVisionConfig, Qwen3Config, Qwen3Model
 from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
+from rlhf.agreement import fingerprint_model
 from rlhf.batching import BridgeVisual, collate
 from rlhf.bridge.connectors import CONNECTORS
 from rlhf.bridge.encoders import ENCODERS
 from rlhf.bridge.layers.modality_adapter import ModalityAdapterConfig, ModalityAdapterModel
 from rlhf.bridge.positions import FAR, next_position, position_rows, salt
 from rlhf.packing import attend_by_row
-from rlhf.types import Sample
+from rlhf.types import Probe, Sample
 from tests.unit.systems import awake, spec
 from tests.unit.test_bridge_build import picture, tiny
 from tests.unit.test_packing import media
@@ -124,6 +125,15 @@ def test_packed_rows_are_padded_rows(name):
             logits = model(**given, use_cache=False).logits
         found[packs] = tensors.in_rows(logits.flatten(0, 1))[tensors.attention_mask > 0]
     torch.testing.assert_close(found[True], found[False], atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_what_went_wrong_in_a_publish_can_be_looked_for(name):
+    """Every module with weights of its own has a fingerprint."""
+    model, processor = tiny(**spec(name))
+    probes = [Probe((7, 2, 9), (media(0, 40, 24),)), Probe((7, 8))]
+    found = fingerprint_model(model, processor, BridgeVisual(processor), probes)
+    assert any("language_model.layers.1" in group for group in found.prints)
 
 
 @pytest.mark.parametrize("name", TOLD)
@@ -349,7 +359,7 @@ def test_adapters_fold_into_the_weights_they_precede(pictures):
     mine = decoder.state_dict()
     weights = {name: mine.get(name, torch.zeros_like(value)) for name, value in base.state_dict().items()}
     # the token by itself, through the layers as they are: a sequence of one
-    alone = decoder.modality_adapter[None, int(pictures) : int(pictures) + 1].double()
+    alone = decoder.modality_adapter.weight[None, int(pictures) : int(pictures) + 1].double()
     for index, layer in enumerate(decoder.layers):
         attention, normed = layer.self_attn, layer.input_layernorm(alone)
         mixed = attention.adapter.weights(normed[0, 0])

@@ -23,6 +23,10 @@ class Decoder(Protocol):
     type: ClassVar[str]
     told: ClassVar[str]  # what its layers know of a token beside its position; see `rlhf.bridge.positions`
 
+    @classmethod
+    def of_plain(cls, table: Mapping[str, Any]) -> dict[str, Any]:
+        """Keys of its own that follow from the Qwen3 it is put around, where a recipe is silent."""
+
     def derived(self, table: Mapping[str, Any]) -> dict[str, Any]:
         """Keys that follow from others, as an engine must read them."""
 
@@ -45,6 +49,13 @@ def own(table: Mapping[str, Any]) -> Decoder | None:
         return None
     fields = {field.name for field in dataclasses.fields(DECODERS.find(table))}  # type: ignore[arg-type]
     return DECODERS.make({key: value for key, value in table.items() if key in fields | {"type"}})
+
+
+def require_underived(decoder: Decoder, given: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for a key that follows from others, which would be overwritten."""
+    for key in sorted(decoder.derived(given).keys() & given.keys()):
+        own_keys = ", ".join(field.name for field in dataclasses.fields(decoder))  # type: ignore[arg-type]
+        raise ValueError(f"decoder.{decoder.type}: {key} follows from its own keys ({own_keys}); give those")
 
 
 def type_of(model_type: str) -> str:

@@ -49,6 +49,10 @@ class GatedCrossAttention:
         """Of heads with room for what masks them."""
         return min(size for size in HEAD_DIMS if size > self.language_head_dim)
 
+    @classmethod
+    def of_plain(cls, table: Mapping[str, Any]) -> dict[str, Any]:
+        return {"language_layers": table["num_hidden_layers"], "language_head_dim": table["head_dim"]}
+
     def derived(self, table: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG002
         return {"num_hidden_layers": self.language_layers + self.gated, "head_dim": self.head_dim}
 

@@ -31,6 +31,10 @@ class ModalityAdapter:
                 f"{self.adapter_groups}"
             )
 
+    @classmethod
+    def of_plain(cls, table: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG003
+        return {}
+
     def derived(self, table: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG002
         return {}
 

@@ -18,6 +18,10 @@ class VisualExpert:
     type: ClassVar[str] = "visual_expert"
     told: ClassVar[str] = "pictures"
 
+    @classmethod
+    def of_plain(cls, table: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG003
+        return {}
+
     def derived(self, table: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG002
         return {}
 

@@ -138,7 +138,7 @@ class ModalityAdapterModel(ToldModel):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self.modality_adapter = nn.Parameter(torch.randn(2, config.hidden_size) * config.initializer_range)
+        self.modality_adapter = nn.Embedding(2, config.hidden_size)
 
     def make_layers(self) -> list[nn.Module]:
         return [AdaptedLayer(self.config, index) for index in range(self.config.num_hidden_layers)]
@@ -148,7 +148,7 @@ class ModalityAdapterModel(ToldModel):
         return torch.where(pictures, rows[0], rows[0] - FAR), pictures.long()
 
     def run(self, hidden: torch.Tensor, told: torch.Tensor, **shared: Any) -> torch.Tensor:
-        alone = self.modality_adapter.to(hidden)
+        alone = self.modality_adapter(torch.arange(2, device=hidden.device))
         for layer in self.layers:
             hidden, alone = layer(hidden, alone, told=told, **shared)
         return hidden

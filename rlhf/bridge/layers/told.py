@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, cast
 
 import torch
@@ -36,8 +37,8 @@ class ToldModel(Qwen3PreTrainedModel):  # type: ignore[misc]
         """Of the Qwen3 inside."""
         return self.config
 
-    def begin(self) -> None:
-        """Values with which fresh layers begin where those depend on others; called once, of a new model."""
+    def begin(self, names: Collection[str]) -> None:
+        """Give those of its parameters that begin afresh their values where these depend on others."""
 
     def tell(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Position and what layers are told, each [rows, length], of position rows [3, rows, length]."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, ClassVar
 
 import torch
@@ -124,8 +124,8 @@ class VisualExpertModel(ToldModel):
         return [VisualExpertLayer(self.config, index) for index in range(self.config.num_hidden_layers)]
 
     @torch.no_grad()
-    def begin(self) -> None:
-        """The vision weights become copies of the text's."""
-        for name, parameter in self.named_parameters():
+    def begin(self, names: Collection[str]) -> None:
+        """Vision weights become copies of the text's."""
+        for name in names:
             if ".vision_" in name:
-                parameter.copy_(self.get_parameter(name.replace(".vision_", ".")))
+                self.get_parameter(name).copy_(self.get_parameter(name.replace(".vision_", ".")))
