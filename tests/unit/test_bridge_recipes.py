@@ -116,9 +116,9 @@ def test_sizes_change_only_what_a_bridge_has(tmp_path):
         ("qwen_vl", "stages.at-448.sizes.tiler.size = 60", "stage 'at-448': model.bridge: tiles are \\(60, 60\\)"),
         ("flamingo", "model.bridge.decoder.num_hidden_layers = 3", "num_hidden_layers follows from its own keys"),
         (
-            "cogvlm",
-            "model.bridge.tiler = { type = 'grid', tile = 48, max_tiles = 4 }",
-            "counts the features of a picture",
+            "llava15",
+            "model.bridge.packer = { type = 'segments', positions = 'none' }",
+            'positions = "each" is all that',
         ),
     ],
 )
