@@ -35,7 +35,7 @@ class Aligner(Policy):
             losses = self.engine(
                 pixel_values=pixels, captions=captions, objectives=tuple(wanted), pairs=len(samples), use_cache=False
             )
-            tokens = sum(sample.num_completion for sample in samples)
+            tokens = sum(sample.num_learned for sample in samples)
             shares = dict.fromkeys(wanted, len(samples) / max(1, batch.num_rows))
             shares |= {"itg": tokens / max(1, batch.num_tokens)} if "itg" in wanted else {}
             loss = torch.stack([weight * shares[name] * losses[name] for name, weight in wanted.items()]).sum()

@@ -68,7 +68,7 @@ def make_batch(
     counted = [sample for sample in samples if sample.weight != 0]
     return Batch(
         micro_batches=tuple(tuple(mine + [()] * (depth - len(mine))) for mine in cut),
-        num_tokens=sum(sample.num_completion for sample in counted),
+        num_tokens=sum(sample.num_learned for sample in counted),
         num_rows=len(counted),
         index=index,
     )
@@ -224,7 +224,7 @@ class Tensors:
     advantages      [B, L − 1] of token t + 1
     returns         [B, L − 1] what a critic should say of token t + 1; 0 where unknown
     weights         [B]
-    completion      [B, L − 1] True where token t + 1 is a completion token, whatever the row's weight
+    completion      [B, L − 1] True where token t + 1 is a completion token and not skipped, whatever the row's weight
     sampled         [B] True where the row came with log-probabilities, of the weights that the step starts from
     packing         how the model sees them; None: as they are
     """
@@ -412,6 +412,8 @@ def collate(samples: Sequence[Sample], visual: Visual) -> Tensors:
         input_ids[index, :end] = torch.tensor(row.token_ids)
         attention_mask[index, :end] = 1
         completion[index, row.prompt_length - 1 : end - 1] = True
+        for first, after in row.skipped:
+            completion[index, first - 1 : after - 1] = False
         for name, values in of_tokens.items():
             if given := getattr(row, name):
                 values[index, row.prompt_length - 1 : end - 1] = torch.tensor(given)

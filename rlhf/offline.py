@@ -63,7 +63,7 @@ def weighed(
 ) -> list[Sample]:
     """The samples with weights by which a step's gradient is Σ_m λ_m ∇ mean loss of source m, λ being `weights`, though
     the batch divides by all its tokens ("token") or rows ("row")."""
-    counts = [sample.num_completion if normalise == "token" else 1 for sample in samples]
+    counts = [sample.num_learned if normalise == "token" else 1 for sample in samples]
     total, own = sum(counts), Counter[str]()
     for source, count in zip(sources, counts, strict=True):
         own[source] += count

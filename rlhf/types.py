@@ -139,6 +139,7 @@ class Sample:
     current        whether the weights that its step starts from sampled every token
     advantages     [T] of each completion token, where a critic tells them apart; empty: `advantage`
     returns        [T] what a critic should have said before each; empty without one
+    skipped        [start, end) of tokens after the prompt that are read, not learned: what a user says between replies
     signal         what the answer's signal tokens are to say, in words; "" where it has none
     """
 
@@ -152,11 +153,18 @@ class Sample:
     current: bool = True
     advantages: tuple[float, ...] = ()
     returns: tuple[float, ...] = ()
+    skipped: tuple[tuple[int, int], ...] = ()
     signal: str = ""
 
     @property
     def num_completion(self) -> int:
+        """Tokens after the prompt."""
         return len(self.token_ids) - self.prompt_length
+
+    @property
+    def num_learned(self) -> int:
+        """Those of them that the loss covers."""
+        return self.num_completion - sum(end - start for start, end in self.skipped)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ class Processor(Protocol):
     """What formatting asks of the bridge's processor (or of any Hugging Face one wrapped alike)."""
 
     tokenizer: PreTrainedTokenizerBase
+    image_token_id: int
 
     def expand(self, token_ids: list[int], sizes: list[tuple[int, int]]) -> list[int]:
         """token_ids with each placeholder repeated as its image (width, height) needs."""
@@ -67,22 +68,60 @@ def as_prompts(
 def as_sample(
     row: Mapping[str, Any], source: str, index: int, processor: Processor, think: bool | None, chat: Chat
 ) -> Sample:
-    """The row as a question and the answer to learn: the last assistant message, end token included.
+    """The row as a question and the answer to learn: the last assistant message, end token included; or, where `chat`
+    says so, every assistant message, what stands between them being read and not learned.
 
     think None takes the row's boolean column `think` (False where there is none); column `signal` is what the answer's
-    signal tokens are to say. Prompt and answer are tokenised
-    apart and joined as ids, as in generation. Raises DataError as `as_prompt`, and when no answer ends the row.
+    signal tokens are to say. Prompts and answers are tokenised apart and joined as ids, as in generation. Raises
+    DataError as `as_prompt`, and when no answer ends the row.
     """
     messages = row["messages"]
     where = f"source {source!r}, row {index}"
     if not messages or messages[-1]["role"] != "assistant":
         raise DataError(f"{where}: no assistant message at the end, so there is nothing to learn; add the answer")
-    tokenizer = processor.tokenizer
     with_think = bool(row.get("think") or False) if think is None else think
-    prompt = as_prompt(row, source, index, tokenizer, with_think, chat)
-    completion = _completion(tokenizer, _text(messages[-1]), where)
-    expanded = tuple(processor.expand(list(prompt.token_ids), [media.size for media in prompt.media]))
-    return Sample(prompt.key, expanded + completion, len(expanded), prompt.media, signal=str(row.get("signal") or ""))
+    prompt = as_prompt(row, source, index, processor.tokenizer, with_think, chat)
+    replies = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+    if chat.supervise == "last" or len(replies) == 1:
+        pieces = [prompt.token_ids]
+        replies = replies[-1:]
+    else:
+        pieces = _pieces(row, replies, processor.tokenizer, with_think, chat, where)
+    ids, skipped, sizes = tuple[int, ...](), list[tuple[int, int]](), [item.size for item in prompt.media]
+    for piece, place in zip(pieces, replies, strict=True):
+        shown = len(sizes) if len(pieces) == 1 else piece.count(processor.image_token_id)
+        read = tuple(processor.expand(list(piece), sizes[:shown]))
+        del sizes[:shown]
+        skipped.append((len(ids), len(ids) + len(read)))
+        ids += read + _completion(processor.tokenizer, _text(messages[place]), where)
+    signal = str(row.get("signal") or "")
+    return Sample(prompt.key, ids, skipped[0][1], prompt.media, skipped=tuple(skipped[1:]), signal=signal)
+
+
+def _pieces(
+    row: Mapping[str, Any],
+    replies: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    think: bool,
+    chat: Chat,
+    where: str,
+) -> list[tuple[int, ...]]:
+    """Ids of what stands before each reply, after the one before it."""
+    messages, end = _with_images(row["messages"], tuple(row.get("images") or ()), where), str(tokenizer.eos_token)
+    if think:
+        messages = [*_with_suffix(messages[:-1], chat.think_suffix), messages[-1]]
+    pieces, before = list[tuple[int, ...]](), ""
+    for place in replies:
+        text = _render(tokenizer, messages[:place], generate=True)
+        if not text.startswith(before):
+            raise DataError(
+                f"{where}: the tokenizer's chat template writes earlier turns otherwise once there are later ones, so "
+                'only the last reply can be learned as it was generated; set chat.supervise = "last"'
+            )
+        pieces.append(_ids(tokenizer, text[len(before) :]))
+        told = _render(tokenizer, messages[: place + 1], generate=False)
+        before = told[: told.rindex(end) + len(end)] if end in told else told
+    return pieces
 
 
 def as_pair(row: Mapping[str, Any], source: str, index: int, processor: Processor, chat: Chat) -> list[Sample]:
@@ -99,7 +138,7 @@ def as_pair(row: Mapping[str, Any], source: str, index: int, processor: Processo
         raise DataError(
             f"{where}: the chosen and the rejected reply answer different conversations; both must begin alike"
         )
-    chosen = as_sample(row, source, index, processor, None, chat)
+    chosen = as_sample(row, source, index, processor, None, chat.model_copy(update={"supervise": "last"}))
     other = _completion(processor.tokenizer, _text(last), where)
     asked = chosen.token_ids[: chosen.prompt_length]
     if asked + other == chosen.token_ids:

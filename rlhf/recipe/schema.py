@@ -108,7 +108,10 @@ class Model(Table):
 
 
 class Chat(Table):
-    """How thinking is asked for: this suffix on the user's text (SAIL-VL2 §5)."""
+    """How thinking is asked for: this suffix on the user's text (SAIL-VL2 §5); and what of a conversation is learned:
+    its "last" reply, or "all" of them (LLaVA; MIMIC-IT's examples before a question)."""
+
+    supervise: Literal["last", "all"] = "last"
 
     think_suffix: str = (
         "You FIRST think about the reasoning process as an internal monologue and then provide the final answer. "

@@ -256,3 +256,19 @@ def test_pictures_are_decoded_once_and_forgotten_in_order_of_use():
 def test_an_unreadable_picture_names_the_sample():
     with pytest.raises(ValueError, match="sample x/3: its image cannot be read"):
         collate([Sample("x/3", (1, 2), 1, (Media(b"not a picture", (4, 4)),))], Grey())
+
+
+def test_what_is_skipped_is_read_and_not_learned():
+    """A conversation of two replies: packed and padded, and in the denominators."""
+    talk = Sample("a", (1, 2, 3, 4, 5, 6, 7, 8), 2, skipped=((4, 6),))
+    other = Sample("b", (1, 2, 9), 2)
+    found = collate([talk, other], Grey())
+    #                                    3     4     5      6      7     8
+    assert found.mask.tolist()[0] == [0, 1, 1, 0, 0, 1, 1]
+    assert found.completion[0].tolist() == [False, True, True, False, False, True, True]
+    assert make_batch([talk, other], 1, 60).num_tokens == 4 + 1
+    assert make_batch([talk, other], 1, 60, packed=True).num_tokens == 4 + 1
+    assert (talk.num_completion, talk.num_learned) == (6, 4)
+    kept, which = found.predictions()
+    assert len(which) == 5
+    assert kept.tolist() == [1, 2, 5, 6]

@@ -24,7 +24,7 @@ class Doubling:
     """A processor whose every image takes width // 10 placeholders."""
 
     def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
+        self.tokenizer, self.image_token_id = tokenizer, tokenizer.image_token_id
 
     def expand(self, token_ids, sizes):
         left = list(sizes)
@@ -133,3 +133,84 @@ def test_bad_rows_are_named(tokenizer):
         as_sample(row(reply="8<eos>"), "s", 3, processor, False, CHAT)
     with pytest.raises(DataError, match="row 3: the question must end in a user message"):
         as_prompt({"messages": [{"role": "assistant", "content": "8"}]}, "s", 3, tokenizer, False, CHAT)
+
+
+# T19: what of a conversation is learned
+
+
+def learned(sample, tokenizer):
+    """The text of the tokens that the loss covers, runs of them apart."""
+    skipped = {place for start, end in sample.skipped for place in range(start, end)} | set(range(sample.prompt_length))
+    runs, before = [], -2
+    for place in range(len(sample.token_ids)):
+        if place not in skipped:
+            if place != before + 1:
+                runs.append([])
+            runs[-1].append(sample.token_ids[place])
+            before = place
+    return [tokenizer.decode(run) for run in runs]
+
+
+def user(text, images=0):
+    return {"role": "user", "content": [*({"type": "image"} for _ in range(images)), {"type": "text", "text": text}]}
+
+
+def said(text):
+    return {"role": "assistant", "content": text}
+
+
+SYSTEM = {"role": "system", "content": "be short."}
+CONVERSATIONS = {  # messages, and what is learned of them with supervise = "all" (with "last": the last of these)
+    "one turn": ([user("sum?", 1), said("16")], ["16<eos>"]),
+    "a system's word": ([SYSTEM, user("sum?", 1), said("16")], ["16<eos>"]),
+    "several turns about one picture": (
+        [user("sum?", 1), said("16"), user("and the first?"), said("3"), user("last?"), said("8")],
+        ["16<eos>", "3<eos>", "8<eos>"],
+    ),
+    "examples with pictures of their own": (
+        [user("sum?", 1), said("16"), user("sum?", 2), said("11")],
+        ["16<eos>", "11<eos>"],
+    ),
+    "an interleaved page": (
+        [user("", 1), said("a three."), user("", 1), said("then a five."), user("", 1), said("")],
+        ["a three.<eos>", "then a five.<eos>", "<eos>"],
+    ),
+    "text alone": ([user("sum of 3 and 5?"), said("8"), user("sure?"), said("yes")], ["8<eos>", "yes<eos>"]),
+}
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_what_is_learned_of_a_conversation(name, tokenizer):
+    messages, wanted = CONVERSATIONS[name]
+    count = sum(part["type"] == "image" for m in messages if m["role"] == "user" for part in m["content"])
+    given = {"messages": messages, "images": [picture(20 + 10 * i) for i in range(count)]}
+    every = as_sample(given, "s", 0, Doubling(tokenizer), None, Chat(supervise="all"))
+    last = as_sample(given, "s", 0, Doubling(tokenizer), None, Chat())
+    assert learned(every, tokenizer) == wanted
+    assert learned(last, tokenizer) == wanted[-1:]
+    assert every.num_learned == sum(len(tokenizer(text)["input_ids"]) for text in wanted)
+    assert last.num_learned == last.num_completion
+    spelt = tokenizer.apply_chat_template(messages, tokenize=False)
+    both = [tokenizer.decode([t for t in s.token_ids if t != tokenizer.image_token_id]) for s in (every, last)]
+    assert both == [spelt.replace("<image>", "")] * 2  # the same words, whatever is learned of them
+    assert every.token_ids.count(tokenizer.image_token_id) == sum(2 + i for i in range(count))
+
+
+def test_the_thinking_suffix_stands_on_the_last_question_alone(tokenizer):
+    messages = [user("sum?", 1), said("16"), user("sum of the first two?"), said("<think>3 + 5.</think>8")]
+    given = {"messages": messages, "images": [picture(20)]}
+    sample = as_sample(given, "s", 0, Doubling(tokenizer), True, CHAT.model_copy(update={"supervise": "all"}))
+    assert tokenizer.decode(sample.token_ids).count("think first.") == 1
+    assert learned(sample, tokenizer) == ["16<eos>", "<think>3 + 5.</think>8<eos>"]
+
+
+def test_a_template_that_rewrites_history_is_refused(tokenizer, monkeypatch):
+    """As Qwen3's, which takes the thinking out of earlier replies."""
+    forgetful = tokenizer.chat_template.replace(
+        "{{- message['content'] -}}", "{{- message['content'] if loop.last else message['content'][:1] -}}"
+    )
+    monkeypatch.setattr(tokenizer, "chat_template", forgetful)
+    given = {"messages": [user("sum?"), said("16"), user("sure?"), said("yes"), user("?"), said("y")], "images": []}
+    with pytest.raises(DataError, match=r'set chat\.supervise = "last"'):
+        as_sample(given, "s", 0, Doubling(tokenizer), None, Chat(supervise="all"))
+    assert learned(as_sample(given, "s", 0, Doubling(tokenizer), None, Chat()), tokenizer) == ["y<eos>"]
