@@ -118,7 +118,7 @@ class Slot(Generic[Component]):
             if key not in fields:
                 raise unknown(f"{self.name}.{kind} key", key, ["type", *fields])
         for key, field in fields.items():
-            if key not in given and field.default is dataclasses.MISSING:
+            if key not in given and field.default is field.default_factory is dataclasses.MISSING:
                 raise ValueError(f"{self.name}.{kind} needs {key!r}; its keys are: {', '.join(fields)}")
         return cls(**given)
 

@@ -14,7 +14,7 @@ import io
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +26,7 @@ from PIL import Image, UnidentifiedImageError
 from rlhf.types import Media
 
 Row = dict[str, Any]
+Form = Callable[[Row, Callable[[str], Row]], Row]
 ROLES = ("system", "user", "assistant")
 
 
@@ -49,10 +50,18 @@ class Rows:
     `rows[i]` raises DataError for an image that is missing or unreadable, IndexError past the end.
     """
 
-    def __init__(self, store: _Store, origin: str, folder: Path, chosen: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        store: _Store,
+        origin: str,
+        folder: Path,
+        chosen: Sequence[int] | None = None,
+        form: Form | None = None,
+    ) -> None:
         self._store = store
         self._folder = folder
         self._chosen = chosen
+        self._form = form
         self.origin = origin
 
     def __len__(self) -> int:
@@ -61,7 +70,20 @@ class Rows:
     def select(self, indexes: Sequence[int]) -> Rows:
         """These of the rows, in this order, each as often as it is named."""
         chosen = [index if self._chosen is None else self._chosen[index] for index in indexes]
-        return Rows(self._store, self.origin, self._folder, chosen)
+        return Rows(self._store, self.origin, self._folder, chosen, self._form)
+
+    def formed(self, form: Form) -> Rows:
+        """The rows as `form` makes them of what is written: it is given a row, and what finds another by its `id`."""
+        return Rows(self._store, self.origin, self._folder, self._chosen, form)
+
+    def _find(self, key: str) -> Row:
+        if key not in self._by_id:
+            raise DataError(f"no row has the id {key!r} that it names; add that row, or take the name out")
+        return self._store.get(self._by_id[key])
+
+    @cached_property
+    def _by_id(self) -> dict[str, int]:
+        return {str(self._store.get(index).get("id")): index for index in range(len(self._store))}
 
     def bare(self, index: int) -> Row:
         """The row with its pictures as they are written, whatever that is: for who reads words and columns only."""
@@ -97,6 +119,11 @@ class Rows:
             index = self._chosen[index]
         row = self._store.get(index)
         where = f"{self.origin}, row {index}"
+        if self._form is not None:
+            try:
+                row = self._form(row, self._find)
+            except DataError as error:
+                raise DataError(f"{where}: {error}") from error
         if row.get("messages") is None and isinstance(row.get("chosen"), list):
             if not isinstance(row.get("prompt"), list | None):
                 raise DataError(f"{where}: `chosen` is a list of messages, so `prompt` must be one too")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from rlhf.data.formatters import formatted
 from rlhf.data.rows import DataError, Row, Rows, note_of, read, write
 from rlhf.data.selectors import select
 from rlhf.recipe import BUILDERS, Source
@@ -25,9 +26,10 @@ HELPER_DEADLINE = 600.0  # seconds
 def open_source(name: str, source: Source, seed: int, folder: str | Path) -> Rows:
     """The rows of one source. A `path` is read. A `builder` ("digits" or "module:function", called as
     build(table, rows, split, seed, options)) writes `folder/NAME.parquet` once; it is built again when the source,
-    the seed or the builder's own module changed. `select` then chooses among them. Raises DataError.
-    """
-    return select(_all(name, source, seed, folder), source.select, _seed(name, seed))
+    the seed or the builder's own module changed. `format` makes conversations of them, and `select` chooses among them.
+    Raises DataError."""
+    rows = formatted(_all(name, source, seed, folder), source.format)
+    return select(rows, source.select, _seed(name, seed))
 
 
 def _all(name: str, source: Source, seed: int, folder: str | Path) -> Rows:
@@ -73,7 +75,11 @@ def _holds(path: Path, spec: str) -> bool:
 def _built(name: str, source: Source, seed: int, folder: str | Path) -> tuple[Path, str]:
     """Where the rows of a builder lie, and the note they bear when they are those of this source."""
     code = _code_digest(_builder(name, source.builder))
-    spec = {"source": source.model_dump(mode="json", exclude={"select"}), "seed": _seed(name, seed), "code": code}
+    spec = {
+        "source": source.model_dump(mode="json", exclude={"select", "format"}),
+        "seed": _seed(name, seed),
+        "code": code,
+    }
     return Path(folder) / f"{name}.parquet", json.dumps(spec, sort_keys=True)
 
 

@@ -94,10 +94,16 @@ def _sources(recipe: Recipe) -> Iterator[str]:
 
 
 def _selectors(name: str, source: Source) -> Iterator[str]:
-    if not source.select:
+    if not source.select and source.format is None:
         return
-    from rlhf.data.selectors import SELECTORS  # reads rows: a quarter of a second of imports
+    from rlhf.data.formatters import FORMATTERS  # reads rows: a quarter of a second of imports
+    from rlhf.data.selectors import SELECTORS
 
+    if source.format is not None:
+        try:
+            FORMATTERS.make(source.format)
+        except (TypeError, ValueError) as error:
+            yield f"data.{name}.format: {error}"
     for place, table in enumerate(source.select, 1):
         try:
             SELECTORS.make(table)

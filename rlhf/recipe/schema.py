@@ -121,8 +121,9 @@ class Chat(Table):
 
 
 class Source(Table):
-    """Rows of data: a file or folder (`path`: parquet, JSONL, a Hugging Face dataset folder), or a `builder`. `select`
-    chooses among them, one selector after the other (rlhf.data.selectors): { type = "cap", rows = 50000 }."""
+    """Rows of data: a file or folder (`path`: parquet, JSONL, a Hugging Face dataset folder), or a `builder`. `format`
+    makes conversations of other columns (rlhf.data.formatters): { type = "caption" }. `select` chooses among the rows,
+    one selector after the other (rlhf.data.selectors): { type = "cap", rows = 50000 }."""
 
     path: UserPath | None = None
     builder: str | None = None
@@ -130,6 +131,7 @@ class Source(Table):
     split: Literal["train", "heldout"] = "train"
     rows: PositiveInt = 1000
     options: dict[str, Any] = {}
+    format: dict[str, Any] | None = None
     select: list[dict[str, Any]] = []
 
     @model_validator(mode="after")
