@@ -40,10 +40,12 @@ from rlhf.data.rows import DataError, Rows, read, write
 from rlhf.data.sources import open_source, open_sources
 from rlhf.footprint import Footprint
 from rlhf.foreign import open_model
+from rlhf.merging import average
 from rlhf.models import build_model, load_processor, local_folder, masked_ids
 from rlhf.recipe import (
     Evaluate,
     Gate,
+    Merge,
     Optimised,
     Part,
     Preference,
@@ -219,6 +221,8 @@ class Curriculum:
             return metrics
         elif isinstance(stage, Rebuild):
             return await asyncio.to_thread(self._rebuild, stage, context)
+        elif isinstance(stage, Merge):
+            return await self._merge(stage, context)
         else:
             return {}
         metrics |= {f"model.{name}": float(value) for name, value in facts.items()}
@@ -244,6 +248,34 @@ class Curriculum:
             processor.save_pretrained(partial)
         return metrics
 
+    async def _merge(self, stage: Merge, context: Context) -> dict[str, float]:
+        """The average of other stages' models, and what it and they lose on the stage's rows; GateError where that is
+        too much more."""
+        folders, partial = {name: self.artifact(name) for name in stage.of}, context.folder / "merged"
+        shutil.rmtree(partial, ignore_errors=True)
+        model, processor = await asyncio.to_thread(average, list(folders.values()), list(stage.of.values()))
+        model.save_pretrained(partial)
+        processor.save_pretrained(partial)
+        losses = {}
+        asks = Sft(name=stage.name, kind="sft", data={stage.on: 1.0}, steps=1, batch_size=1, lr=1e-6)
+        samples = self._samples(stage.on, self.recipe.evaluation.prompts, processor)
+        for name, folder in {**folders, "": partial}.items():
+            await self.begin(asks, folder)
+            losses[name] = (await self.actors.trainer.losses(context.batch(samples)))["loss"]
+        members = sum(weight * losses[name] for name, weight in stage.of.items()) / sum(stage.of.values())
+        barrier = losses[""] - members
+        if barrier > stage.max_barrier:
+            raise GateError(
+                f"stage {stage.name!r}: the average of {', '.join(stage.of)} loses {barrier:.3g} nats a token more on "
+                f"{stage.on!r} than they do ({losses['']:.4g}, they {members:.4g}), above max_barrier = "
+                f"{stage.max_barrier:g}: they have not learned one thing from one start; merge runs that did"
+            )
+        metrics = {f"merge.loss.{name}" if name else "merge.loss": value for name, value in losses.items()}
+        metrics |= {"merge.barrier": barrier}
+        write_json(context.folder / "made.json", metrics)
+        partial.rename(context.folder / "artifact")
+        return metrics
+
     def _home(self, part: Part) -> Path:
         if part.artifact is not None:
             return self.artifact(part.artifact)
@@ -253,9 +285,10 @@ class Curriculum:
     async def _begin_rl(self, stage: Rl) -> Mapping[str, float]:
         return await self.begin(stage) if stage.learn else {}
 
-    async def begin(self, stage: Sft | Preference | Rl) -> Mapping[str, float]:
-        """Give the trainer the stage, with the probes every later publish and export is proven on."""
-        model = self.model_before(stage)
+    async def begin(self, stage: Sft | Preference | Rl, model: Path | None = None) -> Mapping[str, float]:
+        """Give the trainer the stage, beginning from its parent's model unless from another, with the probes every
+        later publish and export is proven on."""
+        model = self.model_before(stage) if model is None else model
         processor = load_processor(model)
         masked = masked_ids(processor)
         seed = derive(self.recipe.seed, "probes")
@@ -380,10 +413,12 @@ class Curriculum:
         measure.append(_code([self.recipe.evaluation.answer, self.recipe.evaluation.soundness]))
         if stage.evaluate == "none":
             measure = ["none"]
-        parts = stage.parts.values() if isinstance(stage, Rebuild) else ()
-        taken = [
-            self.results[p.artifact]["artifact"]["digest"] if p.artifact else facts_of(self._home(p)) for p in parts
-        ]
+        taken: list[Any] = []
+        for part in stage.parts.values() if isinstance(stage, Rebuild) else ():
+            home = part.artifact and self.results[part.artifact]["artifact"]["digest"]
+            taken.append(home or facts_of(self._home(part)))
+        if isinstance(stage, Merge):
+            taken = [self.results[name]["artifact"]["digest"] for name in stage.of]
         return {
             "parent": self.results[parent]["artifact"]["digest"] if parent else self._model_digest(),
             "recipe_digest": _digest(
@@ -519,6 +554,8 @@ def facts_of(folder: Path) -> list[tuple[str, int, int]]:
 
 def trained_on(stage: Stage) -> list[str]:
     """Names of the rows a stage makes its artifact from."""
+    if isinstance(stage, Merge):
+        return [stage.on]
     return [*getattr(stage, "data", {}), *(stage.calibrating if isinstance(stage, Optimised) else ())]
 
 

@@ -13,7 +13,7 @@ from rlhf.plan.placement import actors_of, awake_of, memory_of, tenants_of, too_
 from rlhf.plan.refusals import crowded_cores, misplaced, unfit_stages
 from rlhf.plan.types import EngineUse, Plan, PlanError, StagePlan, Transport
 from rlhf.plan.verdicts import Verdict, chosen
-from rlhf.recipe import Evaluate, Preference, Rebuild, Recipe, Rl, Sft, Stage, Synthesize
+from rlhf.recipe import Evaluate, Merge, Preference, Rebuild, Recipe, Rl, Sft, Stage, Synthesize
 
 
 def make_plan(recipe: Recipe, cluster: Cluster | None = None, verdicts: Sequence[Verdict] = ()) -> Plan:
@@ -94,6 +94,13 @@ def _architectures(recipe: Recipe) -> dict[str, Architecture]:
                 current = current.rebuilt(stage.bridge)
             except ValueError as error:
                 raise PlanError(f"stage {stage.name!r}: {error}") from error
+        if isinstance(stage, Merge):
+            for name in stage.of:
+                if found[name] != current:
+                    raise PlanError(
+                        f"stage {stage.name!r}: {name!r} and {parent!r} leave models of other shapes, which have no "
+                        "average; merge stages that began from one model"
+                    )
         found[stage.name] = current
     return found
 

@@ -15,6 +15,7 @@ from rlhf.recipe import (
     BUILDERS,
     Draws,
     Evaluate,
+    Merge,
     Optimised,
     Part,
     Preference,
@@ -195,12 +196,13 @@ def _links(recipe: Recipe, stage: Stage, earlier: list[Stage]) -> Iterator[str]:
     made = [other.name for other in earlier if makes_model(other)]
     taken = stage.parts.items() if isinstance(stage, Rebuild) else ()
     named = [(f"parts.{slot}.artifact", part.artifact) for slot, part in taken]
+    named += [("of", name) for name in stage.of] if isinstance(stage, Merge) else []
     for role, name in (("start", stage.start), *(("judge", judge) for judge in stage.judges), *named):
         if name is None or name in made:
             continue
         if name not in kinds:
             yield f"{role} = {name!r} is no stage; {nearest(name, made)}"
-        elif kinds[name] not in ("sft", "preference", "rl", "rebuild"):
+        elif kinds[name] not in ("sft", "preference", "rl", "rebuild", "merge"):
             yield f"{role} = {name!r} is a {kinds[name]} stage, which makes no model; name a stage that trains"
         elif any(name == other.name and not makes_model(other) for other in earlier):
             yield f"{role} = {name!r} only samples (learn = false), and leaves no model; name another"
@@ -215,6 +217,7 @@ def _data(recipe: Recipe, stage: Stage, earlier: list[Stage]) -> Iterator[str]:
     later = [o.name for o in recipe.stages if o.kind == "synthesize" and o.name not in synthesized]
     known = [*recipe.data, *synthesized]
     wanted = [("data", name) for name in stage.data] if isinstance(stage, Draws) else []
+    wanted += [("on", stage.on)] if isinstance(stage, Merge) else []
     if stage.eval_data is not None:
         wanted.append(("eval_data", stage.eval_data))
     if isinstance(stage, Optimised):
@@ -377,8 +380,10 @@ METRICS = {
     "synthesis.": ("prompts", "accuracy", "none_right", "all_right", "kept"),
     "model.": ("parameters", "trainable"),
     "eval.loss": ("",),
+    "rebuild.": ("kept", "resized", "taken", "fresh", "left"),
+    "merge.": ("loss", "barrier"),
 }
-OPEN = re.compile(r"eval\.(think|direct)\.(accuracy\..+|pass@\d+)|judge\.specificity\..+")
+OPEN = re.compile(r"eval\.(think|direct)\.(accuracy\..+|pass@\d+)|judge\.specificity\..+|merge\.loss\..+")
 AT_TEMPERATURE = re.compile(r"eval\.think\.accuracy(?:\.best|@([\d.]+))")
 
 
@@ -395,6 +400,8 @@ def _gate(recipe: Recipe, stage: Stage, metric: str) -> Iterator[str]:
         "eval.loss": (stage.evaluate == "loss", 'set evaluate = "loss" and eval_data'),
         "judge.": (stage.evaluate == "judge", 'set evaluate = "judge" and eval_data'),
         "synthesis.": (stage.kind == "synthesize", "move it to a synthesize stage"),
+        "rebuild.": (stage.kind == "rebuild", "move it to a rebuild stage"),
+        "merge.": (stage.kind == "merge", "move it to a merge stage"),
         "train.": (isinstance(stage, Sft | Preference), "move it to an sft or preference stage"),
         "rl.": (stage.kind == "rl", "move it to an rl stage"),
         "logprob_gap.": (stage.kind == "rl" and learns, "move it to an rl stage that learns"),

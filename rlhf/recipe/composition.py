@@ -10,13 +10,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from rlhf.recipe.schema import Evaluate, Preference, Rebuild, Recipe, Rl, Sft, Synthesize, Table
+from rlhf.recipe.schema import Evaluate, Merge, Preference, Rebuild, Recipe, Rl, Sft, Synthesize, Table
 
 KINDS: dict[str, type[Table]] = {
     "sft": Sft,
     "preference": Preference,
     "rl": Rl,
     "rebuild": Rebuild,
+    "merge": Merge,
     "synthesize": Synthesize,
     "evaluate": Evaluate,
 }

@@ -17,6 +17,7 @@ KINDS = {
     "preference": "learns which of two answers is better",
     "rl": "practises and is rewarded",
     "rebuild": "gets other eyes or parts, and keeps what it knows",
+    "merge": "becomes the average of several of its kind",
     "synthesize": "makes its own training data",
     "evaluate": "sits an exam",
 }
@@ -100,7 +101,7 @@ class RunView:
             # a stage that changes nothing has its parent's digest
             return (*(line_to(parent) if parent is not None and parent.number < stage.number else ()), stage)
 
-        trained = [stage for stage in makers.values() if stage.kind in ("sft", "preference", "rl", "rebuild")]
+        trained = [stage for stage in makers.values() if stage.kind in ("sft", "preference", "rl", "rebuild", "merge")]
         return max(map(line_to, trained), key=len, default=self.stages)
 
 

@@ -18,6 +18,7 @@ from rlhf.architecture import base_of
 from rlhf.models import bridges_of
 from rlhf.recipe import Optimised, Recipe, Sft, Upcycle, load, makes_model
 from rlhf.stage import derive
+from rlhf.tracking import stage_folder
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(path.stem for path in (ROOT / "recipes" / "bridges").glob("*.toml"))
@@ -49,7 +50,11 @@ def run(name: str, folder: Path, overrides: list[str]) -> tuple[Recipe, dict[str
     )
     assert done.returncode == 0, done.stderr[-3000:]
     recipe, home = load(files_of(name), overrides), folder / "runs" / name
-    made = {s.name: next(home.glob(f"stages/*-{s.name}/artifact")) for s in recipe.stages if makes_model(s)}
+    made = {
+        stage.name: stage_folder(home, index, stage.name) / "artifact"
+        for index, stage in enumerate(recipe.stages)
+        if makes_model(stage)
+    }
     return recipe, made, next((home / "model").rglob("model.safetensors")).parent
 
 

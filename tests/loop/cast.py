@@ -83,6 +83,7 @@ class FakeTrainer:
         self.steps = 0
         self.die_at: int | None = None
         self.lost_at: int | None = None
+        self.merged_loss = 0.5  # of a model that was averaged
 
     async def begin(self, spec: TrainSpec, probes: Sequence[Probe]) -> Mapping[str, float]:
         self.begun.append(spec)
@@ -101,7 +102,7 @@ class FakeTrainer:
         return StepStats({"loss": 1.0 / self.steps, "clip_fraction": 0.1}, gap, [False] * len(gap))
 
     async def losses(self, batch: Batch) -> Mapping[str, float]:
-        return {"loss": 0.5}
+        return {"loss": self.merged_loss if self.begun[-1].model.endswith("merged") else 0.5}
 
     async def divergences(self, batch: Batch, estimator: str) -> Mapping[str, float]:
         """As many nats as a sample has completion tokens."""

@@ -16,9 +16,10 @@ from rlhf.curriculum import Curriculum, GateError
 from rlhf.data.rows import DataError, read
 from rlhf.footprint import Footprint
 from rlhf.models import load_processor
-from rlhf.recipe import Recipe, Sft, load
+from rlhf.plan import PlanError, check
+from rlhf.recipe import Recipe, RecipeError, Sft, load
 from rlhf.tracking import Tracker
-from tests.loop.cast import FakeCast, KilledError
+from tests.loop.cast import FakeCast, FakeTrainer, KilledError
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 FILES = [RECIPES / "think_fusion_digits.toml", RECIPES / "sizes" / "smoke.toml"]
@@ -318,3 +319,66 @@ def test_the_summary_says_how_a_run_ended(tmp_path: Path) -> None:
         run(recipe('stages.align.gates = [{metric = "eval.extra.accuracy", min = 1.1}]'), tmp_path, until="align")
     assert ended()[0] == "failed"
     assert "missed its gate" in ended()[1]
+
+
+def soup(weight: float = 1.0) -> list[str]:
+    """Two more runs of `instruct`, and their average."""
+    stage = "{ kind = 'sft', start = 'align', data = { direct = 1.0 }, steps = 2, batch_size = 4, lr = 1e-3 }"
+    return [
+        f"stages.again = {stage}",
+        f"stages.oncemore = {stage}",
+        f"stages.soup = {{ kind = 'merge', of = {{ again = 1.0, oncemore = {weight} }}, on = 'text-heldout' }}",
+    ]
+
+
+def souped(weight: float = 1.0) -> Recipe:
+    full = recipe(*soup(weight))
+    kept = [stage for stage in full.stages if stage.name in ("align", "again", "oncemore", "soup")]
+    return full.model_copy(update={"stages": kept})
+
+
+def test_models_of_one_kind_are_averaged_and_others_refused(tmp_path: Path) -> None:
+    cast = run(souped(), tmp_path)
+    made = {stage["name"]: stage for stage in summary(tmp_path)["stages"]}
+    assert made["soup"]["metrics"]["merge.barrier"] == pytest.approx(0)
+    assert made["soup"]["metrics"]["merge.loss.again"] == 0.5
+    assert (tmp_path / made["soup"]["artifact"]["path"] / "model.safetensors").is_file()
+    measured = [Path(spec.model).name for spec in cast.trainer.begun[-3:]]
+    assert measured == ["artifact", "artifact", "merged"]
+    assert not run(souped(), tmp_path).trainer.begun  # it is done
+    again = run(souped(2.0), tmp_path)
+    assert len(again.trainer.begun) == 3  # other weights: merged and measured anew
+
+
+def test_an_average_that_loses_more_than_its_members_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = FakeTrainer.begin
+
+    async def worse(self: FakeTrainer, spec: Any, probes: Any) -> Any:
+        self.merged_loss = 0.9
+        return await begin(self, spec, probes)
+
+    monkeypatch.setattr(FakeTrainer, "begin", worse)
+    with pytest.raises(GateError, match=r"'soup': the average of again, oncemore loses 0.4 nats .* above max_barrier"):
+        run(souped(), tmp_path)
+    assert not list(tmp_path.glob("stages/*-soup/artifact"))
+    tolerant = souped()
+    merge = tolerant.stages[-1].model_copy(update={"max_barrier": 0.5})
+    run(tolerant.model_copy(update={"stages": [*tolerant.stages[:-1], merge]}), tmp_path)
+    assert list(tmp_path.glob("stages/*-soup/artifact"))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("stages.soup.of.oncemore = { remove = true }", "fewer than two stages"),
+        ("stages.soup.of.agian = 1.0", "of = 'agian' is no stage; did you mean 'again'"),
+        ("stages.soup.of.upcycle = 1.0", "'upcycle' and 'again' leave models of other shapes"),
+        ("stages.soup.on = 'heldot'", "on 'heldot' is no .data. source.* did you mean 'heldout'"),
+        ("stages.soup.start = 'again'", "`start` does nothing beside `of`"),
+    ],
+)
+def test_what_cannot_be_merged_is_refused_by_the_plan(change: str, says: str) -> None:
+    with pytest.raises((PlanError, RecipeError), match=says):
+        check(recipe(*soup(), change))
