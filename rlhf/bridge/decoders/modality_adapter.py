@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from rlhf.bridge.decoders import DECODERS
+from rlhf.bridge.decoders import DECODERS, SameSizes
 from rlhf.slots import at_least
 
 
 @DECODERS.register
 @dataclass(frozen=True)
-class ModalityAdapter:
+class ModalityAdapter(SameSizes):
     """Two low-rank updates to what attention reads, weighted by a router that sees a learned token alone, of rows with
     a picture or of rows without. `router_temperature` as published for 7B; 5 for 13B."""
 
@@ -30,16 +30,6 @@ class ModalityAdapter:
                 f"decoder.modality_adapter adapter_rank = {self.adapter_rank} does not divide into adapter_groups = "
                 f"{self.adapter_groups}"
             )
-
-    @classmethod
-    def of_plain(cls, table: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG003
-        return {}
-
-    def derived(self, table: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG002
-        return {}
-
-    def plain(self, table: Mapping[str, Any]) -> dict[str, Any]:
-        return dict(table)
 
     def parameters(self, table: Mapping[str, Any]) -> int:
         hidden = table["hidden_size"]

@@ -6,27 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from rlhf.bridge.decoders import DECODERS
+from rlhf.bridge.decoders import DECODERS, SameSizes
 
 
 @DECODERS.register
 @dataclass(frozen=True)
-class VisualExpert:
+class VisualExpert(SameSizes):
     """Queries, keys, values, the attention's output and the feed-forward of a picture's tokens have weights of their
     own (`*.vision_*`), which begin as copies of the text's; norms and the attention itself are shared."""
 
     type: ClassVar[str] = "visual_expert"
     told: ClassVar[str] = "pictures"
-
-    @classmethod
-    def of_plain(cls, table: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG003
-        return {}
-
-    def derived(self, table: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG002
-        return {}
-
-    def plain(self, table: Mapping[str, Any]) -> dict[str, Any]:
-        return dict(table)
 
     def parameters(self, table: Mapping[str, Any]) -> int:
         hidden, head = table["hidden_size"], table["head_dim"]

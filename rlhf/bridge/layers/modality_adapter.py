@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
 from transformers import Qwen3Config
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3.modeling_qwen3 import (
-    Qwen3Attention,
     Qwen3MLP,
     Qwen3RMSNorm,
-    apply_rotary_pos_emb,
-    eager_attention_forward,
 )
 
 from rlhf.bridge.decoders import PREFIX
 from rlhf.bridge.decoders.modality_adapter import ModalityAdapter
-from rlhf.bridge.layers.told import Rotary, ToldModel
+from rlhf.bridge.layers.told import ToldAttention, ToldModel
 from rlhf.bridge.positions import FAR
 
 
@@ -60,7 +55,7 @@ class ModalityAdapterConfig(Qwen3Config):
     router_temperature: float = 10.0
 
 
-class AdaptedAttention(Qwen3Attention):  # type: ignore[misc]
+class AdaptedAttention(ToldAttention):
     """Qwen3's, its input adapted."""
 
     def __init__(self, config: Any, layer_idx: int) -> None:
@@ -68,45 +63,10 @@ class AdaptedAttention(Qwen3Attention):  # type: ignore[misc]
         shape = config.hidden_size, config.adapter_rank, config.adapter_groups
         self.adapter = Adapter(*shape, config.adapter_scale, config.router_temperature)
 
-    def forward(
-        self,
-        hidden: torch.Tensor,
-        alone: torch.Tensor,
-        told: torch.Tensor,
-        rotary: Rotary,
-        mask: torch.Tensor | None,
-        past_key_values: Any = None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """hidden [rows, length, width] and the two modality tokens' alone [2, width] -> the same; told [rows, length]
-        says which of the two a token belongs to."""
-        weights = self.adapter.weights(alone)
-        adapted = self.adapter(hidden, weights[told])
-        shape = (*hidden.shape[:-1], -1, self.head_dim)
-        query = self.q_norm(self.q_proj(adapted).view(shape)).transpose(1, 2)
-        key = self.k_norm(self.k_proj(adapted).view(shape)).transpose(1, 2)
-        value = self.v_proj(adapted).view(shape).transpose(1, 2)
-        query, key = apply_rotary_pos_emb(query, key, *rotary)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-        attention_interface: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        found, _ = attention_interface(
-            self,
-            query,
-            key,
-            value,
-            mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
-        found = found.reshape(*hidden.shape[:-1], -1).contiguous()
-        # a token that sees itself alone gets its own value, in every head that shares it
-        own = self.v_proj(self.adapter(alone, weights)).unflatten(-1, (-1, self.head_dim))
-        own = own.repeat_interleave(self.num_key_value_groups, dim=1).flatten(1)
-        return self.o_proj(found), self.o_proj(own)
+    def of_one(self, alone: torch.Tensor) -> torch.Tensor:
+        """Of tokens that see themselves alone [tokens, width]: each gets its own value, in all heads that share it."""
+        value = self.v_proj(alone).unflatten(-1, (-1, self.head_dim))
+        return cast(torch.Tensor, self.o_proj(value.repeat_interleave(self.num_key_value_groups, dim=1).flatten(1)))
 
 
 class AdaptedLayer(GradientCheckpointingLayer):  # type: ignore[misc]
@@ -122,8 +82,13 @@ class AdaptedLayer(GradientCheckpointingLayer):  # type: ignore[misc]
     def forward(
         self, hidden: torch.Tensor, alone: torch.Tensor, told: torch.Tensor, **shared: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        read, own = self.self_attn(self.input_layernorm(hidden), self.input_layernorm(alone), told, **shared)
-        hidden, alone = hidden + read, alone + own
+        """hidden [rows, length, width] and the two modality tokens' alone [2, width] -> the same; told [rows, length]
+        says which of the two a token belongs to."""
+        attention, shown = self.self_attn, self.input_layernorm(alone)
+        weights = attention.adapter.weights(shown)
+        adapted = attention.adapter(self.input_layernorm(hidden), weights[told])
+        hidden = hidden + attention(adapted, told, **shared)
+        alone = alone + attention.of_one(attention.adapter(shown, weights))
         fed = self.mlp(self.post_attention_layernorm(hidden)), self.mlp(self.post_attention_layernorm(alone))
         return hidden + fed[0], alone + fed[1]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any, cast
 
 import torch
@@ -10,11 +10,59 @@ from torch import nn
 from transformers import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.models.qwen3.modeling_qwen3 import Qwen3PreTrainedModel, Qwen3RMSNorm, Qwen3RotaryEmbedding
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen3.modeling_qwen3 import (
+    Qwen3Attention,
+    Qwen3PreTrainedModel,
+    Qwen3RMSNorm,
+    Qwen3RotaryEmbedding,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 Rotary = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, [rows, length, head width]
+
+
+class ToldAttention(Qwen3Attention):  # type: ignore[misc]
+    """Qwen3's, whose projections a subclass makes of what it is told. vLLM looks for the call of the attention
+    interface in `forward`, and would join projections that stood there too."""
+
+    def heads(
+        self,
+        hidden: torch.Tensor,
+        told: torch.Tensor,  # noqa: ARG002
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values [rows, length, heads x head width], before their norms."""
+        return self.q_proj(hidden), self.k_proj(hidden), self.v_proj(hidden)
+
+    def close(self, found: torch.Tensor, told: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
+        """The output of what the heads found [rows, length, heads x head width]."""
+        return cast(torch.Tensor, self.o_proj(found))
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        told: torch.Tensor,
+        rotary: Rotary,
+        mask: torch.Tensor | None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """hidden and the result [rows, length, width]; told [rows, length]"""
+        query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in self.heads(hidden, told))
+        query, key = self.q_norm(query).transpose(1, 2), self.k_norm(key).transpose(1, 2)
+        query, key = apply_rotary_pos_emb(query, key, *rotary)
+        value = value.transpose(1, 2)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attention_interface: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        dropout = self.attention_dropout if self.training else 0.0
+        found, _ = attention_interface(self, query, key, value, mask, dropout=dropout, scaling=self.scaling, **kwargs)
+        return self.close(found.reshape(*hidden.shape[:-1], -1).contiguous(), told)
 
 
 class ToldModel(Qwen3PreTrainedModel):  # type: ignore[misc]

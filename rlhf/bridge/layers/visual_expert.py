@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from transformers import Qwen3Config
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3.modeling_qwen3 import (
-    Qwen3Attention,
     Qwen3MLP,
     Qwen3RMSNorm,
-    apply_rotary_pos_emb,
-    eager_attention_forward,
 )
 
 from rlhf.bridge.decoders import PREFIX
 from rlhf.bridge.decoders.visual_expert import VisualExpert
-from rlhf.bridge.layers.told import Rotary, ToldModel
+from rlhf.bridge.layers.told import ToldAttention, ToldModel
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -49,7 +45,7 @@ def by_kind(x: torch.Tensor, seen: torch.Tensor, text: nn.Module, vision: nn.Mod
     return found.masked_scatter(~seen[..., None], of_text).masked_scatter(seen[..., None], of_vision)
 
 
-class VisualExpertAttention(Qwen3Attention):  # type: ignore[misc]
+class VisualExpertAttention(ToldAttention):
     """Qwen3's, with projections of its own for a picture's tokens."""
 
     def __init__(self, config: Any, layer_idx: int) -> None:
@@ -58,40 +54,16 @@ class VisualExpertAttention(Qwen3Attention):  # type: ignore[misc]
             text = getattr(self, name)
             self.add_module(f"vision_{name}", nn.Linear(text.in_features, text.out_features, text.bias is not None))
 
-    def forward(
-        self,
-        hidden: torch.Tensor,
-        rotary: Rotary,
-        mask: torch.Tensor | None,
-        seen: torch.Tensor,
-        past_key_values: Any = None,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        """hidden and the result [rows, length, width]; seen [rows, length]"""
+    def _by_kind(self, name: str, x: torch.Tensor, told: torch.Tensor) -> torch.Tensor:
         everywhere = self.config._attn_implementation == "vllm"
-        shape = (*hidden.shape[:-1], -1, self.head_dim)
-        query = by_kind(hidden, seen, self.q_proj, self.vision_q_proj, everywhere).view(shape)
-        key = by_kind(hidden, seen, self.k_proj, self.vision_k_proj, everywhere).view(shape)
-        value = by_kind(hidden, seen, self.v_proj, self.vision_v_proj, everywhere).view(shape).transpose(1, 2)
-        query, key = self.q_norm(query).transpose(1, 2), self.k_norm(key).transpose(1, 2)
-        query, key = apply_rotary_pos_emb(query, key, *rotary)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-        attention_interface: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        found, _ = attention_interface(
-            self,
-            query,
-            key,
-            value,
-            mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
-        found = found.reshape(*hidden.shape[:-1], -1).contiguous()
-        return by_kind(found, seen, self.o_proj, self.vision_o_proj, everywhere)
+        return by_kind(x, told > 0, getattr(self, name), getattr(self, f"vision_{name}"), everywhere)
+
+    def heads(self, hidden: torch.Tensor, told: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        query, key, value = (self._by_kind(name, hidden, told) for name in PROJECTIONS[:3])
+        return query, key, value
+
+    def close(self, found: torch.Tensor, told: torch.Tensor) -> torch.Tensor:
+        return self._by_kind("o_proj", found, told)
 
 
 class VisualExpertLayer(GradientCheckpointingLayer):  # type: ignore[misc]
@@ -104,13 +76,10 @@ class VisualExpertLayer(GradientCheckpointingLayer):  # type: ignore[misc]
         self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(
-        self, hidden: torch.Tensor, told: torch.Tensor, rotary: Rotary, mask: torch.Tensor | None, **kwargs: Any
-    ) -> torch.Tensor:
-        seen = told > 0
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotary, mask, seen, **kwargs)
+    def forward(self, hidden: torch.Tensor, told: torch.Tensor, **shared: Any) -> torch.Tensor:
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), told, **shared)
         everywhere = self.self_attn.config._attn_implementation == "vllm"
-        fed = by_kind(self.post_attention_layernorm(hidden), seen, self.mlp, self.vision_mlp, everywhere)
+        fed = by_kind(self.post_attention_layernorm(hidden), told > 0, self.mlp, self.vision_mlp, everywhere)
         return hidden + fed
 
 
