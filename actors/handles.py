@@ -78,6 +78,9 @@ async def _next_of(call: Any) -> Any:
     return await (await anext(call))
 
 
+SCORED = 64  # sequences that a worker scores in one call
+
+
 class Loads:
     """How many prompts each worker has been asked and has not answered; which has the fewest, in time that hardly grows
     with their number."""
@@ -227,9 +230,25 @@ class EngineHandle:
         indices = range(len(self.workers))
         return list(await asyncio.gather(*(self._call(i, lambda w: self._score_on(w, probes)) for i in indices)))
 
-    async def _score_on(self, worker: Any, probes: Sequence[Probe]) -> ProbeScores:
-        call = worker.score.remote(probes)
-        found: ProbeScores = await within(self.deadlines.sync, "sync", f"engine {self.name!r} scoring probes", call)
+    async def likelihoods(self, probes: Sequence[Probe]) -> list[tuple[float, ...]]:
+        """Log-probs of each sequence's tokens from its second on, the sequences dealt out to all workers."""
+        await self._wake()
+        found: dict[int, tuple[float, ...]] = {}
+
+        async def ask(index: int) -> None:
+            mine = range(index, len(probes), len(self.workers))
+            for start in range(0, len(mine), SCORED):
+                places = mine[start : start + SCORED]
+                part = [probes[place] for place in places]
+                scores = await self._call(index, partial(self._score_on, probes=part, key="generate"))
+                found.update(zip(places, scores.logprobs, strict=True))
+
+        await asyncio.gather(*(ask(index) for index in range(len(self.workers))))
+        return [found[place] for place in range(len(probes))]
+
+    async def _score_on(self, worker: Any, probes: Sequence[Probe], key: str = "sync") -> ProbeScores:
+        call, limit = worker.score.remote(probes), getattr(self.deadlines, key)
+        found: ProbeScores = await within(limit, key, f"engine {self.name!r} scoring sequences", call)
         return found
 
     async def fingerprints(self, probes: Sequence[Probe]) -> Any:

@@ -323,6 +323,9 @@ class Curriculum:
             if stage.evaluate == "judge":
                 assert stage.eval_data is not None
                 return await evaluation.judge_quality(context, engine, stage.eval_data)
+            if stage.evaluate == "rank":
+                assert stage.eval_data is not None
+                return evaluation.Report(await evaluation.ranked(context, engine, stage.eval_data))
             report = await evaluation.both_modes(context, engine, self._earlier_answers(stage))
             if stage.eval_data is not None:
                 report.metrics.update(await evaluation.extra_questions(context, engine, stage.eval_data))

@@ -1,4 +1,5 @@
-"""What a model can do: accuracy with and without thinking on the same held-out questions, and a judge's quality.
+"""What a model can do: accuracy with and without thinking on the same held-out questions, a choice among candidates,
+and a judge's quality.
 
 Accuracy is avg@k: the mean over k samples at a temperature; pass@k and greedy stand beside it. Intervals are 95 %
 bootstrap intervals over questions; a difference to an earlier stage is paired on the questions.
@@ -17,14 +18,14 @@ import numpy as np
 
 from rewards.format import has_think_block
 from rewards.judge import verdict
-from rlhf.data.formatting import as_prompt
+from rlhf.data.formatting import as_prompt, reply_ids
 from rlhf.data.rows import DataError, Rows
 from rlhf.recipe import Evaluation
 from rlhf.roles import Engine
 from rlhf.scoring import verified
 from rlhf.stage import Context, derive
 from rlhf.tracking import record_image
-from rlhf.types import Group, Prompt, Sampling, Score
+from rlhf.types import Group, Probe, Prompt, Sampling, Score
 
 FORMAT = "rewards.format:think"
 
@@ -86,6 +87,37 @@ async def extra_questions(context: Context, engine: Engine, source: str) -> dict
     groups = await engine.generate(prompts, Sampling(temperature=0.0, max_tokens=settings.max_tokens))
     answers = await verified(settings.answer, groups, context.actors.rewards)
     return {"eval.extra.accuracy": float(np.mean([_value(row[0]) for row in answers]))}
+
+
+async def ranked(context: Context, engine: Engine, source: str) -> dict[str, float]:
+    """Questions with a closed set of answers: of a row's column `candidates` the one whose words are likeliest after
+    the question, by their summed log-probs (InstructBLIP 2305.06500, section 2.5), against column `answer`. chance: what
+    guessing would give."""
+    rows, chat, tokenizer = context.rows(source), context.recipe.chat, context.tokenizer
+    probes, places, right = list[Probe](), list[tuple[int, int]](), list[int]()
+    for index in range(min(len(rows), context.recipe.evaluation.prompts)):
+        row = rows[index]
+        candidates, answer = row.get("candidates"), row.get("answer")
+        if not isinstance(candidates, list) or not all(isinstance(one, str) for one in candidates):
+            raise DataError(f"{rows.origin}, row {index}: no list of words in column 'candidates' to choose among")
+        if answer not in candidates:
+            raise DataError(f"{rows.origin}, row {index}: the answer {answer!r} is none of its candidates {candidates}")
+        prompt = as_prompt(row, source, index, tokenizer, False, chat)
+        right.append(candidates.index(answer))
+        places += [(index, len(reply_ids(tokenizer, one, f"{rows.origin}, row {index}"))) for one in candidates]
+        probes += [
+            Probe(prompt.token_ids + reply_ids(tokenizer, one, f"{rows.origin}, row {index}"), prompt.media)
+            for one in candidates
+        ]
+    scores = defaultdict[int, list[float]](list)
+    for (index, length), logprobs in zip(places, await engine.likelihoods(probes), strict=True):
+        scores[index].append(sum(logprobs[-length:]))
+    chosen = [int(np.argmax(scores[index])) for index in range(len(right))]
+    return {
+        "eval.rank.accuracy": float(np.mean([one == other for one, other in zip(chosen, right, strict=True)])),
+        "eval.rank.chance": float(np.mean([1 / len(scores[index]) for index in range(len(right))])),
+        "eval.rank.rows": float(len(right)),
+    }
 
 
 async def judge_quality(context: Context, engine: Engine, source: str) -> Report:

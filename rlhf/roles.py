@@ -42,6 +42,10 @@ class Engine(Protocol):
         """The same, (place among the prompts, group) as each group is finished."""
         ...
 
+    async def likelihoods(self, probes: Sequence[Probe]) -> list[tuple[float, ...]]:
+        """Log-probs of each sequence's tokens from its second on, pictures expanded; temperature 1, unmasked."""
+        ...
+
     async def sleep(self) -> None:
         """Until it is asked again, leave the memory of a GPU it shares to the trainer; elsewhere it does nothing."""
         ...

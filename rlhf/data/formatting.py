@@ -93,7 +93,7 @@ def as_sample(
         read = tuple(processor.expand(list(piece), sizes[:shown]))
         del sizes[:shown]
         skipped.append((len(ids), len(ids) + len(read)))
-        ids += read + _completion(processor.tokenizer, _text(messages[place]), where)
+        ids += read + reply_ids(processor.tokenizer, _text(messages[place]), where)
     signal = str(row.get("signal") or "")
     return Sample(prompt.key, ids, skipped[0][1], prompt.media, skipped=tuple(skipped[1:]), signal=signal)
 
@@ -139,7 +139,7 @@ def as_pair(row: Mapping[str, Any], source: str, index: int, processor: Processo
             f"{where}: the chosen and the rejected reply answer different conversations; both must begin alike"
         )
     chosen = as_sample(row, source, index, processor, None, chat.model_copy(update={"supervise": "last"}))
-    other = _completion(processor.tokenizer, _text(last), where)
+    other = reply_ids(processor.tokenizer, _text(last), where)
     asked = chosen.token_ids[: chosen.prompt_length]
     if asked + other == chosen.token_ids:
         raise DataError(f"{where}: the chosen and the rejected reply are the same; remove the row")
@@ -218,7 +218,8 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _completion(tokenizer: PreTrainedTokenizerBase, answer: str, where: str) -> tuple[int, ...]:
+def reply_ids(tokenizer: PreTrainedTokenizerBase, answer: str, where: str) -> tuple[int, ...]:
+    """An answer's ids, end token included. Raises DataError where the tokenizer has none, or the answer spells it."""
     end = tokenizer.eos_token_id
     if end is None:
         raise DataError(f"{where}: the tokenizer has no end token (eos_token); set one, it ends every answer")

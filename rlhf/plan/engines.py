@@ -35,7 +35,7 @@ def engine_uses(
 
 def is_served(stage: Stage) -> bool:
     """Whether a stage, or its evaluation, needs an engine."""
-    return _samples(stage) or stage.evaluate in ("modes", "judge")
+    return _samples(stage) or stage.evaluate in ("modes", "judge", "rank")
 
 
 def _samples(stage: Stage) -> bool:
@@ -47,7 +47,7 @@ def _serving(stage: Stage, architectures: dict[str, Architecture]) -> Iterator[l
     if _samples(stage):
         policy = ("policy", architectures[stage.name])
         yield [policy, *((f"judge {name}", architectures[name]) for name in stage.judges)]
-    if stage.evaluate in ("modes", "judge"):
+    if stage.evaluate in ("modes", "judge", "rank"):
         yield [("policy", architectures[stage.name])]
 
 

@@ -36,6 +36,10 @@ class FakeEngine:
     async def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
         return [self._group(prompt, sampling) for prompt in prompts]
 
+    async def likelihoods(self, probes: Sequence[Probe]) -> list[tuple[float, ...]]:
+        """Shorter answers are likelier."""
+        return [(-0.5,) * (len(probe.token_ids) - 1) for probe in probes]
+
     async def stream(self, prompts: Sequence[Prompt], sampling: Sampling) -> AsyncGenerator[tuple[int, Group]]:
         """Every prompt a call of its own, in whatever order they end."""
 

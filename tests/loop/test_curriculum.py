@@ -382,3 +382,25 @@ def test_an_average_that_loses_more_than_its_members_is_refused(
 def test_what_cannot_be_merged_is_refused_by_the_plan(change: str, says: str) -> None:
     with pytest.raises((PlanError, RecipeError), match=says):
         check(recipe(*soup(), change))
+
+
+def test_candidates_are_ranked_by_their_likelihood(tmp_path: Path) -> None:
+    """The fake finds shorter answers likelier."""
+    rows = tmp_path / "rows.jsonl"
+    asked = [{"role": "user", "content": "how many?"}]
+    written = [
+        {"messages": asked, "candidates": ["1", "seventeen", "one hundred"], "answer": "1"},
+        {"messages": asked, "candidates": ["seventeen", "2"], "answer": "2"},
+        {"messages": asked, "candidates": ["1", "twenty one"], "answer": "twenty one"},
+    ]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in written))
+    source = f"data.closed.path = '{rows}'"
+    measured = "stages.align = { evaluate = 'rank', eval_data = 'closed' }"
+    run(recipe(source, measured), tmp_path / "run", until="align")
+    metrics = summary(tmp_path / "run")["stages"][-1]["metrics"]
+    assert metrics["eval.rank.accuracy"] == pytest.approx(2 / 3)
+    assert metrics["eval.rank.chance"] == pytest.approx((1 / 3 + 1 / 2 + 1 / 2) / 3)
+    assert metrics["eval.rank.rows"] == 3
+    rows.write_text(json.dumps(written[0] | {"answer": "3"}) + "\n")
+    with pytest.raises(DataError, match=r"rows.jsonl, row 0: the answer '3' is none of its candidates"):
+        run(recipe(source, measured), tmp_path / "wrong", until="align")
