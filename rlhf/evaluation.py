@@ -91,8 +91,8 @@ async def extra_questions(context: Context, engine: Engine, source: str) -> dict
 
 async def ranked(context: Context, engine: Engine, source: str) -> dict[str, float]:
     """Questions with a closed set of answers: of a row's column `candidates` the one whose words are likeliest after
-    the question, by their summed log-probs (InstructBLIP 2305.06500, section 2.5), against column `answer`. chance: what
-    guessing would give."""
+    the question, by their summed log-probs (InstructBLIP 2305.06500, section 2.5), against column `answer`; and
+    eval.rank.chance, what guessing would give."""
     rows, chat, tokenizer = context.rows(source), context.recipe.chat, context.tokenizer
     probes, places, right = list[Probe](), list[tuple[int, int]](), list[int]()
     for index in range(min(len(rows), context.recipe.evaluation.prompts)):
