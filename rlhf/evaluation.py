@@ -104,11 +104,9 @@ async def ranked(context: Context, engine: Engine, source: str) -> dict[str, flo
             raise DataError(f"{rows.origin}, row {index}: the answer {answer!r} is none of its candidates {candidates}")
         prompt = as_prompt(row, source, index, tokenizer, False, chat)
         right.append(candidates.index(answer))
-        places += [(index, len(reply_ids(tokenizer, one, f"{rows.origin}, row {index}"))) for one in candidates]
-        probes += [
-            Probe(prompt.token_ids + reply_ids(tokenizer, one, f"{rows.origin}, row {index}"), prompt.media)
-            for one in candidates
-        ]
+        replies = [reply_ids(tokenizer, one, f"{rows.origin}, row {index}") for one in candidates]
+        places += [(index, len(reply)) for reply in replies]
+        probes += [Probe(prompt.token_ids + reply, prompt.media) for reply in replies]
     scores = defaultdict[int, list[float]](list)
     for (index, length), logprobs in zip(places, await engine.likelihoods(probes), strict=True):
         scores[index].append(sum(logprobs[-length:]))
