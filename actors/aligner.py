@@ -54,6 +54,11 @@ class Aligner(Policy):
                     f"sample {sample.key} has {len(sample.media)} pictures; itc, itm and itg compare one with its "
                     "caption: leave the row out"
                 )
+            if sample.skipped:
+                raise ValueError(
+                    f"sample {sample.key} is a conversation of several replies; itc, itm and itg take the answer for a "
+                    'caption: set chat.supervise = "last", or leave the row out'
+                )
         read = [read_media(sample, sample.media[0], self.visual)["pixel_values"] for sample in samples]
         texts = [torch.tensor(sample.token_ids[sample.prompt_length :]) for sample in samples]
         if not samples:

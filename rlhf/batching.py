@@ -93,14 +93,17 @@ def _share_out(units: Sequence[Unit], ranks: int, image_token: int | None) -> li
 def _families(samples: Sequence[Sample], token_budget: int, share: int) -> list[Unit]:
     """Samples that share a prompt, together as far as the budget goes, and of several ranks a rank's share."""
     families: dict[Asked, list[Unit]] = {}
+    alone = [(sample,) for sample in samples if sample.skipped]  # their pictures may stand after the prompt
     for sample in samples:
+        if sample.skipped:
+            continue
         units = families.setdefault(asked(sample), [])
         grown = (*units[-1], sample) if units else (sample,)
         if len(grown) > 1 and (sum(map(_length, grown)) > share or not _fits(grown, _tokens(grown), token_budget)):
             units.append((sample,))
         else:
             units[max(len(units) - 1, 0) :] = [grown]
-    return [unit for units in families.values() for unit in units]
+    return [*alone, *(unit for units in families.values() for unit in units)]
 
 
 def _fits(rows: Unit, tokens: int, token_budget: int) -> bool:
@@ -439,7 +442,8 @@ def collate(samples: Sequence[Sample], visual: Visual) -> Tensors:
 def _pack(rows: Sequence[Sample], attention_mask: Tensor) -> tuple[Packing, Sequence[int]]:
     """The packing of padded rows, and the rows that bring their prompt: the first of those that share it."""
     firsts: dict[Asked, int] = {}
-    bringer = [firsts.setdefault(asked(row), index) for index, row in enumerate(rows)]
+    # of a conversation pictures may stand after the first reply, so that it shares nothing
+    bringer = [index if row.skipped else firsts.setdefault(asked(row), index) for index, row in enumerate(rows)]
     owned = attention_mask.bool()
     for index, row in enumerate(rows):
         if bringer[index] != index:
@@ -449,7 +453,7 @@ def _pack(rows: Sequence[Sample], attention_mask: Tensor) -> tuple[Packing, Sequ
     for index, row in enumerate(rows):
         if bringer[index] != index:
             places[index, : row.prompt_length] = places[bringer[index], : row.prompt_length]
-    return Packing(places, owned, _runs([_length(row) for row in rows], RUN_COST)), list(firsts.values())
+    return Packing(places, owned, _runs([_length(row) for row in rows], RUN_COST)), list(dict.fromkeys(bringer))
 
 
 def read_media(row: Sample, item: Media, visual: Visual) -> Mapping[str, Tensor]:

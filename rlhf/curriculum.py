@@ -27,12 +27,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig
+
 import rlhf.bridge
 from rewards.base import file_of
 from rlhf import evaluation, offline, online, replay, synthesis
 from rlhf.agreement import make_probes
 from rlhf.algorithms.table import method_of
-from rlhf.architecture import algorithm_of, from_folder
+from rlhf.architecture import algorithm_of, base_of, from_folder
 from rlhf.bridge.rebuilding import rebuilt
 from rlhf.checkpoint import digest, latest, read_json, whole, write_json
 from rlhf.data.formatting import as_sample
@@ -41,7 +43,7 @@ from rlhf.data.sources import open_source, open_sources
 from rlhf.footprint import Footprint
 from rlhf.foreign import open_model
 from rlhf.merging import average
-from rlhf.models import build_model, load_processor, local_folder, masked_ids
+from rlhf.models import bridges_of, build_model, load_processor, local_folder, marks_of, masked_ids
 from rlhf.recipe import (
     Evaluate,
     Gate,
@@ -265,6 +267,7 @@ class Curriculum:
         members = sum(weight * losses[name] for name, weight in stage.of.items()) / sum(stage.of.values())
         barrier = losses[""] - members
         if barrier > stage.max_barrier:
+            shutil.rmtree(partial)
             raise GateError(
                 f"stage {stage.name!r}: the average of {', '.join(stage.of)} loses {barrier:.3g} nats a token more on "
                 f"{stage.on!r} than they do ({losses['']:.4g}, they {members:.4g}), above max_barrier = "
@@ -379,22 +382,23 @@ class Curriculum:
         for stage in self.recipe.stages:
             if stage.evaluate == "judge" and stage.eval_data in self.sources:
                 evaluation.require_verdicts(self.sources[stage.eval_data], stage.eval_data)
-        if not bridge:
-            return
-        model, inputs = self.folder / "model", {"digest": self._model_digest()}
-        if model.exists() and read_json(self.folder / "model.json") == inputs:
-            return
-        with whole(model) as partial:
-            build_model(self.recipe, {name: self.rows(name) for name in self.recipe.data}, partial)
-        require_rebuildable(self.recipe, model)
-        write_json(self.folder / "model.json", inputs)
+        if bridge:
+            model, inputs = self.folder / "model", {"digest": self._model_digest()}
+            if not model.exists() or read_json(self.folder / "model.json") != inputs:
+                with whole(model) as partial:
+                    build_model(self.recipe, {name: self.rows(name) for name in self.recipe.data}, partial)
+                write_json(self.folder / "model.json", inputs)
+        if any(isinstance(stage, Rebuild) for stage in self.recipe.stages):
+            path = self.recipe.model.path
+            require_rebuildable(self.recipe, self.folder / "model" if path is None else local_folder(path))
 
     def _model_digest(self) -> str:
         """What the model before all stages is: what it is built from, or which files it has."""
         if self.recipe.model.path is None:
             data = {name: self.rows(name).digest for name in self.recipe.data}
             taken = self.recipe.model.tokenizer.path
-            return _digest([self._shared(), data, *([facts_of(local_folder(taken))] if taken else [])])
+            marks = sorted({mark for bridge in bridges_of(self.recipe) for mark in marks_of(bridge)})
+            return _digest([self._shared(), data, marks, facts_of(local_folder(taken)) if taken else None])
         return _digest([self.recipe.model.path, facts_of(local_folder(self.recipe.model.path))])
 
     def _shared(self) -> dict[str, Any]:
@@ -422,6 +426,7 @@ class Curriculum:
             taken.append(home or facts_of(self._home(part)))
         if isinstance(stage, Merge):
             taken = [self.results[name]["artifact"]["digest"] for name in stage.of]
+            taken.append(self.recipe.evaluation.prompts)  # rows that decide whether it may be
         return {
             "parent": self.results[parent]["artifact"]["digest"] if parent else self._model_digest(),
             "recipe_digest": _digest(
@@ -476,10 +481,13 @@ class Curriculum:
 def require_rebuildable(recipe: Recipe, folder: Path) -> None:
     """Make the config of every rebuild stage, so that a key or token that it cannot have is told before the first
     stage. Raises RecipeError naming the stage."""
-    processor, made = load_processor(folder), dict[str, Any]()
+    processor, made = load_processor(base_of(folder)), dict[str, Any]()
+    first = AutoConfig.from_pretrained(base_of(folder))
     for stage in recipe.stages:
         parent = recipe.parent_of(stage)
-        config = made[parent] if parent else rlhf.bridge.BridgeConfig.from_pretrained(folder)
+        config = made[parent] if parent else first
+        if isinstance(stage, Rebuild) and not isinstance(first, rlhf.bridge.BridgeConfig):
+            raise RecipeError(f"stages.{stage.name}: {folder} holds no bridge, and only bridges are rebuilt")
         if isinstance(stage, Sft) and stage.upcycle is not None:
             config = None  # experts come later than this looks
         if isinstance(stage, Rebuild) and config is not None:

@@ -105,6 +105,13 @@ async def ranked(context: Context, engine: Engine, source: str) -> dict[str, flo
         prompt = as_prompt(row, source, index, tokenizer, False, chat)
         right.append(candidates.index(answer))
         replies = [reply_ids(tokenizer, one, f"{rows.origin}, row {index}") for one in candidates]
+        longest, limit = max(map(len, replies)), context.recipe.resources.max_model_len
+        asked = len(context.processor.expand(list(prompt.token_ids), [item.size for item in prompt.media]))
+        if asked + longest >= limit:
+            raise DataError(
+                f"{rows.origin}, row {index}: a question of {asked} tokens and a candidate of {longest} are more than "
+                f"resources.max_model_len = {limit} holds; raise it, or leave the row out"
+            )
         places += [(index, len(reply)) for reply in replies]
         probes += [Probe(prompt.token_ids + reply, prompt.media) for reply in replies]
     scores = defaultdict[int, list[float]](list)

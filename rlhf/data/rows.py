@@ -26,6 +26,7 @@ from PIL import Image, UnidentifiedImageError
 from rlhf.types import Media
 
 Row = dict[str, Any]
+FORMLESS = (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError)  # of what a column may hold
 Form = Callable[[Row, Callable[[str], Row]], Row]
 ROLES = ("system", "user", "assistant")
 
@@ -124,6 +125,11 @@ class Rows:
                 row = self._form(row, self._find)
             except DataError as error:
                 raise DataError(f"{where}: {error}") from error
+            except FORMLESS as error:
+                raise DataError(
+                    f"{where}: cannot be brought into the form that `format` names ({type(error).__name__}: {error}); "
+                    "correct the row's columns or leave it out"
+                ) from error
         if row.get("messages") is None and isinstance(row.get("chosen"), list):
             if not isinstance(row.get("prompt"), list | None):
                 raise DataError(f"{where}: `chosen` is a list of messages, so `prompt` must be one too")

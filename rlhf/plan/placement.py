@@ -94,8 +94,8 @@ def _stage_of(recipe: Recipe, plan: StagePlan) -> Stage:
 def _parameters(recipe: Recipe, plan: StagePlan) -> tuple[int, int]:
     """(held, trained) by the trainer in a stage; none where it does nothing or the model's size is not known."""
     stage, parameters = _stage_of(recipe, plan), plan.architecture.parameters
-    if isinstance(stage, Merge) and parameters is not None:  # looked at, not trained
-        return parameters, 0
+    if isinstance(stage, Merge) and parameters is not None:  # looked at, as a stage that would train it
+        return parameters, parameters
     if not isinstance(stage, Optimised) or not makes_model(stage) or parameters is None:
         return 0, 0
     adapters = None if stage.lora is None else plan.architecture.lora_parameters(stage.lora)

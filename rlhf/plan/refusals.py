@@ -48,6 +48,8 @@ def _unfit(recipe: Recipe, stage: Stage, architecture: Architecture) -> Iterator
                 f"a clip range of {widest:g} never binds for GSPO, whose ratio is a mean over the whole row; leave "
                 "clip_low and clip_high out (3e-4 and 4e-4)"
             )
+    if isinstance(stage, Sft) and stage.signals and "head" not in architecture.tables:
+        yield 'signals need a head that reads them: give [model.bridge] head = { type = "signals", tokens = [...] }'
     aligned = architecture.tables.get("connector", {}).get("aligned", 0) if architecture.is_bridge else 0
     if isinstance(stage, Sft) and stage.objectives:
         if not aligned:
@@ -59,8 +61,8 @@ def _unfit(recipe: Recipe, stage: Stage, architecture: Architecture) -> Iterator
                 "objectives teach the connector, not the answers: leave `evaluate`, `upcycle`, `lora` and "
                 'mix = "loss" out here'
             )
-    elif isinstance(stage, Sft) and stage.signals and "head" not in architecture.tables:
-        yield 'signals need a head that reads them: give [model.bridge] head = { type = "signals", tokens = [...] }'
+        if stage.signals:
+            yield "objectives do not ask the decoder, and signals are its own; give each a stage"
     elif aligned and not isinstance(stage, Rebuild):
         yield (
             'connector.aligned is for a stage with `objectives`; put a stage of kind "rebuild" before this one, with '

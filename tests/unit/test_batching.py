@@ -272,3 +272,18 @@ def test_what_is_skipped_is_read_and_not_learned():
     kept, which = found.predictions()
     assert len(which) == 5
     assert kept.tolist() == [1, 2, 5, 6]
+
+
+def test_a_conversation_drawn_twice_brings_its_pictures_twice():
+    """They may stand after the first reply, where rows share nothing."""
+    shown = (picture(10), picture(20))
+    talk = Sample("a", (1, 2, 3, 4, 2, 5, 6), 2, shown, skipped=((3, 5),))
+    batch = make_batch([talk, replace(talk, key="b"), Sample("c", (1, 2, 9), 2, shown)], 1, 60, packed=True)
+    ((part,),) = batch.micro_batches
+
+    class Packs(Grey):
+        packs = True
+
+    found = collate(part, Packs())
+    assert sorted(found.media["pixel_values"].tolist()) == [10, 10, 10, 20, 20, 20]
+    assert int(found.packing.owned.sum()) == 7 + 7 + 3

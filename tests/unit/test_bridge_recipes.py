@@ -109,6 +109,7 @@ def test_sizes_change_only_what_a_bridge_has(tmp_path):
         ("blip2", "stages.represent.train = { 'language_model.*' = 1e-4 }", "`train` names neither; add one"),
         ("blip2", "stages.represent.upcycle = { num_experts = 2, top_k = 1 }", "leave `evaluate`, `upcycle`, `lora`"),
         ("blip2", "stages.queries = { remove = true }", 'put a stage of kind "rebuild" before this one'),
+        ("blip2", "stages.represent.signals = 1.0", "signals are its own; give each a stage"),
         ("llava", "stages.align.signals = 1.0", "signals need a head that reads them"),
         ("qwen_vl", "stages.at-448.parts.vision.artifact = 'pretrein'", "did you mean 'pretrain'"),
         ("qwen_vl", "stages.at-448.parts.vision.path = 'nowhere'", "parts.vision.path = 'nowhere': no such folder"),

@@ -70,8 +70,8 @@ def test_words_in_a_picture(tmp_path: Path, pictures: list[str]) -> None:
 
 def test_an_interleaved_page(tmp_path: Path, pictures: list[str]) -> None:
     page = {
-        "texts": ["A page.", None, "One here.", "And more.", None, None, "Two at once.", None],
-        "images": [None, pictures[0], None, None, pictures[1], pictures[2], None, pictures[3]],
+        "texts": ["A page.", None, "One here.", "And more.", None, "  ", None, "Two at once.", None, ""],
+        "images": [None, pictures[0], None, None, pictures[1], None, pictures[2], None, pictures[3], None],
     }
     (found,) = form(tmp_path, {"type": "interleaved"}, page)
     assert spoken(found) == [
@@ -165,6 +165,9 @@ WRONG: list[tuple[dict[str, Any], Row, str]] = [
     ({"type": "in_context"}, {"answer": "x"}, "column 'instruction' must be a str"),
     ({"type": "regions"}, {"width": 4, "height": 4, "regions": [{"name": "a"}]}, "a region is"),
     ({"type": "regions"}, {"width": 4, "height": 4, "regions": []}, "'regions' is empty"),
+    ({"type": "regions"}, {"width": 0, "height": 4, "regions": [{"name": "a", "box": [0, 0, 1, 1]}]}, "ZeroDivision"),
+    ({"type": "regions"}, {"width": 4, "height": 4, "regions": ["a"]}, "AttributeError"),
+    ({"type": "response_format"}, {"kind": "short", "messages": [{"content": "a"}]}, "KeyError: 'role'"),
     ({"type": "frames"}, {"frames": [], "instruction": "a", "answer": "b"}, "'frames' is empty"),
 ]
 
@@ -173,6 +176,21 @@ WRONG: list[tuple[dict[str, Any], Row, str]] = [
 def test_a_row_that_cannot_be_formed_is_named(table: dict[str, Any], row: Row, says: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=rf"rows.jsonl, row 0: .*{says}"):
         form(tmp_path, table, row)
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        {"type": "caption", "prompts": "Describe it."},
+        {"type": "ocr_list", "prompts": []},
+        {"type": "signals", "tokens": []},
+        {"type": "frames", "most": 0},
+        {"type": "interleaved", "most": 0},
+    ],
+)
+def test_settings_that_would_leave_nothing_are_refused(table: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"format\.[a-z_]+ [a-z]+ must be"):
+        FORMATTERS.make(table)
 
 
 def test_a_source_has_a_format_and_then_selects(tmp_path: Path, pictures: list[str]) -> None:

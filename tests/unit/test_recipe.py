@@ -127,7 +127,7 @@ def test_a_source_turns_from_builder_to_path_and_can_be_removed(base: Path) -> N
         ("stages.first = 3", "written [[stages]] with a `name` each"),
         ("stages = [{ name = ['a'] }]", "written [[stages]] with a `name` each"),
         ("stages.first.steps = 0", "override 'stages.first.steps = 0': stages.first.steps: "),
-        ("stages.first.kind = 'sgt'", "stages.first: needs kind = 'evaluate', 'preference'"),
+        ("stages.first.kind = 'sgt'", "stages.first: needs kind = 'evaluate', 'merge', 'preference'"),
         ("stages.first.lr = inf", "stages.first.lr: Input should be a finite number"),
         ("stages.first.data = 1", "stages.first.data must be a table"),
         ("stages.first.gates = [{ metric = 'm', min = 2, max = 1 }]", "min = 2 is above max = 1"),

@@ -45,6 +45,13 @@ def column(row: Row, name: str, kind: type, default: Any = None) -> Any:
     return value
 
 
+def wordings(what: str, value: object) -> tuple[str, ...]:
+    """Several wordings of one thing. Raises ValueError unless it is a list of words that is not empty."""
+    if not isinstance(value, list | tuple) or not value or not all(isinstance(one, str) for one in value):
+        raise ValueError(f"format.{what} must be a list of words, not empty, and is {value!r}")
+    return tuple(value)
+
+
 def turn(role: str, text: str = "", images: int = 0) -> Row:
     """A message with so many pictures before its text."""
     return {"role": role, "content": [*({"type": "image"} for _ in range(images)), {"type": "text", "text": text}]}

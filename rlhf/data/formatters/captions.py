@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from rlhf.data.formatters import FORMATTERS, Find, column, one_of_many, pictures, turn, without
+from rlhf.data.formatters import FORMATTERS, Find, column, one_of_many, pictures, turn, without, wordings
 from rlhf.data.rows import DataError, Row
 
 
@@ -18,9 +18,12 @@ class Caption:
     type: ClassVar[str] = "caption"
     prompts: tuple[str, ...] = ("",)
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompts", wordings("caption prompts", self.prompts))
+
     def form(self, row: Row, find: Find) -> Row:  # noqa: ARG002
         shown, caption = pictures(row), column(row, "caption", str)
-        asked = turn("user", one_of_many(tuple(self.prompts), row), len(shown))
+        asked = turn("user", one_of_many(self.prompts, row), len(shown))
         return without(row) | {"images": shown, "messages": [asked, turn("assistant", caption)]}
 
 
@@ -33,11 +36,14 @@ class OcrList:
     prompts: tuple[str, ...] = ("Identify any text visible in the image provided.", "List the text in the picture.")
     joint: str = " "
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompts", wordings("ocr_list prompts", self.prompts))
+
     def form(self, row: Row, find: Find) -> Row:  # noqa: ARG002
         words, shown = column(row, "words", list), pictures(row)
         if not words or not all(isinstance(word, str) for word in words):
             raise DataError(f"column 'words' must be a list of words that are seen, and is {words!r}")
-        asked = turn("user", one_of_many(tuple(self.prompts), row), len(shown))
+        asked = turn("user", one_of_many(self.prompts, row), len(shown))
         return without(row) | {"images": shown, "messages": [asked, turn("assistant", self.joint.join(words))]}
 
 
@@ -50,6 +56,9 @@ class SignalTokens:
     type: ClassVar[str] = "signals"
     tokens: tuple[str, ...]
     prompt: str = "Draw: {caption}"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tokens", wordings("signals tokens", self.tokens))
 
     def form(self, row: Row, find: Find) -> Row:  # noqa: ARG002
         caption: Any = column(row, "caption", str)

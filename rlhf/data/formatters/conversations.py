@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from rlhf.data.formatters import FORMATTERS, Find, column, pictures, turn, without
 from rlhf.data.rows import DataError, Row
+from rlhf.slots import at_least
 
 
 @FORMATTERS.register
@@ -21,6 +22,9 @@ class Interleaved:
     type: ClassVar[str] = "interleaved"
     most: int = 5
 
+    def __post_init__(self) -> None:
+        at_least("format.interleaved", self, 1, ("most",))
+
     def form(self, row: Row, find: Find) -> Row:  # noqa: ARG002
         texts, images = column(row, "texts", list), column(row, "images", list)
         if len(texts) != len(images):
@@ -28,10 +32,10 @@ class Interleaved:
         messages, kept, shown, words = list[Row](), list[Any](), list[Row](), list[str]()
         for text, image in zip(texts, images, strict=True):
             if image is None:
-                if kept:
-                    words.append(str(text or ""))
-                else:
-                    shown.append({"type": "text", "text": str(text or "")})
+                if kept and str(text or "").strip():
+                    words.append(str(text))
+                elif str(text or "").strip():
+                    shown.append({"type": "text", "text": str(text)})
                 continue
             if words:
                 messages += [{"role": "user", "content": shown}, turn("assistant", " ".join(words).strip())]
@@ -57,6 +61,9 @@ class InContext:
 
     type: ClassVar[str] = "in_context"
     most: int = 8
+
+    def __post_init__(self) -> None:
+        at_least("format.in_context", self, 1, ("most",))
 
     def form(self, row: Row, find: Find) -> Row:
         related = column(row, "related", list, [])[: self.most]
@@ -104,6 +111,9 @@ class Frames:
 
     type: ClassVar[str] = "frames"
     most: int = 64
+
+    def __post_init__(self) -> None:
+        at_least("format.frames", self, 1, ("most",))
 
     def form(self, row: Row, find: Find) -> Row:  # noqa: ARG002
         frames = column(row, "frames", list)
