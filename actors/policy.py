@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from actors.learner import Learner, Totals, numel, prepare
 from actors.optimizer import base_name
-from actors.signals import Target
+from actors.signals import Target, signalling
 from rlhf.agreement import NEAR_TIE
 from rlhf.algorithms.divergence import DIVERGENCES
 from rlhf.algorithms.logprobs import logprobs_of
 from rlhf.algorithms.losses import OBJECTIVES, Tokens, policy_loss
 from rlhf.batching import Tensors, collate
 from rlhf.routing import Usage, lowest_margins, routers
-from rlhf.types import Batch, Loss, Sample, StepStats, TrainSpec
+from rlhf.types import Batch, Loss, StepStats, TrainSpec
 
 
 class Policy(Learner):
@@ -70,7 +70,7 @@ class Policy(Learner):
         for index, samples in enumerate(rows):
             tensors = collate(samples, self.visual).to(self.device)
             with routers(self.model) as routed:
-                places, captions = self._signals(samples, tensors)
+                places, captions = (None, []) if self.target is None else self.target.places(samples, tensors)
                 logprobs, entropy, out = self._forward(tensors, loss_spec, places=places)
             own = loss_spec.compare == "trainer"
             counted = Tokens(
@@ -95,7 +95,7 @@ class Policy(Learner):
             # every rank must run backward through the whole model, also for a dummy row without a completion
             loss = loss + 0.0 * out.logits.sum() if not bool(tensors.completion.any()) else loss
             if self.target is not None:
-                missed = self._missed(out.signals, captions) / max(1, sum(map(_signalling, batch.micro_batches)))
+                missed = self.target.missed(out.signals, captions) / max(1, signalling(batch))
                 loss = loss + self.spec.signals * missed
                 totals.sums["signals"] += float(missed.detach()) * batch.num_tokens  # metrics are over tokens
             totals.sums["entropy"] += float((entropy.detach().double() * (tensors.mask > 0)).sum())
@@ -139,37 +139,6 @@ class Policy(Learner):
             raise RuntimeError("this stage keeps no reference: its spec has reference = False")
         with self.evaluating(), self.model.disable_adapter(), torch.no_grad():
             return self._forward(tensors, self.spec.loss)[0]
-
-    def _signals(self, samples: Sequence[Sample], tensors: Tensors) -> tuple[Tensor | None, list[str]]:
-        """Which of the model's input tokens spell signals [signals, tokens], and what they are to say; where no row of
-        a micro-batch has one, a place that does not count, so that every rank runs the head."""
-        if self.target is None:
-            return None, []
-        tokens, found, captions = self.target.head.tokens, list[list[int]](), list[str]()
-        for row, sample in enumerate(samples):
-            if not sample.signal or sample.weight == 0:
-                continue
-            ids = sample.token_ids
-            starts = [i for i in range(sample.prompt_length, len(ids)) if ids[i : i + len(tokens)] == tokens]
-            if not starts:
-                raise ValueError(
-                    f"sample {sample.key} is to signal {sample.signal!r}, but its answer does not spell the signal's "
-                    f"tokens {tokens}: end the answer with the tokens that head.tokens names"
-                )
-            places = range(starts[-1], starts[-1] + len(tokens))
-            width = tensors.input_ids.shape[1]
-            packing = tensors.packing
-            found.append([row * width + p if packing is None else int(packing.places[row, p]) for p in places])
-            captions.append(sample.signal)
-        return torch.tensor(found or [[0] * len(tokens)], device=self.device), captions
-
-    def _missed(self, signals: Tensor, captions: Sequence[str]) -> Tensor:
-        """Σ over signals of the mean over positions of ‖u − v‖₂, u what the head says and v the caption's embedding."""
-        assert self.target is not None
-        nothing = 0.0 * signals.sum()
-        if not captions:
-            return nothing
-        return (signals.float() - self.target(captions)).norm(dim=-1).mean(1).sum() + nothing
 
     def _forward(
         self, tensors: Tensors, loss: Loss, model: Any = None, places: Tensor | None = None
@@ -280,11 +249,6 @@ class Policy(Learner):
                 with self._gathered([parameter]):
                     tensors[name] = parameter.detach().cpu().clone()
         return tensors
-
-
-def _signalling(parts: Sequence[Sequence[Sample]]) -> int:
-    """How many of a rank's rows have a signal that counts."""
-    return sum(bool(sample.signal) and sample.weight != 0 for part in parts for sample in part)
 
 
 @contextmanager

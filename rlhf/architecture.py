@@ -19,7 +19,7 @@ from typing import Any
 from rlhf.bridge.decoders import DECODERS, own, require_underived, type_of
 from rlhf.bridge.geometry import Geometry
 from rlhf.bridge.heads import HEADS, Head
-from rlhf.bridge.naming import DENSE, MODEL_TYPE, MOE, PATCHES
+from rlhf.bridge.naming import DENSE, MODEL_TYPE, MOE, PATCHES, SLOTS
 from rlhf.bridge.packers import PACKERS
 from rlhf.bridge.sparsity import dense_layers
 from rlhf.recipe import Lora, Model, Rl
@@ -28,7 +28,6 @@ from rlhf.slots import laid_over, settings
 GIB = float(2**30)
 # what saving a model writes beside its architecture
 VOLATILE = {"_name_or_path", "dtype", "torch_dtype", "transformers_version"}
-BRIDGE_SLOTS = ("vision", "encoder", "tiler", "connector", "packer", "decoder", "head")
 SLOT_DEFAULTS: dict[str, dict[str, Any]] = {
     "encoder": {"type": "tower"},
     "connector": {"type": "mlp"},
@@ -182,8 +181,8 @@ class Architecture:
         """This bridge with these tables laid over its own. Raises ValueError where they do not fit."""
         if not self.is_bridge:
             raise ValueError("only a bridge of this project can be rebuilt; leave the stage out")
-        if missing := sorted(over.keys() - set(BRIDGE_SLOTS)):
-            raise ValueError(f"bridge has no slot {missing[0]!r}; its slots are {', '.join(BRIDGE_SLOTS)}")
+        if missing := sorted(over.keys() - set(SLOTS)):
+            raise ValueError(f"bridge has no slot {missing[0]!r}; its slots are {', '.join(SLOTS)}")
         tables = {slot: _relaid(slot, self.tables[slot], over.get(slot, {})) for slot in self.tables}
         tables |= {"head": dict(over["head"])} if "head" in over.keys() - self.tables.keys() else {}
         made = from_bridge(tables, self.decoder["vocab_size"])
@@ -247,9 +246,9 @@ def from_bridge(bridge: Mapping[str, Mapping[str, Any]], vocab_size: int) -> Arc
     missing = [slot for slot in ("vision", "decoder", "tiler") if slot not in bridge]
     if missing:
         raise ValueError(f"model.bridge needs the table {' and '.join(map(repr, missing))}")
-    unknown = sorted(bridge.keys() - set(BRIDGE_SLOTS))
+    unknown = sorted(bridge.keys() - set(SLOTS))
     if unknown:
-        raise ValueError(f"model.bridge has no slot {unknown[0]!r}; its slots are {', '.join(BRIDGE_SLOTS)}")
+        raise ValueError(f"model.bridge has no slot {unknown[0]!r}; its slots are {', '.join(SLOTS)}")
     tables = {**SLOT_DEFAULTS, **{slot: dict(table) for slot, table in bridge.items()}}
     for slot in ("vision", "decoder"):
         kind = tables[slot].get("type")

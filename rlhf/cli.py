@@ -155,8 +155,8 @@ def _carried_out(run: Callable[[], Awaitable[None]], folder: Path, again: str) -
 async def _explained(run: Callable[[], Awaitable[None]], again: str) -> int:
     """The exit status of a run, its errors in words."""
     from rlhf.checkpoint import CheckpointError
-    from rlhf.curriculum import GateError
     from rlhf.data.rows import DataError
+    from rlhf.stage import GateError
 
     _stop_on_signals()
     try:

@@ -27,22 +27,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
-import rlhf.bridge
 from rewards.base import file_of
-from rlhf import evaluation, offline, online, replay, synthesis
+from rlhf import evaluation, offline, online, remaking, replay, synthesis
 from rlhf.agreement import make_probes
 from rlhf.algorithms.table import method_of
-from rlhf.architecture import algorithm_of, base_of, from_folder
-from rlhf.bridge.rebuilding import rebuilt
+from rlhf.architecture import algorithm_of, from_folder
 from rlhf.checkpoint import digest, latest, read_json, whole, write_json
 from rlhf.data.formatting import as_sample
-from rlhf.data.rows import DataError, Rows, read, write
+from rlhf.data.rows import Rows, read, write
 from rlhf.data.sources import open_source, open_sources
 from rlhf.footprint import Footprint
-from rlhf.foreign import open_model
-from rlhf.merging import average
 from rlhf.models import bridges_of, build_model, load_processor, local_folder, marks_of, masked_ids
 from rlhf.recipe import (
     Evaluate,
@@ -53,7 +47,6 @@ from rlhf.recipe import (
     Preference,
     Rebuild,
     Recipe,
-    RecipeError,
     Rl,
     Sft,
     Stage,
@@ -62,7 +55,7 @@ from rlhf.recipe import (
 )
 from rlhf.roles import ActorLostError, Actors, Engine
 from rlhf.scoring import Judge
-from rlhf.stage import Context, derive, packs
+from rlhf.stage import Context, GateError, derive, packs
 from rlhf.tasks import beside
 from rlhf.tracking import Tracker, stage_folder
 from rlhf.types import Correction, Loss, Media, Sample, TrainSpec
@@ -71,10 +64,6 @@ NUM_PROBES, PROBE_LENGTH = 12, 48
 PROBE_ROWS = 1000  # of a source, in which to look for pictures
 RENEWALS = 2  # times one stage may lose the trainer
 ANSWERS = "answers.json"  # mode → question → share of right samples, for paired differences between stages
-
-
-class GateError(RuntimeError):
-    """A stage finished and missed a gate; the message names the metric, its value and the bound."""
 
 
 @dataclass
@@ -222,9 +211,12 @@ class Curriculum:
                 write(rows, partial / "rows.parquet")
             return metrics
         elif isinstance(stage, Rebuild):
-            return await asyncio.to_thread(self._rebuild, stage, context)
+            parts = {slot: self._home(part) for slot, part in stage.parts.items()}
+            return await asyncio.to_thread(remaking.rebuild, stage, context, parts)
         elif isinstance(stage, Merge):
-            return await self._merge(stage, context)
+            folders = {name: self.artifact(name) for name in stage.of}
+            samples = self._samples(stage.on, self.recipe.evaluation.prompts, context.processor)
+            return await remaking.merge(stage, context, folders, samples, self.begin)
         else:
             return {}
         metrics |= {f"model.{name}": float(value) for name, value in facts.items()}
@@ -233,50 +225,6 @@ class Curriculum:
         write_json(context.folder / "made.json", metrics)
         with whole(artifact) as partial:
             await self.actors.trainer.export(partial)
-        return metrics
-
-    def _rebuild(self, stage: Rebuild, context: Context) -> dict[str, float]:
-        """Another bridge of the stage's model, and how many of its parameters come from where."""
-        model, processor, _ = open_model(str(context.model))  # adapters merged in
-        if not isinstance(model, rlhf.bridge.BridgeForConditionalGeneration):
-            raise DataError(f"stage {stage.name!r}: {context.model} holds no bridge, and only bridges are rebuilt")
-        parts = {slot: self._home(part) for slot, part in stage.parts.items()}
-        seed = derive(self.recipe.seed, stage.name, "rebuild") % 2**31
-        made, processor, counts = rlhf.bridge.rebuild(model, processor, stage.bridge, parts, seed)
-        metrics = {f"rebuild.{name}": float(value) for name, value in counts.items()}
-        write_json(context.folder / "made.json", metrics)
-        with whole(context.folder / "artifact") as partial:
-            made.save_pretrained(partial)
-            processor.save_pretrained(partial)
-        return metrics
-
-    async def _merge(self, stage: Merge, context: Context) -> dict[str, float]:
-        """The average of other stages' models, and what it and they lose on the stage's rows; GateError where that is
-        too much more."""
-        folders, partial = {name: self.artifact(name) for name in stage.of}, context.folder / "merged"
-        shutil.rmtree(partial, ignore_errors=True)
-        model, processor = await asyncio.to_thread(average, list(folders.values()), list(stage.of.values()))
-        model.save_pretrained(partial)
-        processor.save_pretrained(partial)
-        losses = {}
-        asks = Sft(name=stage.name, kind="sft", data={stage.on: 1.0}, steps=1, batch_size=1, lr=1e-6)
-        samples = self._samples(stage.on, self.recipe.evaluation.prompts, processor)
-        for name, folder in {**folders, "": partial}.items():
-            await self.begin(asks, folder)
-            losses[name] = (await self.actors.trainer.losses(context.batch(samples)))["loss"]
-        members = sum(weight * losses[name] for name, weight in stage.of.items()) / sum(stage.of.values())
-        barrier = losses[""] - members
-        if barrier > stage.max_barrier:
-            shutil.rmtree(partial)
-            raise GateError(
-                f"stage {stage.name!r}: the average of {', '.join(stage.of)} loses {barrier:.3g} nats a token more on "
-                f"{stage.on!r} than they do ({losses['']:.4g}, they {members:.4g}), above max_barrier = "
-                f"{stage.max_barrier:g}: they have not learned one thing from one start; merge runs that did"
-            )
-        metrics = {f"merge.loss.{name}" if name else "merge.loss": value for name, value in losses.items()}
-        metrics |= {"merge.barrier": barrier}
-        write_json(context.folder / "made.json", metrics)
-        partial.rename(context.folder / "artifact")
         return metrics
 
     def _home(self, part: Part) -> Path:
@@ -390,7 +338,7 @@ class Curriculum:
                 write_json(self.folder / "model.json", inputs)
         if any(isinstance(stage, Rebuild) for stage in self.recipe.stages):
             path = self.recipe.model.path
-            require_rebuildable(self.recipe, self.folder / "model" if path is None else local_folder(path))
+            remaking.require_rebuildable(self.recipe, self.folder / "model" if path is None else local_folder(path))
 
     def _model_digest(self) -> str:
         """What the model before all stages is: what it is built from, or which files it has."""
@@ -476,26 +424,6 @@ class Curriculum:
                 **self.footprint.machine(),
             },
         )
-
-
-def require_rebuildable(recipe: Recipe, folder: Path) -> None:
-    """Make the config of every rebuild stage, so that a key or token that it cannot have is told before the first
-    stage. Raises RecipeError naming the stage."""
-    processor, made = load_processor(base_of(folder)), dict[str, Any]()
-    first = AutoConfig.from_pretrained(base_of(folder))
-    for stage in recipe.stages:
-        parent = recipe.parent_of(stage)
-        config = made[parent] if parent else first
-        if isinstance(stage, Rebuild) and not isinstance(first, rlhf.bridge.BridgeConfig):
-            raise RecipeError(f"stages.{stage.name}: {folder} holds no bridge, and only bridges are rebuilt")
-        if isinstance(stage, Sft) and stage.upcycle is not None:
-            config = None  # experts come later than this looks
-        if isinstance(stage, Rebuild) and config is not None:
-            try:
-                config = rebuilt(config, stage.bridge, processor)
-            except ValueError as error:
-                raise RecipeError(f"stages.{stage.name}.bridge: {error}") from error
-        made[stage.name] = config
 
 
 def train_spec(recipe: Recipe, stage: Sft | Preference | Rl, model: Path, masked: tuple[int, ...]) -> TrainSpec:

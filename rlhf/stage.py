@@ -18,6 +18,10 @@ from rlhf.roles import Actors
 from rlhf.types import Batch, Sample
 
 
+class GateError(RuntimeError):
+    """A stage finished and missed a gate; the message names the metric, its value and the bound."""
+
+
 class StageLog(Protocol):
     """Where a stage's progress goes; `rlhf.tracking` implements it."""
 

@@ -21,12 +21,11 @@ from rlhf.bridge.decoders import DECODERS, PREFIX, own, require_underived
 from rlhf.bridge.heads import HEADS
 from rlhf.bridge.layers.told import ToldModel
 from rlhf.bridge.model import BridgeForConditionalGeneration, BridgeMoeForConditionalGeneration
-from rlhf.bridge.naming import PATCHES
+from rlhf.bridge.naming import PATCHES, SLOTS
 from rlhf.bridge.packers import PACKERS
 from rlhf.bridge.processor import BridgeImageProcessor, BridgeProcessor
 from rlhf.slots import Slot, unknown
 
-SLOTS = ("vision", "encoder", "tiler", "connector", "packer", "decoder", "head")
 VISION_TYPES = {
     "siglip": "siglip_vision_model",
     "aimv2": "aimv2_vision_model",
@@ -130,18 +129,19 @@ def build(
         image_token_id=_token_id(tokenizer, IMAGE_TOKEN),
         **ends,
     )
-    processor = BridgeProcessor(BridgeImageProcessor(config.geometry.to_dict()), tokenizer)
-    require_readable(config, tokenizer)
+    processor = processor_of(config, tokenizer)
     return new(config, seed), processor
 
 
-def require_readable(config: BridgeConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise `ValueError` unless the tokenizer reads a picture's pattern back: vLLM has it as text."""
+def processor_of(config: BridgeConfig, tokenizer: PreTrainedTokenizerBase) -> BridgeProcessor:
+    """The bridge's processor. Raises `ValueError` where the tokenizer does not read a picture's pattern back: vLLM has
+    it as text."""
     processor = BridgeProcessor(BridgeImageProcessor(config.geometry.to_dict()), tokenizer)
     for size in config.geometry.tiler.extremes:
         pattern = config.geometry.expand([config.image_token_id], [size])
         if tokenizer.encode(processor.pattern_text(size), add_special_tokens=False) != pattern:
             raise ValueError(f"packer: the tokenizer does not read back the tokens {config.packer} as they are written")
+    return processor
 
 
 def load(path: str | PathLike[str]) -> tuple[BridgeForConditionalGeneration, BridgeProcessor]:

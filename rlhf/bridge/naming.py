@@ -5,6 +5,8 @@ from __future__ import annotations
 MODEL_TYPE = "thinkfusion_bridge"
 PATCHES = "thinkfusion_patches"  # the vision config without a vision transformer
 
+SLOTS = ("vision", "encoder", "tiler", "connector", "packer", "decoder", "head")  # of a recipe's [model.bridge]
+
 DENSE = "BridgeForConditionalGeneration"
 MOE = "BridgeMoeForConditionalGeneration"
 

@@ -24,27 +24,33 @@ FAR = 2**20
 
 def position_rows(input_ids: torch.Tensor, geometry: Geometry) -> torch.Tensor:
     """[3, rows, length] of expanded `input_ids` [rows, length]; tokens before a row's first may only be padding."""
-    places = input_ids == geometry.image_token_id
     if geometry.told == "modality":
         positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        return (positions + FAR * ~places.any(dim=1, keepdim=True)).expand(3, -1, -1)
-    steps, belongs = (torch.tensor(found, device=input_ids.device) for found in geometry.placing)
-    order = (places.cumsum(dim=1) - 1).clamp(min=0)  # among all of the row's placeholders
-    within, number = order % len(steps), order // len(steps) + 1
-    advance = torch.where(places, steps[within], 1)
+        return (positions + _start(input_ids, geometry)).expand(3, -1, -1)
+    advance, told = _pictures(input_ids, geometry)
     positions = (advance.cumsum(dim=1) - 1).clamp(min=0)
-    told = torch.where(places, number * belongs[within], 0)
     return torch.stack((positions, positions + told, positions))
 
 
 def next_position(input_ids: torch.Tensor, geometry: Geometry) -> torch.Tensor:
     """[rows]: the position of the token that follows."""
-    places = input_ids == geometry.image_token_id
     if geometry.told == "modality":
-        return input_ids.shape[1] + FAR * ~places.any(dim=1)
-    steps = torch.tensor(geometry.placing[0], device=input_ids.device)
-    order = (places.cumsum(dim=1) - 1).clamp(min=0)
-    return torch.where(places, steps[order % len(steps)], 1).sum(dim=1)
+        return input_ids.shape[1] + _start(input_ids, geometry)[:, 0]
+    return _pictures(input_ids, geometry)[0].sum(dim=1)
+
+
+def _start(input_ids: torch.Tensor, geometry: Geometry) -> torch.Tensor:
+    """[rows, 1]: where positions begin, of rows with pictures and without."""
+    return FAR * ~(input_ids == geometry.image_token_id).any(dim=1, keepdim=True)
+
+
+def _pictures(input_ids: torch.Tensor, geometry: Geometry) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each token [rows, length] by how much it advances positions, and the number of its picture, 0 for text."""
+    places = input_ids == geometry.image_token_id
+    steps, belongs = (torch.tensor(found, device=input_ids.device) for found in geometry.placing)
+    order = (places.cumsum(dim=1) - 1).clamp(min=0)  # among all of the row's placeholders
+    within, number = order % len(steps), order // len(steps) + 1
+    return torch.where(places, steps[within], 1), torch.where(places, number * belongs[within], 0)
 
 
 def salt(token_ids: Sequence[int], geometry: Geometry) -> str | None:

@@ -14,14 +14,14 @@ from torch.nn.functional import interpolate
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig
 
 from rlhf.architecture import base_of
-from rlhf.bridge.builder import VISION_TYPES, begin, config_of, new, require_readable, with_ids
+from rlhf.bridge.builder import VISION_TYPES, begin, config_of, new, processor_of, with_ids
 from rlhf.bridge.config import BridgeConfig
 from rlhf.bridge.decoders import DECODERS, PREFIX, own, type_of
 from rlhf.bridge.heads import HEADS
 from rlhf.bridge.model import BridgeForConditionalGeneration
 from rlhf.bridge.naming import MODEL_TYPE, short_name
 from rlhf.bridge.packers import PACKERS
-from rlhf.bridge.processor import BridgeImageProcessor, BridgeProcessor
+from rlhf.bridge.processor import BridgeProcessor
 from rlhf.recipe import Slot
 from rlhf.slots import laid_over
 
@@ -51,7 +51,7 @@ def rebuild(
     transformers, beside which what the bridge adds to it begins afresh.
     Raises `ValueError` where a part does not fit.
     """
-    config = rebuilt(model.config, tables, processor)
+    config, made = rebuilt(model.config, tables, processor)
     fresh = new(config, seed)
     fresh.to(model.dtype)
     old, target = dict(model.named_parameters()), dict(fresh.named_parameters())  # tied ones once
@@ -82,13 +82,15 @@ def rebuild(
     counts = {how: sum(value.numel() for value in weights.values()) for how, weights in found.items()}
     counts["fresh"] = sum(target[name].numel() for name in begun)
     counts["left"] = sum(value.numel() for name, value in old.items() if name not in target)
-    made = BridgeProcessor(BridgeImageProcessor(config.geometry.to_dict()), processor.tokenizer)
     fresh.generation_config = model.generation_config
     return fresh.train(model.training), made, counts
 
 
-def rebuilt(old: BridgeConfig, tables: Mapping[str, Mapping[str, Any]], processor: BridgeProcessor) -> BridgeConfig:
-    """The config with `tables` laid over its own. Raises `ValueError` for a key or token that it cannot have."""
+def rebuilt(
+    old: BridgeConfig, tables: Mapping[str, Mapping[str, Any]], processor: BridgeProcessor
+) -> tuple[BridgeConfig, BridgeProcessor]:
+    """Config and processor with `tables` laid over the config's own. Raises `ValueError` for a key or token that it
+    cannot have."""
     settings: dict[str, Any] = {
         "vision_config": old.vision_config,
         "text_config": old.text_config,
@@ -112,8 +114,7 @@ def rebuilt(old: BridgeConfig, tables: Mapping[str, Mapping[str, Any]], processo
             "decoder", old.text_config, PREFIX * (kind in DECODERS.types()) + kind, given
         )
     config = BridgeConfig(**settings)
-    require_readable(config, processor.tokenizer)
-    return config
+    return config, processor_of(config, processor.tokenizer)
 
 
 def _changed(slot: str, old: PretrainedConfig, model_type: str, given: Mapping[str, Any]) -> PretrainedConfig:

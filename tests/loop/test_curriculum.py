@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 
 from rlhf.checkpoint import CheckpointError
-from rlhf.curriculum import Curriculum, GateError
+from rlhf.curriculum import Curriculum
 from rlhf.data.rows import DataError, read
 from rlhf.footprint import Footprint
 from rlhf.models import load_processor
 from rlhf.plan import PlanError, check
 from rlhf.recipe import Recipe, RecipeError, Sft, load
+from rlhf.stage import GateError
 from rlhf.tracking import Tracker
 from tests.loop.cast import FakeCast, FakeTrainer, KilledError
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rlhf.data.rows import DataError
-from rlhf.merging import average
+from rlhf.remaking import average
 from tests.unit.systems import spec
 from tests.unit.test_bridge_build import tiny
 

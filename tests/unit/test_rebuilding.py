@@ -13,10 +13,10 @@ from transformers import (
 
 from rlhf.architecture import from_bridge, from_folder
 from rlhf.bridge import rebuild, reset
-from rlhf.curriculum import require_rebuildable
 from rlhf.foreign import open_model
 from rlhf.models import bridges_of, marks_of
 from rlhf.recipe import RecipeError, validate
+from rlhf.remaking import require_rebuildable
 from tests.unit.systems import CLIP, PENULTIMATE, SINGLE, spec
 from tests.unit.test_bridge_build import DENSE, picture, tiny
 

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from actors.policy import Policy
 from actors.signals import Target
 from rlhf.architecture import from_bridge, from_folder
 from rlhf.batching import BridgeVisual, collate
@@ -79,12 +78,8 @@ def test_the_plan_counts_it_and_a_folder_keeps_it(tmp_path):
     assert counts["fresh"] == 0
 
 
-class Learning(Policy):
-    """What the policy does with signals, without DeepSpeed."""
-
-    def __init__(self, model, processor):
-        self.device = torch.device("cpu")
-        self.target = Target(model.config.head, processor.tokenizer, self.device)
+def aligned(model, processor):
+    return Target(model.config.head, processor.tokenizer, torch.device("cpu"))
 
 
 def samples(tokens, shown=()):
@@ -101,10 +96,10 @@ def samples(tokens, shown=()):
 @pytest.mark.parametrize("packs", [False, True])
 def test_signals_are_read_where_they_are_spelt(packs):
     model, processor, tokens = bridge()
-    learning = Learning(model, processor)
+    target = aligned(model, processor)
     rows = samples(tokens)
     tensors = collate(rows, BridgeVisual(processor, packs))
-    places, captions = learning._signals(rows, tensors)
+    places, captions = target.places(rows, tensors)
     assert captions == ["one two", "three"]
     given = tensors.given_ids()
     assert given[places].tolist() == [list(tokens)] * 2
@@ -116,27 +111,27 @@ def test_signals_are_read_where_they_are_spelt(packs):
         expected = model.model.head(hidden[places] + model.get_input_embeddings()(given[places]))
     torch.testing.assert_close(out.signals, expected, atol=1e-6, rtol=0)
     none = [rows[1]]
-    places, captions = learning._signals(none, collate(none, BridgeVisual(processor, packs)))
+    places, captions = target.places(none, collate(none, BridgeVisual(processor, packs)))
     assert (places.tolist(), captions) == ([[0, 0]], [])
     wrong = [Sample("b", (30, 31, 32, 1), 2, signal="x")]
     tensors = collate(wrong, BridgeVisual(processor, packs))
     with pytest.raises(ValueError, match=r"sample b is to signal 'x', but its answer does not spell"):
-        learning._signals(wrong, tensors)
+        target.places(wrong, tensors)
 
 
 def test_the_loss_is_a_distance_and_0_where_they_agree():
     model, processor, _ = bridge()
-    learning = Learning(model, processor)
-    wanted = learning.target(["one two", "three"])
+    target = aligned(model, processor)
+    wanted = target(["one two", "three"])
     assert wanted.shape == (2, 5, 8)
-    assert float(learning._missed(wanted, ["one two", "three"])) == 0
+    assert float(target.missed(wanted, ["one two", "three"])) == 0
     said = torch.randn(2, 5, 8, requires_grad=True)
     by_hand = sum(((said[i, t] - wanted[i, t]) ** 2).sum().sqrt() for i in range(2) for t in range(5)) / 5
-    torch.testing.assert_close(learning._missed(said, ["one two", "three"]), by_hand)
-    learning._missed(said, ["one two", "three"]).backward()
+    torch.testing.assert_close(target.missed(said, ["one two", "three"]), by_hand)
+    target.missed(said, ["one two", "three"]).backward()
     assert said.grad.norm(dim=-1).sub(1 / 5).abs().max() < 1e-6  # of a norm, not of its square
-    assert float(learning._missed(said.detach(), []).detach()) == 0
-    assert not any(parameter.requires_grad for parameter in learning.target._encoder.parameters())
+    assert float(target.missed(said.detach(), []).detach()) == 0
+    assert not any(parameter.requires_grad for parameter in target._encoder.parameters())
 
 
 def test_a_published_encoder_must_fit(tmp_path):
