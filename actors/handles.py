@@ -29,7 +29,7 @@ from rlhf.architecture import base_of
 from rlhf.recipe import Deadlines
 from rlhf.roles import ActorLostError, SyncError
 from rlhf.tasks import under_way
-from rlhf.types import Batch, Group, Probe, ProbeScores, Prompt, Publication, Sampling, Score, StepStats, TrainSpec
+from rlhf.types import Batch, Fit, Group, Probe, ProbeScores, Prompt, Publication, Sampling, Score, StepStats, TrainSpec
 
 T = TypeVar("T")
 
@@ -353,9 +353,8 @@ class TrainerHandle:
         stats: StepStats = (await self._all("step", "step", ray.put(batch), fresh, alone))[0]
         return stats
 
-    async def losses(self, batch: Batch) -> Mapping[str, float]:
-        losses: Mapping[str, float] = (await self._all("losses", "step", ray.put(batch)))[0]
-        return losses
+    async def losses(self, batch: Batch) -> Mapping[str, Fit]:
+        return await self._by_key("losses", batch)
 
     async def divergences(self, batch: Batch, estimator: str) -> Mapping[str, float]:
         return await self._by_key("divergences", batch, estimator)

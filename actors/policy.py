@@ -16,11 +16,11 @@ from actors.optimizer import base_name
 from actors.signals import Target, signalling
 from rlhf.agreement import NEAR_TIE
 from rlhf.algorithms.divergence import DIVERGENCES
-from rlhf.algorithms.logprobs import logprobs_of
+from rlhf.algorithms.logprobs import likeliest, logprobs_of
 from rlhf.algorithms.losses import OBJECTIVES, Tokens, policy_loss
 from rlhf.batching import Tensors, collate
 from rlhf.routing import Usage, lowest_margins, routers
-from rlhf.types import Batch, Loss, StepStats, TrainSpec
+from rlhf.types import Batch, Fit, Loss, StepStats, TrainSpec
 
 
 class Policy(Learner):
@@ -141,12 +141,13 @@ class Policy(Learner):
             return self._forward(tensors, self.spec.loss)[0]
 
     def _forward(
-        self, tensors: Tensors, loss: Loss, model: Any = None, places: Tensor | None = None
+        self, tensors: Tensors, loss: Loss, model: Any = None, places: Tensor | None = None, greedy: bool = False
     ) -> tuple[Tensor, Tensor, Any]:
-        """Log-probabilities and entropies [B, L − 1], 0 outside completions, and the output of `model` (the policy)."""
+        """Log-probabilities and entropies [B, L − 1], 0 outside completions, and the output of `model` (the policy).
+        `greedy`: in the place of entropies whether greedy decoding takes the token."""
         kept, predicting = tensors.predictions()  # prompts take no logits
         targets = tensors.input_ids[:, 1:][tensors.completion]
-        with _scoring(self.model if model is None else model, predicting, targets, loss) as scored:
+        with _scoring(self.model if model is None else model, predicting, targets, loss, greedy) as scored:
             more = {} if places is None else {"signal_places": places}
             out = (self.engine if model is None else model)(
                 **tensors.model_inputs(), use_cache=False, logits_to_keep=kept, **more
@@ -177,17 +178,18 @@ class Policy(Learner):
         super().take(state)
         self._shares = state.get("shares")  # none in one that is older than they are
 
-    def losses(self, batch: Batch) -> dict[str, float]:
-        totals = Totals()
+    def losses(self, batch: Batch) -> dict[str, Fit]:
+        found: dict[str, Fit] = {}
         with self.evaluating(), torch.no_grad():
             for samples in batch.micro_batches[self.rank]:
                 tensors = collate(samples, self.visual).to(self.device)
-                logprobs, _, _ = self._forward(tensors, Loss())
-                counted = Tokens(logprobs, tensors.old_logprobs, tensors.advantages, tensors.mask)
-                _, metrics = policy_loss(counted, Loss())
-                totals.collect(metrics)
-        reduced = totals.reduce(self.world_size)
-        return {"loss": reduced["nll"], "tokens": reduced["tokens"]}
+                logprobs, likeliest = self._forward(tensors, Loss(), greedy=True)[:2]
+                rows = zip(samples, tensors.completion, logprobs, likeliest, strict=False)  # a blank one may follow
+                for sample, learned, row, best in rows:
+                    if sample.weight > 0:
+                        nll = -float(row[learned].double().sum())
+                        found[sample.key] = Fit(nll, int(learned.sum()), bool(best[learned].all()))
+        return found
 
     def parts(self, bucket_bytes: int, everywhere: bool = False) -> Iterator[list[tuple[str, Tensor]]]:
         """(name, value) of every parameter under the base model's names, in parts of about bucket_bytes, empty on ranks
@@ -252,8 +254,9 @@ class Policy(Learner):
 
 
 @contextmanager
-def _scoring(model: Any, predicting: Tensor, targets: Tensor, loss: Loss) -> Iterator[list[Tensor]]:
-    """Meanwhile the model's "logits" are log-probabilities and entropies [2, N] of `targets` [N], each predicted at the
+def _scoring(model: Any, predicting: Tensor, targets: Tensor, loss: Loss, greedy: bool) -> Iterator[list[Tensor]]:
+    """Meanwhile the model's "logits" are log-probabilities and entropies (`greedy`: 1 for the likeliest token, else 0)
+    [2, N] of `targets` [N], each predicted at the
     place `predicting` [N] of the head's input, so that a forward never holds all the logits; what the head gave is put
     into the list."""
     head, scored = model.get_output_embeddings(), list[Tensor]()
@@ -263,7 +266,9 @@ def _scoring(model: Any, predicting: Tensor, targets: Tensor, loss: Loss) -> Ite
         # looked up: rows that share a prompt add their gradients of its last token in one order
         found = nn.functional.embedding(predicting, hidden.flatten(0, -2))
         settings = (loss.temperature, loss.masked_ids, loss.entropy > 0)
-        scored.append(torch.stack(logprobs_of(plain, found, targets, *settings, vocab_size=vocabulary)))
+        logprobs, spread = logprobs_of(plain, found, targets, *settings, vocab_size=vocabulary)
+        beside = likeliest(plain, found, targets, vocab_size=vocabulary).to(logprobs) if greedy else spread
+        scored.append(torch.stack((logprobs, beside)))
         return scored[0]
 
     head.forward = forward  # inside of the hooks that gather the head's weight under ZeRO-3

@@ -26,7 +26,7 @@ from actors.critic import Critic
 from actors.learner import TrainInfo
 from actors.policy import Policy
 from actors.shared import Bucket
-from rlhf.types import Batch, Probe, ProbeScores, StepStats, TrainSpec
+from rlhf.types import Batch, Fit, Probe, ProbeScores, StepStats, TrainSpec
 
 CRITIC = "critic"  # where a checkpoint has it
 
@@ -63,9 +63,9 @@ class TrainerRank:
             stats = self._begun.step(batch, fresh)
             return replace(stats, metrics={**stats.metrics, **learned})
 
-    def losses(self, batch: Batch) -> dict[str, float]:
-        """{"loss": mean negative log-likelihood of the completion tokens in nats, "tokens": their number};
-        temperature 1, nothing masked, no gradient."""
+    def losses(self, batch: Batch) -> dict[str, Fit]:
+        """Of this rank's samples, by key: how well the policy fits their learned tokens; temperature 1, nothing masked,
+        no gradient."""
         return self._begun.losses(batch)
 
     def divergences(self, batch: Batch, estimator: str) -> dict[str, float]:

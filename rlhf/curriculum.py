@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -79,6 +80,7 @@ class Curriculum:
     started: float = field(default_factory=time.monotonic)
     earlier: dict[str, Any] = field(default_factory=dict)  # the summary of the processes before this one
     idle: bool = True
+    held: Path | None = None  # the model that the trainer has, where that is a finished one
     actors: Actors = field(init=False)
 
     async def run(self, actors: Actors) -> None:
@@ -125,10 +127,11 @@ class Curriculum:
                 if attempt == RENEWALS:
                     raise
                 await self.actors.renew_trainer()
+                self.held = None
         raise AssertionError("unreachable")
 
     async def _stage(self, stage: Stage, index: int, folder: Path, inputs: dict[str, Any]) -> dict[str, Any]:
-        _clear(folder, stage, inputs)
+        _clear(folder, inputs)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "inputs.json", inputs)
         spent, started = float((read_json(folder / "clock.json") or {}).get("seconds", 0.0)), time.monotonic()
@@ -215,16 +218,15 @@ class Curriculum:
             return await asyncio.to_thread(remaking.rebuild, stage, context, parts)
         elif isinstance(stage, Merge):
             folders = {name: self.artifact(name) for name in stage.of}
-            samples = self._samples(stage.on, self.recipe.evaluation.prompts, context.processor)
-            return await remaking.merge(stage, context, folders, samples, self.begin)
+            fit = functools.partial(self._fit_of, stage.on, context)
+            return await remaking.merge(stage, context, folders, fit)
         else:
             return {}
         metrics |= {f"model.{name}": float(value) for name, value in facts.items()}
-        if stage.evaluate == "loss":
-            metrics |= {f"eval.{name}": value for name, value in (await self._held_out_loss(stage, context)).items()}
         write_json(context.folder / "made.json", metrics)
         with whole(artifact) as partial:
             await self.actors.trainer.export(partial)
+        self.held = artifact
         return metrics
 
     def _home(self, part: Part) -> Path:
@@ -239,6 +241,7 @@ class Curriculum:
     async def begin(self, stage: Sft | Preference | Rl, model: Path | None = None) -> Mapping[str, float]:
         """Give the trainer the stage, beginning from its parent's model unless from another, with the probes every
         later publish and export is proven on."""
+        self.held = None
         model = self.model_before(stage) if model is None else model
         processor = load_processor(model)
         masked = masked_ids(processor)
@@ -265,10 +268,13 @@ class Curriculum:
         return []
 
     async def _evaluate(self, stage: Stage, context: Context) -> evaluation.Report:
-        if stage.evaluate in ("none", "loss"):  # a loss is measured while the trainer still holds the model
+        if stage.evaluate == "none":
             return evaluation.Report({})
         artifact = context.folder / "artifact"
         model = artifact if makes_model(stage) else context.model
+        if stage.evaluate == "loss":
+            assert stage.eval_data is not None
+            return evaluation.Report(await self._fit_of(stage.eval_data, context, model))
         async with self.actors.serving({"policy": model}) as engines:
             engine = engines["policy"]
             if stage.evaluate == "judge":
@@ -285,10 +291,15 @@ class Curriculum:
         write_json(context.folder / ANSWERS, report.correct)
         return report
 
-    async def _held_out_loss(self, stage: Stage, context: Context) -> Mapping[str, float]:
-        assert stage.eval_data is not None
-        samples = self._samples(stage.eval_data, self.recipe.evaluation.prompts, context.processor)
-        return await self.actors.trainer.losses(context.batch(samples))
+    async def _fit_of(self, source: str, context: Context, model: Path) -> dict[str, float]:
+        """How well a model fits the first rows of a source, by the trainer."""
+        if self.held != model:
+            await self.begin(Sft(name="measured", kind="sft", data={source: 1.0}, steps=1, batch_size=1), model)
+            self.held = model
+        samples = self._samples(source, self.recipe.evaluation.prompts, context.processor)
+        rows = self.rows(source)
+        kinds = {sample.key: str(rows.bare(place).get("category") or "") for place, sample in enumerate(samples)}
+        return evaluation.fitted(await self.actors.trainer.losses(context.batch(samples)), kinds)
 
     def _samples(self, name: str, count: int, processor: Any) -> list[Sample]:
         """The first `count` rows of a source, as a trainer takes them."""
@@ -521,14 +532,13 @@ def _code(functions: Iterable[str | None]) -> dict[str, str]:
     }
 
 
-def _clear(folder: Path, stage: Stage, inputs: Mapping[str, Any]) -> None:
+def _clear(folder: Path, inputs: Mapping[str, Any]) -> None:
     """Take away what was made from other inputs; a trained artifact stays when only its measuring has changed."""
     before = read_json(folder / "inputs.json")
     if before is None or before == inputs:
         return
     changed = {name for name in inputs if before.get(name) != inputs[name]}
-    # a held-out loss is measured while the trainer holds the model
-    if changed == {"evaluation_digest"} and stage.evaluate != "loss":
+    if changed == {"evaluation_digest"}:
         (folder / "result.json").unlink(missing_ok=True)
     else:
         if (folder / "artifact").exists():

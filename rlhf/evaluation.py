@@ -25,7 +25,7 @@ from rlhf.roles import Engine
 from rlhf.scoring import verified
 from rlhf.stage import Context, derive
 from rlhf.tracking import record_image
-from rlhf.types import Group, Probe, Prompt, Sampling, Score
+from rlhf.types import Fit, Group, Probe, Prompt, Sampling, Score
 
 FORMAT = "rewards.format:think"
 
@@ -122,6 +122,22 @@ async def ranked(context: Context, engine: Engine, source: str) -> dict[str, flo
         "eval.rank.accuracy": float(np.mean([one == other for one, other in zip(chosen, right, strict=True)])),
         "eval.rank.chance": float(np.mean([1 / len(scores[index]) for index in range(len(right))])),
         "eval.rank.rows": float(len(right)),
+    }
+
+
+def fitted(found: Mapping[str, Fit], kinds: Mapping[str, str]) -> dict[str, float]:
+    """Of how well a policy fits rows, by key: eval.loss, the mean over their learned tokens in nats; eval.exact, the
+    share of replies that greedy decoding gives word for word; and eval.exact.KIND of each of the `kinds` of rows."""
+    tokens = sum(fit.tokens for fit in found.values())
+    shares = defaultdict[str, list[bool]](list)
+    for key, fit in found.items():
+        shares[kinds[key]].append(fit.exact)
+    exact = {f"eval.exact.{kind}": float(np.mean(each)) for kind, each in sorted(shares.items()) if kind}
+    return {
+        "eval.loss": sum(fit.nll for fit in found.values()) / max(tokens, 1),
+        "eval.tokens": float(tokens),
+        "eval.exact": float(np.mean([fit.exact for fit in found.values()])),
+        **exact,
     }
 
 

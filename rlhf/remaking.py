@@ -21,7 +21,6 @@ from rlhf.foreign import open_model
 from rlhf.models import load_processor
 from rlhf.recipe import Merge, Rebuild, Recipe, RecipeError, Sft, Slot
 from rlhf.stage import Context, GateError, derive
-from rlhf.types import Sample
 
 
 def rebuild(stage: Rebuild, context: Context, parts: Mapping[Slot, Path]) -> dict[str, float]:
@@ -63,21 +62,16 @@ async def merge(
     stage: Merge,
     context: Context,
     folders: Mapping[str, Path],
-    samples: Sequence[Sample],
-    begin: Callable[[Sft, Path], Awaitable[Any]],
+    fit: Callable[[Path], Awaitable[Mapping[str, float]]],
 ) -> dict[str, float]:
-    """The average of the models in `folders`, and what it and they lose on the samples; `begin` gives one to the
-    trainer. Raises GateError where that is too much more."""
+    """The average of the models in `folders`, and what it and they lose, as `fit` measures. Raises GateError where that
+    is too much more."""
     partial = context.folder / "merged"
     shutil.rmtree(partial, ignore_errors=True)
     model, processor = await asyncio.to_thread(average, list(folders.values()), list(stage.of.values()))
     model.save_pretrained(partial)
     processor.save_pretrained(partial)
-    losses = {}
-    asks = Sft(name=stage.name, kind="sft", data={stage.on: 1.0}, steps=1, batch_size=1, lr=1e-6)
-    for name, folder in {**folders, "": partial}.items():
-        await begin(asks, folder)
-        losses[name] = (await context.actors.trainer.losses(context.batch(samples)))["loss"]
+    losses = {name: (await fit(folder))["eval.loss"] for name, folder in {**folders, "": partial}.items()}
     members = sum(weight * losses[name] for name, weight in stage.of.items()) / sum(stage.of.values())
     barrier = losses[""] - members
     if barrier > stage.max_barrier:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from rlhf.types import Batch, Group, Probe, Prompt, Sampling, Score, StepStats, TrainSpec
+from rlhf.types import Batch, Fit, Group, Probe, Prompt, Sampling, Score, StepStats, TrainSpec
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ class Trainer(Protocol):
         engine give the same tokens can be compared. Not `alone`: engines are sampling, and want their cores."""
         ...
 
-    async def losses(self, batch: Batch) -> Mapping[str, float]:
-        """Held-out loss: {"loss": …}, no gradient."""
+    async def losses(self, batch: Batch) -> Mapping[str, Fit]:
+        """How well the policy fits the learned tokens of each sample, by sample key; no gradient."""
         ...
 
     async def divergences(self, batch: Batch, estimator: str) -> Mapping[str, float]:

@@ -198,6 +198,16 @@ class StepStats:
 
 
 @dataclass(frozen=True)
+class Fit:
+    """How well a policy fits a sample's learned tokens, `tokens` of them: their negative log-likelihood `nll`, summed,
+    in nats; `exact`: greedy decoding would give them, each being the likeliest after those before it."""
+
+    nll: float
+    tokens: int
+    exact: bool
+
+
+@dataclass(frozen=True)
 class Probe:
     """A fixed sequence on which trainer and engine must agree. token_ids un-expanded; media as in Prompt."""
 

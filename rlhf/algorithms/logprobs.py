@@ -38,6 +38,15 @@ def logprobs_of(
     return torch.cat(logprobs), torch.cat(entropies)
 
 
+@torch.no_grad()
+def likeliest(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, *, vocab_size: int) -> Tensor:
+    """[N] True where no token is likelier than the target [N], so that greedy decoding takes it; of hidden states
+    [N, width], as many at once as `logprobs_of` takes."""
+    parts = zip(*(each.split(max(1, LOGITS // vocab_size)) for each in (hidden, targets)), strict=True)
+    found = [head(part).argmax(1) == wanted for part, wanted in parts]
+    return torch.cat(found)
+
+
 def processed_logprobs(
     logits: Tensor,
     targets: Tensor,

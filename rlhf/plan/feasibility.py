@@ -235,8 +235,12 @@ def _data(recipe: Recipe, stage: Stage, earlier: list[Stage]) -> Iterator[str]:
             yield f"{key} {name!r} is no [data] source and no earlier synthesize stage; {nearest(name, known)}"
     if isinstance(stage, Optimised) and stage.eval_data in stage.data:
         yield f"it trains on {stage.eval_data!r}, which it is measured on; use another source for one of the two"
-    if stage.evaluate == "loss" and not (isinstance(stage, Optimised) and makes_model(stage)):
-        yield 'evaluate = "loss" needs the trainer, which this stage does not use; move it to an sft or rl stage'
+    if (
+        stage.evaluate == "loss"
+        and not isinstance(stage, Evaluate)
+        and not (isinstance(stage, Optimised) and makes_model(stage))
+    ):
+        yield 'evaluate = "loss" needs the trainer, which this stage does not use; move it to an evaluate stage'
     if stage.evaluate in ("judge", "loss", "rank") and stage.eval_data is None:
         yield f'evaluate = "{stage.evaluate}" needs eval_data: the source to measure on'
 
@@ -380,11 +384,14 @@ METRICS = {
     "synthesis.": ("prompts", "accuracy", "none_right", "all_right", "kept"),
     "model.": ("parameters", "trainable"),
     "eval.loss": ("",),
+    "eval.exact": ("",),
     "eval.rank.": ("accuracy", "chance", "rows"),
     "rebuild.": ("kept", "resized", "taken", "fresh", "left"),
     "merge.": ("loss", "barrier"),
 }
-OPEN = re.compile(r"eval\.(think|direct)\.(accuracy\..+|pass@\d+)|judge\.specificity\..+|merge\.loss\..+")
+OPEN = re.compile(
+    r"eval\.(think|direct)\.(accuracy\..+|pass@\d+)|eval\.exact\..+|judge\.specificity\..+|merge\.loss\..+"
+)
 AT_TEMPERATURE = re.compile(r"eval\.think\.accuracy(?:\.best|@([\d.]+))")
 
 
@@ -399,6 +406,7 @@ def _gate(recipe: Recipe, stage: Stage, metric: str) -> Iterator[str]:
             'set evaluate = "modes" and eval_data',
         ),
         "eval.loss": (stage.evaluate == "loss", 'set evaluate = "loss" and eval_data'),
+        "eval.exact": (stage.evaluate == "loss", 'set evaluate = "loss" and eval_data'),
         "eval.rank.": (stage.evaluate == "rank", 'set evaluate = "rank" and eval_data'),
         "judge.": (stage.evaluate == "judge", 'set evaluate = "judge" and eval_data'),
         "synthesis.": (stage.kind == "synthesize", "move it to a synthesize stage"),

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from rlhf.architecture import GIB, activation_bytes, optimizer_bytes, weight_bytes
 from rlhf.plan.cluster import Cluster
 from rlhf.plan.types import ActorPlan, Memory, StagePlan
-from rlhf.recipe import Merge, Optimised, Preference, Recipe, Rl, Stage, makes_model
+from rlhf.recipe import Evaluate, Merge, Optimised, Preference, Recipe, Rl, Stage, makes_model
 
 # Measured on CPU, resident and proportional (PSS), before any weights: two engines and a trainer came to 4.4 GiB.
 ENGINE_GIB, TRAINER_GIB, REWARD_GIB, DRIVER_GIB, RAY_GIB = 1.3, 1.0, 0.3, 0.6, 0.5
@@ -94,7 +94,8 @@ def _stage_of(recipe: Recipe, plan: StagePlan) -> Stage:
 def _parameters(recipe: Recipe, plan: StagePlan) -> tuple[int, int]:
     """(held, trained) by the trainer in a stage; none where it does nothing or the model's size is not known."""
     stage, parameters = _stage_of(recipe, plan), plan.architecture.parameters
-    if isinstance(stage, Merge) and parameters is not None:  # looked at, as a stage that would train it
+    measures = isinstance(stage, Merge) or (isinstance(stage, Evaluate) and stage.evaluate == "loss")
+    if measures and parameters is not None:  # looked at, as a stage that would train it
         return parameters, parameters
     if not isinstance(stage, Optimised) or not makes_model(stage) or parameters is None:
         return 0, 0

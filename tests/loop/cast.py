@@ -13,7 +13,7 @@ from typing import Any
 
 from rewards.base import evaluate, items_of, resolve
 from rlhf.roles import ActorLostError
-from rlhf.types import Batch, Group, Probe, Prompt, Rollout, Sampling, Score, StepStats, TrainSpec
+from rlhf.types import Batch, Fit, Group, Probe, Prompt, Rollout, Sampling, Score, StepStats, TrainSpec
 
 
 class KilledError(Exception):
@@ -105,8 +105,10 @@ class FakeTrainer:
         gap = [1e-6] * batch.num_tokens if fresh else []
         return StepStats({"loss": 1.0 / self.steps, "clip_fraction": 0.1}, gap, [False] * len(gap))
 
-    async def losses(self, batch: Batch) -> Mapping[str, float]:
-        return {"loss": self.merged_loss if self.begun[-1].model.endswith("merged") else 0.5}
+    async def losses(self, batch: Batch) -> Mapping[str, Fit]:
+        loss = self.merged_loss if self.begun[-1].model.endswith("merged") else 0.5
+        rows = [sample for part in batch.micro_batches[0] for sample in part]
+        return {s.key: Fit(loss * s.num_learned, s.num_learned, exact=place % 2 == 0) for place, s in enumerate(rows)}
 
     async def divergences(self, batch: Batch, estimator: str) -> Mapping[str, float]:
         """As many nats as a sample has completion tokens."""

@@ -128,8 +128,9 @@ def test_a_changed_evaluation_measures_again_and_trains_nothing(
     folder = tmp_path / "copy"
     shutil.copytree(finished[0], folder)
     again = run(recipe("evaluation.prompts = 4"), folder)
-    # a held-out loss is measured while the trainer holds the model, so those stages (language, vision) run again
-    assert [Path(spec.model).name for spec in again.trainer.begun] == ["model", "artifact"]
+    # held-out losses, of language and vision, are measured by the trainer, which is given what they made
+    assert [Path(spec.model).parent.name for spec in again.trainer.begun] == ["01-language", "02-vision"]
+    assert again.trainer.steps == 0
     assert again.engine.asked
     before, after = summary(finished[0]), summary(folder)
     trained = [i for i, stage in enumerate(after["stages"]) if stage["kind"] in ("sft", "rl")]
@@ -405,3 +406,17 @@ def test_candidates_are_ranked_by_their_likelihood(tmp_path: Path) -> None:
     rows.write_text(json.dumps(written[0] | {"answer": "3"}) + "\n")
     with pytest.raises(DataError, match=r"rows.jsonl, row 0: the answer '3' is none of its candidates"):
         run(recipe(source, measured), tmp_path / "wrong", until="align")
+
+
+def test_an_evaluate_stage_measures_a_loss_of_any_model(tmp_path: Path) -> None:
+    """Before anything has trained, and after a stage that makes it."""
+    before = "stages.before = { kind = 'evaluate', evaluate = 'loss', eval_data = 'text-heldout' }"
+    made = load([*FILES], [*QUIET, *MEASURED, before])
+    made = made.model_copy(update={"stages": [made.stages[-1], made.stages[0]]})
+    cast = run(made, tmp_path)
+    assert [Path(spec.model).name for spec in cast.trainer.begun] == ["model", "model"]
+    found = {stage["name"]: stage["metrics"] for stage in summary(tmp_path)["stages"]}
+    for metrics in found.values():
+        assert metrics["eval.loss"] == pytest.approx(0.5)
+        assert metrics["eval.exact"] == pytest.approx(0.5)
+        assert "eval.exact.sum" in metrics

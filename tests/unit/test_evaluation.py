@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf.evaluation import agreement
-from rlhf.types import Score
+from rlhf.evaluation import agreement, fitted
+from rlhf.types import Fit, Score
 
 YES, NO, UNPARSED = Score("scored", 1.0), Score("scored", 0.0), Score("failed", note="neither yes nor no")
 
@@ -32,3 +32,14 @@ def test_a_sound_row_without_a_verdict_is_not_found() -> None:
 def test_a_judge_that_never_answers_has_nothing() -> None:
     found = agreement([UNPARSED] * 2, [True, False], "judge")
     assert [found[f"judge.{name}"] for name in ("precision", "recall", "kappa", "failed")] == [0, 0, 0, 1]
+
+
+def test_fit_by_hand() -> None:
+    """A mean over tokens, shares over rows, of all and of each kind; a row without a kind counts among all."""
+    found = {"a": Fit(3.0, 2, True), "b": Fit(1.0, 6, False), "c": Fit(0.0, 0, True)}
+    assert fitted(found, {"a": "sum", "b": "sum", "c": ""}) == {
+        "eval.loss": 0.5,
+        "eval.tokens": 8,
+        "eval.exact": pytest.approx(2 / 3),
+        "eval.exact.sum": 0.5,
+    }
