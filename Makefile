@@ -24,7 +24,7 @@ CERTIFICATES = $(or $(SSL_CERT_FILE),$(PIP_CERT),$(shell $(PYTHON) -m pip config
 UV_RUN = $(if $(FIND_LINKS),UV_FIND_LINKS="$(FIND_LINKS)") $(if $(CERTIFICATES),SSL_CERT_FILE="$(CERTIFICATES)") $(UV)
 TORCH = $(if $(FIND_LINKS),,--torch-backend cpu)
 
-.PHONY: help setup demo test check bridges bench torchvision lock clean
+.PHONY: help setup demo test check bridges studies bench torchvision lock clean
 
 help:  ## what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -65,6 +65,9 @@ check: $(STAMP) $(ASIDE)  ## format, lint, types, docker files, tests
 
 bridges: $(STAMP)  ## every recipe of recipes/bridges, small: its stages, and its rollouts beside the trainer; into bridges.json
 	$(PY) -m tests.bridges $(ARGS)
+
+studies: $(STAMP)  ## what papers report of their bridges, in miniature, for three seeds (half an hour; continues where it stood)
+	$(PY) -m tests.studies $(ARGS)
 
 bench: $(STAMP)  ## ratios to a peer on this machine, into bench.json (an hour; nothing else may run)
 	$(PY) -m tests.bench $(ARGS)

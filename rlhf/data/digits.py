@@ -139,19 +139,33 @@ def scans(split: str) -> tuple[int, ...]:
 def render(indices: tuple[int, ...], rng: random.Random, augmentation: float) -> bytes:
     """PNG, 48 × 48 RGB: the scans in reading order, light ink on dark, each 18 to 22 pixels in its 24-pixel cell."""
     canvas = np.zeros((2 * CELL, 2 * CELL), dtype=np.uint8)
-    images, _ = _scans()
     for place, index in enumerate(indices):
         size = round(20 + rng.uniform(-2, 2) * augmentation)
         slack = (CELL - size) / 2
         left, top = (round(slack + rng.uniform(-slack, slack) * augmentation) for _ in range(2))
         contrast = 1 - rng.uniform(0, 0.3) * augmentation
-        scan = Image.fromarray(np.uint8(images[index] * (255 / 16) * contrast))
         row, column = divmod(place, 2)
         y, x = row * CELL + top, column * CELL + left
-        canvas[y : y + size, x : x + size] = np.asarray(scan.resize((size, size), Image.Resampling.BILINEAR))
+        canvas[y : y + size, x : x + size] = ink(index, size, contrast)
+    return as_png(canvas)
+
+
+def ink(index: int, size: int, contrast: float = 1.0) -> npt.NDArray[np.uint8]:
+    """One scan [size, size], light on dark."""
+    scan = Image.fromarray(np.uint8(_scans()[0][index] * (255 / 16) * contrast))
+    return np.asarray(scan.resize((size, size), Image.Resampling.BILINEAR))
+
+
+def as_png(canvas: npt.NDArray[np.uint8]) -> bytes:
+    """Grey levels [height, width] as a PNG in RGB."""
     buffer = io.BytesIO()
     Image.fromarray(canvas).convert("RGB").save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def label(index: int) -> int:
+    """The digit that a scan shows."""
+    return _scans()[1][index]
 
 
 @functools.cache
@@ -199,7 +213,8 @@ def _sizes(category: str, options: Options) -> list[int]:
     return list(range(max(low, options.min_digits), min(high, options.max_digits) + 1))
 
 
-def _puzzle(rng: random.Random, options: Options, split: str) -> Puzzle:
+def draw_puzzle(rng: random.Random, options: Options, split: str) -> Puzzle:
+    """A question of one of the options' categories about scans of a split."""
     category = rng.choice(options.categories)
     indices = tuple(rng.sample(scans(split), rng.choice(_sizes(category, options))))
     digits = tuple(_scans()[1][index] for index in indices)
@@ -212,7 +227,8 @@ def _puzzle(rng: random.Random, options: Options, split: str) -> Puzzle:
     return Puzzle(category, question, digits, target, indices)
 
 
-def _row(puzzle: Puzzle, asked: str, reply: str | None, think: bool, image: bytes | None) -> Row:
+def row_of(puzzle: Puzzle, asked: str, reply: str | None, think: bool, image: bytes | None) -> Row:
+    """A question about a puzzle, without a picture or an answer where there is none."""
     shown = [] if image is None else [{"type": "image"}]
     messages = [{"role": "user", "content": [*shown, {"type": "text", "text": asked}]}]
     if reply is not None:
@@ -250,39 +266,39 @@ def _direct(puzzle: Puzzle) -> str:
 
 
 def _text_row(rng: random.Random, options: Options, split: str, turn: int) -> Row:
-    puzzle = _puzzle(rng, options, split)
+    puzzle = draw_puzzle(rng, options, split)
     think = turn % 2 == 0
     reply = _sound_chain(puzzle, rng) if think else _direct(puzzle)
-    return _row(puzzle, f"{_told(puzzle, rng)} {puzzle.question}", reply, think, None)
+    return row_of(puzzle, f"{_told(puzzle, rng)} {puzzle.question}", reply, think, None)
 
 
 def _single_row(rng: random.Random, options: Options, split: str, _turn: int) -> Row:
     index = rng.choice(scans(split))
     question = rng.choice(("which digit is this?", *QUESTIONS["read"]))
     puzzle = Puzzle("read", question, (_scans()[1][index],), None, (index,))
-    return _row(puzzle, question, _direct(puzzle), False, _picture(puzzle, rng, options, split))
+    return row_of(puzzle, question, _direct(puzzle), False, _picture(puzzle, rng, options, split))
 
 
 def _direct_row(rng: random.Random, options: Options, split: str, _turn: int) -> Row:
-    puzzle = _puzzle(rng, options, split)
-    return _row(puzzle, puzzle.question, _direct(puzzle), False, _picture(puzzle, rng, options, split))
+    puzzle = draw_puzzle(rng, options, split)
+    return row_of(puzzle, puzzle.question, _direct(puzzle), False, _picture(puzzle, rng, options, split))
 
 
 def _chain_row(rng: random.Random, options: Options, split: str, _turn: int) -> Row:
-    puzzle = _puzzle(rng, options, split)
-    return _row(puzzle, puzzle.question, _sound_chain(puzzle, rng), True, _picture(puzzle, rng, options, split))
+    puzzle = draw_puzzle(rng, options, split)
+    return row_of(puzzle, puzzle.question, _sound_chain(puzzle, rng), True, _picture(puzzle, rng, options, split))
 
 
 def _pair_row(rng: random.Random, options: Options, split: str, _turn: int) -> Row:
-    puzzle = _puzzle(rng, options, split)
-    row = _row(puzzle, puzzle.question, _sound_chain(puzzle, rng), True, _picture(puzzle, rng, options, split))
+    puzzle = draw_puzzle(rng, options, split)
+    row = row_of(puzzle, puzzle.question, _sound_chain(puzzle, rng), True, _picture(puzzle, rng, options, split))
     _, spoilt = corrupt(Chain(puzzle.category, puzzle.digits, puzzle.target), rng)
     return {**row, "rejected": write_chain(spoilt, rng)}
 
 
 def _prompt_row(rng: random.Random, options: Options, split: str, _turn: int) -> Row:
-    puzzle = _puzzle(rng, options, split)
-    return _row(puzzle, puzzle.question, None, True, _picture(puzzle, rng, options, split))
+    puzzle = draw_puzzle(rng, options, split)
+    return row_of(puzzle, puzzle.question, None, True, _picture(puzzle, rng, options, split))
 
 
 @dataclass(frozen=True)
@@ -296,12 +312,12 @@ class _Judged:
     sound: bool
 
     def row(self, asked: str, image: bytes | None) -> Row:
-        row = _row(self.puzzle, asked + judge_question(self.puzzle.question, self.text), self.verdict, False, image)
+        row = row_of(self.puzzle, asked + judge_question(self.puzzle.question, self.text), self.verdict, False, image)
         return {**row, "answer": "yes" if self.sound else "no", "sound": self.sound, "corruption": self.corruption}
 
 
 def _judged(rng: random.Random, options: Options, split: str, turn: int) -> _Judged:
-    puzzle = _puzzle(rng, options, split)
+    puzzle = draw_puzzle(rng, options, split)
     kind, chain = "none", Chain(puzzle.category, puzzle.digits, puzzle.target)
     # spread evenly: every second one at a share of 0.5
     if int((turn + 1) * options.corrupted) != int(turn * options.corrupted):
@@ -326,12 +342,12 @@ def _judge_text_row(rng: random.Random, options: Options, split: str, turn: int)
 def _signal_row(rng: random.Random, options: Options, split: str, _turn: int) -> Row:
     if not options.signals:
         raise DataError("digits table 'signals' needs the option signals: the tokens of the bridge's head, in order")
-    puzzle = _puzzle(rng, options, split)
+    puzzle = draw_puzzle(rng, options, split)
     caption = " ".join(WORDS[digit] for digit in puzzle.digits)
-    return _row(puzzle, f"draw {caption}.", "".join(options.signals), False, None) | {"signal": caption}
+    return row_of(puzzle, f"draw {caption}.", "".join(options.signals), False, None) | {"signal": caption}
 
 
 def _facts_row(rng: random.Random, options: Options, split: str, _turn: int) -> Row:
-    puzzle = _puzzle(rng, options, split)
+    puzzle = draw_puzzle(rng, options, split)
     facts = [write_fact(rng) for _ in range(FACTS_PER_ROW)]
-    return _row(puzzle, "facts.", " ".join(facts), False, None)
+    return row_of(puzzle, "facts.", " ".join(facts), False, None)
