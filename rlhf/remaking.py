@@ -14,6 +14,7 @@ from transformers import AutoConfig
 
 import rlhf.bridge
 from rlhf.architecture import base_of
+from rlhf.bridge.builder import new
 from rlhf.bridge.rebuilding import rebuilt
 from rlhf.checkpoint import whole, write_json
 from rlhf.data.rows import DataError
@@ -53,6 +54,8 @@ def require_rebuildable(recipe: Recipe, folder: Path) -> None:
         if isinstance(stage, Rebuild) and config is not None:
             try:
                 config, _ = rebuilt(config, stage.bridge, processor)
+                with torch.device("meta"):  # what only its modules refuse
+                    new(config, seed=0)
             except ValueError as error:
                 raise RecipeError(f"stages.{stage.name}.bridge: {error}") from error
         made[stage.name] = config

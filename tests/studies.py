@@ -159,7 +159,11 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=Path.cwd(), help="where runs/ lies (default: here)")
     parser.add_argument("--json", type=Path, default=Path("studies.json"))
     parsed = parser.parse_args()
-    runs = [run(seed, parsed.folder) for seed in parsed.seeds]
+    try:
+        runs = [run(seed, parsed.folder) for seed in parsed.seeds]
+    except (RuntimeError, subprocess.TimeoutExpired) as error:
+        print(f"studies: {error}", file=sys.stderr)
+        return 1
     found = [find(study, runs) for study in STUDIES]
     parsed.json.write_text(json.dumps([asdict(each) | {"verdict": each.verdict} for each in found], indent=1) + "\n")
     print(table(found))

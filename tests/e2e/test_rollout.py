@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 from actors.device import Copies, Line, SentBucket, listen
 from actors.shared import Owner
 from rlhf import bridge
-from rlhf.agreement import compare, fingerprint_model, group_name, localise, make_probes, probe_model
+from rlhf.agreement import NEAR_TIE, compare, fingerprint_model, group_name, localise, make_probes, probe_model
 from rlhf.batching import BridgeVisual
 from rlhf.types import Group, Media, Probe, Prompt, Publication, Sampling
 
@@ -429,6 +429,30 @@ def test_every_spoiled_parameter_is_caught_and_named(pair: Any) -> None:
     report = engine.publish(parameters(model))
     assert compare(ours, engine("score", probes)).ok
     assert report.seconds < 1.0
+
+
+def test_candidates_are_ranked_by_the_trainers_numbers(pair: Any) -> None:
+    """Summed log-probs of replies to one question about a picture, asked together as `evaluate = "rank"` asks, beside
+    the trainer's of each by itself; another picture moves them."""
+    engine, model, processor = pair
+    engine.publish(parameters(model))
+    question = (IMAGE, 21, 22, 23, 24, 25)
+    replies = [(30,), (30, 31), (30, 31, 32, 33), (40, 41, 42), (43,)]
+    shown, other = picture(100), picture(101)
+    probes = [Probe(question + reply, (shown,)) for reply in replies]
+
+    def sums(scores: Any) -> np.ndarray:
+        return np.array([sum(line[-len(reply) :]) for line, reply in zip(scores.logprobs, replies, strict=True)])
+
+    found = sums(engine("score", probes))
+    visual, alone = BridgeVisual(processor), list[float]()
+    for probe, reply in zip(probes, replies, strict=True):
+        ours = probe_model(model, processor, visual, [probe])
+        assert min(ours.margins[0]) > NEAR_TIE  # or the engine may choose other experts
+        alone.append(sum(ours.logprobs[0][-len(reply) :]))
+    assert np.abs(found - alone).max() <= 1e-4
+    moved = sums(engine("score", [Probe(question + reply, (other,)) for reply in replies]))
+    assert np.abs(found - moved).max() > 1e-2
 
 
 def test_a_prompt_already_expanded_is_refused_by_name(pair: Any) -> None:

@@ -307,6 +307,9 @@ def test_what_a_rebuild_cannot_have_is_told_before_the_first_stage(tmp_path):
     recipe = {"name": "r", "model": {"bridge": spec("llava15")}, "data": {"a": {"path": "x"}}, "stages": stages}
     with pytest.raises(RecipeError, match=r"stages.again.bridge: unknown decoder key 'hiden_size'"):
         require_rebuildable(validate(recipe, "test"), tmp_path)
+    stages[1]["bridge"] = {"vision": {"type": "siglip"}, "encoder": {"layer": -1, "adapter_rank": 2}}
+    with pytest.raises(RecipeError, match=r"stages.again.bridge: encoder.tower adapter_rank: .* has no class token"):
+        require_rebuildable(validate(recipe, "test"), tmp_path)
     stages[1]["bridge"] = {"packer": {"wrap": ["<left>", "<right>"]}}
     with pytest.raises(RecipeError, match=r"stages.again.bridge: the tokenizer has no token '<left>'"):
         require_rebuildable(validate(recipe, "test"), tmp_path)
