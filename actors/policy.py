@@ -183,8 +183,8 @@ class Policy(Learner):
         with self.evaluating(), torch.no_grad():
             for samples in batch.micro_batches[self.rank]:
                 tensors = collate(samples, self.visual).to(self.device)
-                logprobs, likeliest = self._forward(tensors, Loss(), greedy=True)[:2]
-                rows = zip(samples, tensors.completion, logprobs, likeliest, strict=False)  # a blank one may follow
+                logprobs, leads = self._forward(tensors, Loss(), greedy=True)[:2]
+                rows = zip(samples, tensors.completion, logprobs, leads, strict=False)  # a blank one may follow
                 for sample, learned, row, best in rows:
                     if sample.weight > 0:
                         nll = -float(row[learned].double().sum())
@@ -256,9 +256,8 @@ class Policy(Learner):
 @contextmanager
 def _scoring(model: Any, predicting: Tensor, targets: Tensor, loss: Loss, greedy: bool) -> Iterator[list[Tensor]]:
     """Meanwhile the model's "logits" are log-probabilities and entropies (`greedy`: 1 for the likeliest token, else 0)
-    [2, N] of `targets` [N], each predicted at the
-    place `predicting` [N] of the head's input, so that a forward never holds all the logits; what the head gave is put
-    into the list."""
+    [2, N] of `targets` [N], each predicted at the place `predicting` [N] of the head's input, so that a forward never
+    holds all the logits; what the head gave is put into the list."""
     head, scored = model.get_output_embeddings(), list[Tensor]()
     plain, vocabulary = head.forward, model.config.get_text_config().vocab_size
 
@@ -267,8 +266,9 @@ def _scoring(model: Any, predicting: Tensor, targets: Tensor, loss: Loss, greedy
         found = nn.functional.embedding(predicting, hidden.flatten(0, -2))
         settings = (loss.temperature, loss.masked_ids, loss.entropy > 0)
         logprobs, spread = logprobs_of(plain, found, targets, *settings, vocab_size=vocabulary)
-        beside = likeliest(plain, found, targets, vocab_size=vocabulary).to(logprobs) if greedy else spread
-        scored.append(torch.stack((logprobs, beside)))
+        if greedy:
+            spread = likeliest(plain, found, targets, vocab_size=vocabulary).to(logprobs)
+        scored.append(torch.stack((logprobs, spread)))
         return scored[0]
 
     head.forward = forward  # inside of the hooks that gather the head's weight under ZeRO-3

@@ -219,7 +219,9 @@ class Curriculum:
         elif isinstance(stage, Merge):
             folders = {name: self.artifact(name) for name in stage.of}
             fit = functools.partial(self._fit_of, stage.on, context)
-            return await remaking.merge(stage, context, folders, fit)
+            found = await remaking.merge(stage, context, folders, fit)
+            self.held = None  # what the trainer has lies elsewhere now
+            return found
         else:
             return {}
         metrics |= {f"model.{name}": float(value) for name, value in facts.items()}
@@ -274,7 +276,7 @@ class Curriculum:
         model = artifact if makes_model(stage) else context.model
         if stage.evaluate == "loss":
             assert stage.eval_data is not None
-            return evaluation.Report(await self._fit_of(stage.eval_data, context, model))
+            return evaluation.Report(await self._fit_of(stage.eval_data, context, model, stage))
         async with self.actors.serving({"policy": model}) as engines:
             engine = engines["policy"]
             if stage.evaluate == "judge":
@@ -291,10 +293,13 @@ class Curriculum:
         write_json(context.folder / ANSWERS, report.correct)
         return report
 
-    async def _fit_of(self, source: str, context: Context, model: Path) -> dict[str, float]:
-        """How well a model fits the first rows of a source, by the trainer."""
+    async def _fit_of(self, source: str, context: Context, model: Path, stage: Stage | None = None) -> dict[str, float]:
+        """How well a model fits the first rows of a source, by the trainer; with the memory of the `stage` that made
+        it."""
         if self.held != model:
-            await self.begin(Sft(name="measured", kind="sft", data={source: 1.0}, steps=1, batch_size=1), model)
+            trains = {"train": stage.train, "lora": stage.lora} if isinstance(stage, Optimised) else {}
+            looks = {"name": "measured", "kind": "sft", "data": {source: 1.0}, "steps": 1, "batch_size": 1}
+            await self.begin(Sft.model_validate(looks | trains), model)
             self.held = model
         samples = self._samples(source, self.recipe.evaluation.prompts, context.processor)
         rows = self.rows(source)

@@ -40,11 +40,10 @@ def logprobs_of(
 
 @torch.no_grad()
 def likeliest(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, *, vocab_size: int) -> Tensor:
-    """[N] True where no token is likelier than the target [N], so that greedy decoding takes it; of hidden states
-    [N, width], as many at once as `logprobs_of` takes."""
+    """[N] True where no token is likelier than the target [N]; of hidden states [N, width], as many at once as
+    `logprobs_of` takes."""
     parts = zip(*(each.split(max(1, LOGITS // vocab_size)) for each in (hidden, targets)), strict=True)
-    found = [head(part).argmax(1) == wanted for part, wanted in parts]
-    return torch.cat(found)
+    return torch.cat([(logits := head(part)).amax(1) <= logits.gather(1, own[:, None])[:, 0] for part, own in parts])
 
 
 def processed_logprobs(

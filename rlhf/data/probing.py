@@ -1,7 +1,7 @@
 """Rows that ask one thing of a vision-language model at a time, from the scans of `rlhf.data.digits`: the studies of
 recipes/studies.toml compare models on them.
 
-Every table's held-out rows are made of held-out scans, and column `category` says which kind of question a row is.
+Held-out rows show held-out scans (printed digits: type), and column `category` says which kind of question a row is.
 """
 
 from __future__ import annotations

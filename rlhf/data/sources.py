@@ -38,7 +38,8 @@ def _all(name: str, source: Source, seed: int, folder: str | Path) -> Rows:
     path, spec = _built(name, source, seed, folder)
     if not _holds(path, spec):
         build = _builder(name, source.builder)
-        write(build(source.table, source.rows, source.split, _seed(name, seed), dict(source.options)), path, spec)
+        rows = build(source.table, source.rows, source.split, _seed(source.like or name, seed), dict(source.options))
+        write(rows, path, spec)
     return read(path)
 
 
@@ -77,7 +78,7 @@ def _built(name: str, source: Source, seed: int, folder: str | Path) -> tuple[Pa
     code = _code_digest(_builder(name, source.builder))
     spec = {
         "source": source.model_dump(mode="json", exclude={"select", "format"}),
-        "seed": _seed(name, seed),
+        "seed": _seed(source.like or name, seed),
         "code": code,
     }
     return Path(folder) / f"{name}.parquet", json.dumps(spec, sort_keys=True)

@@ -91,6 +91,12 @@ def _sources(recipe: Recipe) -> Iterator[str]:
                 f"data.{name}.builder = {source.builder!r} is unknown, {nearest(source.builder, BUILDERS)} "
                 'Your own is written "module:function"'
             )
+        origin = recipe.data.get(source.like or name)
+        if origin is None or (source.like and origin.like) or _table(origin) != _table(source):
+            yield (
+                f"data.{name}.like = {source.like!r}: no source of its builder, table and split that draws rows of its "
+                "own; name one that does, or remove it"
+            )
         yield from _selectors(name, source)
 
 
@@ -152,7 +158,8 @@ def _evaluation(recipe: Recipe) -> Iterator[str]:
             )
     path = source.path and Path(source.path).resolve()
     twins = {name for name, other in recipe.data.items() if path and other.path and Path(other.path).resolve() == path}
-    held_out = {data, *twins}
+    drawn = _drawn(recipe)
+    held_out = {data, *twins, *(name for name in drawn if drawn[name] == drawn[data])}
     asked = {stage.name for stage in recipe.stages if isinstance(stage, Synthesize) and held_out & stage.data.keys()}
     for stage in recipe.stages:
         learnt_from = {*stage.data, *stage.calibrating} if isinstance(stage, Optimised) else set()
@@ -162,6 +169,15 @@ def _evaluation(recipe: Recipe) -> Iterator[str]:
                 f"stage {stage.name!r} trains on {name!r}{made}, the held-out questions of [evaluation]; "
                 "use another source"
             )
+
+
+def _drawn(recipe: Recipe) -> dict[str, str]:
+    """For each source the one whose rows it has."""
+    return {name: source.like or name for name, source in recipe.data.items()}
+
+
+def _table(source: Source) -> tuple[str | None, ...]:
+    return source.builder, source.table, source.split
 
 
 def _stage(recipe: Recipe, stage: Stage) -> Iterator[str]:
@@ -233,7 +249,10 @@ def _data(recipe: Recipe, stage: Stage, earlier: list[Stage]) -> Iterator[str]:
             yield f"{key} {name!r} is made by a later stage; move stage {name!r} before this one"
         else:
             yield f"{key} {name!r} is no [data] source and no earlier synthesize stage; {nearest(name, known)}"
-    if isinstance(stage, Optimised) and stage.eval_data in stage.data:
+    drawn = {name: other.like or name for name, other in recipe.data.items()}
+    if isinstance(stage, Optimised) and drawn.get(str(stage.eval_data)) in {
+        drawn.get(name, name) for name in stage.data
+    }:
         yield f"it trains on {stage.eval_data!r}, which it is measured on; use another source for one of the two"
     if (
         stage.evaluate == "loss"

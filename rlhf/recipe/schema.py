@@ -123,13 +123,15 @@ class Chat(Table):
 class Source(Table):
     """Rows of data: a file or folder (`path`: parquet, JSONL, a Hugging Face dataset folder), or a `builder`. `format`
     makes conversations of other columns (rlhf.data.formatters): { type = "caption" }. `select` chooses among the rows,
-    one selector after the other (rlhf.data.selectors): { type = "cap", rows = 50000 }."""
+    one selector after the other (rlhf.data.selectors): { type = "cap", rows = 50000 }. Two sources of one table have
+    different rows, but for those drawn like (`like`) the same: { like = "all", select = [...] } chooses among its."""
 
     path: UserPath | None = None
     builder: str | None = None
     table: str | None = None
     split: Literal["train", "heldout"] = "train"
     rows: PositiveInt = 1000
+    like: Name | None = None
     options: dict[str, Any] = {}
     format: dict[str, Any] | None = None
     select: list[dict[str, Any]] = []
@@ -138,6 +140,8 @@ class Source(Table):
     def _one_source(self) -> Source:
         if (self.path is None) == (self.builder is None):
             raise ValueError("give either `path` (rows on disk) or `builder` with `table`, not both or none")
+        if self.like is not None and self.builder is None:
+            raise ValueError("`like` says which rows a `builder` draws; those of a `path` are what they are: remove it")
         if self.builder is not None and self.table is None:
             raise ValueError("a `builder` needs `table`: which of its tables to make")
         return self

@@ -196,6 +196,7 @@ def test_a_builder_runs_once_until_its_source_changes(tmp_path):
     ]:
         with pytest.raises(DataError, match=message):
             open_source("x", Source(builder=builder, table="t"), 0, tmp_path)
+    assert open_source("z", source.model_copy(update={"like": "x"}), 0, tmp_path).digest == first.digest
 
 
 def test_two_processes_build_what_one_would(tmp_path, monkeypatch):

@@ -384,6 +384,7 @@ REFUSALS = {
     ),
     "misspelt soundness": ("evaluation.soundness = 'no/such.py:f'", "evaluation.soundness = .* no such file"),
     "misspelt builder of one's own": ("data.train.builder = 'no_such_module:f'", "no module 'no_such_module' here"),
+    "drawn like nothing": ("data.train.like = 'nothing'", "data.train.like = 'nothing': no source of its builder"),
     "loss that nobody measures": ("stages.filtered.evaluate = 'loss'", 'evaluate = "loss" needs the trainer'),
     "measured on what it learns": ("stages.judge.eval_data = 'verdicts'", "trains on 'verdicts', which it is measured"),
     "more rows than there can be": ("stages.filtered.min_rows = 100", "64 prompts give at most 64 rows"),

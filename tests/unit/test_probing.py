@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rlhf.data.digits import WORDS, label, scans
+from rlhf.data import digits, probing
+from rlhf.data.digits import WORDS, ink, scans
 from rlhf.data.probing import TASKS, build
 from rlhf.data.rows import DataError, Row
 
@@ -87,13 +88,20 @@ def test_printed_digits_fill_their_cells_and_no_other() -> None:
         assert filled == [place < len(row["digits"]) for place in range(4)]
 
 
-@pytest.mark.parametrize("table", ["presence", "shots"])
-def test_held_out_scans_stay_out(table: str) -> None:
-    """What training pictures show are digits of training scans: no picture of one is a picture of the other."""
-    assert not set(scans("train")) & set(scans("heldout"))
-    train = {row["images"][-1]["bytes"] for row in build(table, 60, "train", 0, {})}
-    assert not train & {row["images"][-1]["bytes"] for row in build(table, 60, "heldout", 0, {})}
-    assert {label(index) for index in scans("heldout")} == set(range(10))
+@pytest.mark.parametrize("table", ["presence", "canvas", "shots", "styles"])
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_pictures_are_made_of_the_scans_of_their_split(table: str, split: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = set[int]()
+
+    def spied(index: int, *how: float) -> object:
+        drawn.add(index)
+        return ink(index, *how)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(digits, "ink", spied)
+    monkeypatch.setattr(probing, "ink", spied)
+    build(table, 60, split, 0, {})
+    assert drawn
+    assert drawn <= set(scans(split))
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
-from rlhf.recipe import Optimised, load
-from tests.studies import RECIPE, STUDIES, Found, Study, find, table
+from rlhf.data import probing
+from rlhf.recipe import Optimised, Sft, load
+from tests.studies import RECIPE, STUDIES, Found, Study, find, seconds, table
 
 
 def found(one: tuple[float, ...], other: tuple[float, ...], **settings: object) -> Found:
@@ -18,8 +22,10 @@ def found(one: tuple[float, ...], other: tuple[float, ...], **settings: object) 
         ((0.6, 0.7, 0.8), (0.5, 0.6, 0.7), {}, "agrees"),
         ((0.6, 0.7, 0.6), (0.5, 0.6, 0.7), {}, "open"),
         ((0.4, 0.5, 0.6), (0.5, 0.6, 0.7), {}, "disagrees"),
-        ((0.5, 0.5), (0.5, 0.5), {}, "disagrees"),  # reported to differ
-        ((0.49, 0.5), (0.5, 0.5), {"slack": 0.02}, "agrees"),
+        ((0.505, 0.505), (0.5, 0.5), {}, "open"),  # no more than chance
+        ((0.495, 0.5), (0.5, 0.5), {"keeps": 0.98}, "agrees"),
+        ((0.48, 0.5), (0.5, 0.5), {"keeps": 0.98}, "open"),
+        ((0.48, 0.48), (0.5, 0.5), {"keeps": 0.98}, "disagrees"),
         ((10.0, 11.0), (20.0, 21.0), {"lower": True}, "agrees"),
     ],
 )
@@ -28,27 +34,38 @@ def test_verdicts(one: tuple[float, ...], other: tuple[float, ...], settings: di
 
 
 def test_every_arm_is_a_stage_that_measures_it() -> None:
-    stages = {stage.name: stage for stage in load([RECIPE]).stages}
+    recipe = load([RECIPE])
+    stages = {stage.name: stage for stage in recipe.stages}
     for study in STUDIES:
-        measured = {stages[arm].eval_data for arm in study.arms}
-        if "unasked" not in "".join(study.arms):  # whose questions differ, which is the study
-            assert len(measured) == 1, study
+        assert study.of
         for arm in study.arms:
             stage = stages[arm]
             assert isinstance(stage, Optimised)
             assert stage.evaluate == "loss"
+            assert stage.eval_data is not None
+            source = recipe.data[stage.eval_data]
+            assert (source.split, source.rows) == ("heldout", recipe.evaluation.prompts)
+            kind = study.measure.removeprefix("eval.exact.")
+            if study.measure.startswith("eval.exact."):
+                build = "rlhf.data.probing:build"
+                assert source.builder == build
+                assert kind in {row["category"] for row in probing.build(str(source.table), 20, "heldout", 0, {})}
+            else:
+                assert study.measure in {"eval.exact", "model.trainable", "seconds"}
+        # one set of questions, or one in two wordings
+        assert len({recipe.data[str(stages[arm].eval_data)].like or stages[arm].eval_data for arm in study.arms}) == 1
 
 
-def test_arms_differ_in_no_step_but_where_steps_are_the_question() -> None:
+def test_arms_learn_from_as_many_rows_of_the_same_base() -> None:
     recipe = load([RECIPE])
     stages = {stage.name: stage for stage in recipe.stages}
 
-    def learned(name: str | None) -> int:
-        """Rows that a model has learned from, from the base on."""
-        if name in (None, "vision"):
+    def learned(name: str) -> int:
+        if name == "vision":
             return 0
-        stage = stages[name]
-        return learned(stage.start) + (stage.steps * stage.batch_size if isinstance(stage, Optimised) else 0)  # type: ignore[attr-defined]
+        stage, parent = stages[name], recipe.parent_of(stages[name])
+        assert parent is not None
+        return learned(parent) + (stage.steps * stage.batch_size if isinstance(stage, Sft) else 0)
 
     for study in STUDIES:
         assert len({learned(arm) for arm in study.arms}) == 1, study
@@ -56,16 +73,17 @@ def test_arms_differ_in_no_step_but_where_steps_are_the_question() -> None:
 
 def test_a_line_of_the_table() -> None:
     study = Study("A paper", "which?", "one", ("one", "other"), "eval.exact.short")
-    runs = [
-        {
-            "stages": [
-                {"name": "one", "seconds": 3.0, "metrics": {"eval.exact.short": 0.5 + seed / 10}},
-                {"name": "other", "seconds": 3.0, "metrics": {"eval.exact.short": 0.4}},
-            ]
-        }
-        for seed in range(3)
-    ]
+    runs = [{"one": {"eval.exact.short": 0.5 + seed / 10}, "other": {"eval.exact.short": 0.4}} for seed in range(3)]
     line = table([find(study, runs)]).splitlines()[-1]
     assert line == (
-        "| A paper | which? | right answers (short) | one | one 0.600 ± 0.100<br>other 0.400 ± 0.000 | agrees |"
+        "| A paper | which? | right answers (short) | one "
+        "| one 0.600 (0.500 to 0.700)<br>other 0.400 (0.400 to 0.400) | agrees |"
     )
+
+
+def test_a_step_made_twice_counts_once(tmp_path: Path) -> None:
+    steps = [(1, 2.0), (2, 3.0), (2, 1.0)]
+    lines = [json.dumps({"step": step, "seconds": {"data": 9.0, "train": train}}) for step, train in steps]
+    (tmp_path / "steps.jsonl").write_text("\n".join(lines))
+    assert seconds(tmp_path / "steps.jsonl") == 3.0
+    assert seconds(tmp_path / "none.jsonl") == 0.0
