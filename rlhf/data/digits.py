@@ -6,18 +6,18 @@ written from the true digits, and `rlhf.data.chains.check_chain` verifies such c
 
 from __future__ import annotations
 
-import difflib
 import functools
 import io
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from rlhf.data.building import built, nearest, options_of, require_table, takes
 from rlhf.data.chains import (
     CATEGORIES,
     KINDS,
@@ -116,16 +116,8 @@ def build(table: str, rows: int, split: str, seed: int, options: Mapping[str, An
         "signals": _signal_row,
         "facts": _facts_row,
     }
-    if table not in makers:
-        raise DataError(f"digits has no table {table!r}{_nearest(table, list(makers))}; it has {', '.join(makers)}")
-    if split not in {"train", "heldout"}:
-        raise DataError(f"split {split!r}; the splits are train and heldout")
-    chosen = _options(table, options)
-    rng = random.Random(f"digits/{table}/{split}/{seed}")
-    # exact halves (sound or not, chain or direct), in random order
-    turns = list(range(rows))
-    rng.shuffle(turns)
-    return [makers[table](rng, chosen, split, turn) for turn in turns]
+    require_table("digits", makers, table, split)
+    return built("digits", makers, table, rows, split, seed, _options(table, options))
 
 
 @functools.cache
@@ -148,6 +140,11 @@ def render(indices: tuple[int, ...], rng: random.Random, augmentation: float) ->
         y, x = row * CELL + top, column * CELL + left
         canvas[y : y + size, x : x + size] = ink(index, size, contrast)
     return as_png(canvas)
+
+
+def picture(indices: tuple[int, ...], rng: random.Random, split: str, augmentation: float = 1.0) -> bytes:
+    """Scans of a split, rendered; held-out ones with a third of the augmentation."""
+    return render(indices, rng, augmentation * (1 if split == "train" else 1 / 3))
 
 
 def ink(index: int, size: int, contrast: float = 1.0) -> npt.NDArray[np.uint8]:
@@ -177,12 +174,7 @@ def _scans() -> tuple[npt.NDArray[np.float64], tuple[int, ...]]:
 
 
 def _options(table: str, given: Mapping[str, Any]) -> Options:
-    known = [field.name for field in fields(Options)]
-    for key in given:
-        if key not in known:
-            raise DataError(f"digits has no option {key!r}{_nearest(key, known)}; it has {', '.join(known)}")
-    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
-    chosen = Options(**values)
+    chosen = options_of("digits", Options, given)
     if not 1 <= chosen.min_digits <= chosen.max_digits <= 4:
         raise DataError(f"min_digits {chosen.min_digits}, max_digits {chosen.max_digits}: 1 ≤ min ≤ max ≤ 4 is needed")
     if not 0 <= chosen.augmentation <= 1:
@@ -192,7 +184,7 @@ def _options(table: str, given: Mapping[str, Any]) -> Options:
             raise DataError(f"{name} {getattr(chosen, name)}: from 0 to 1")
     for category in chosen.categories:
         if category not in CATEGORIES:
-            raise DataError(f"digits has no category {category!r}{_nearest(category, list(CATEGORIES))}")
+            raise DataError(f"digits has no category {category!r}{nearest(category, list(CATEGORIES))}")
     asked = [c for c in chosen.categories if table != "perception" or KINDS[c] == "perception"]
     fitting = tuple(category for category in asked if _sizes(category, chosen))
     if not fitting:
@@ -201,11 +193,6 @@ def _options(table: str, given: Mapping[str, Any]) -> Options:
             f"{chosen.max_digits} digits; difference takes two digits, sum, larger and sorted take two or more"
         )
     return replace(chosen, categories=fitting)
-
-
-def _nearest(word: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(word, known, 1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def _sizes(category: str, options: Options) -> list[int]:
@@ -248,7 +235,7 @@ def row_of(puzzle: Puzzle, asked: str, reply: str | None, think: bool, image: by
 
 
 def _picture(puzzle: Puzzle, rng: random.Random, options: Options, split: str) -> bytes:
-    return render(puzzle.scans, rng, options.augmentation * (1 if split == "train" else 1 / 3))
+    return picture(puzzle.scans, rng, split, options.augmentation)
 
 
 def _told(puzzle: Puzzle, rng: random.Random) -> str:
@@ -319,8 +306,7 @@ class _Judged:
 def _judged(rng: random.Random, options: Options, split: str, turn: int) -> _Judged:
     puzzle = draw_puzzle(rng, options, split)
     kind, chain = "none", Chain(puzzle.category, puzzle.digits, puzzle.target)
-    # spread evenly: every second one at a share of 0.5
-    if int((turn + 1) * options.corrupted) != int(turn * options.corrupted):
+    if takes(turn, options.corrupted):
         kind, chain = ("several", spoil(chain, options.faults, rng)) if options.faults else corrupt(chain, rng)
     text = write_chain(chain, rng)
     critique = critique_of(puzzle.category, puzzle.digits, text, puzzle.target)

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from rlhf.data.building import built, options_of, require_table, takes
 from rlhf.data.chains import Chain, write_chain
-from rlhf.data.digits import CELL, WORDS, Options, Puzzle, as_png, draw_puzzle, ink, label, render, row_of, scans
+from rlhf.data.digits import CELL, WORDS, Options, Puzzle, as_png, draw_puzzle, ink, label, picture, row_of, scans
+from rlhf.data.formatters import turn
 from rlhf.data.rows import DataError, Row
 
 TASKS: Mapping[str, Callable[[int], str]] = {
@@ -57,20 +59,13 @@ def build(table: str, rows: int, split: str, seed: int, options: Mapping[str, An
         "styles": _styles,
         "printed": _printed,
     }
-    if table not in makers:
-        raise DataError(f"probing has no table {table!r}; it has {', '.join(makers)}")
-    if unknown := options.keys() - {field.name for field in fields(Setting)}:
-        raise DataError(f"probing has no option {min(unknown)!r}; it has {', '.join(f.name for f in fields(Setting))}")
-    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
-    setting = Setting(**values)
+    require_table("probing", makers, table, split)
+    setting = options_of("probing", Setting, options)
     if not (0 <= setting.yes <= 1 and 1 <= setting.digits <= 4 and 8 <= setting.ink <= setting.canvas):
         raise DataError(f"{setting}: yes is a share, digits from 1 to 4, ink at least 8 and at most canvas")
     if not setting.shots or min(setting.shots) < 0:
         raise DataError(f"shots = {list(setting.shots)} must be a list of numbers of examples, none below 0")
-    rng = random.Random(f"probing/{table}/{split}/{seed}")
-    turns = list(range(rows))
-    rng.shuffle(turns)
-    return [makers[table](rng, setting, split, turn) for turn in turns]
+    return built("probing", makers, table, rows, split, seed, setting)
 
 
 def _some(rng: random.Random, split: str, count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -79,15 +74,10 @@ def _some(rng: random.Random, split: str, count: int) -> tuple[tuple[int, ...], 
     return found, tuple(map(label, found))
 
 
-def _asked(category: str, question: str, answer: str, picture: bytes, shown: tuple[int, ...], **more: Any) -> Row:
-    messages = [
-        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]},
-        {"role": "assistant", "content": [{"type": "text", "text": answer}]},
-    ]
-    images = [{"bytes": picture, "path": None}]
+def _asked(category: str, question: str, answer: str, shot: bytes, shown: tuple[int, ...], **more: Any) -> Row:
     return {
-        "messages": messages,
-        "images": images,
+        "messages": [turn("user", question, 1), turn("assistant", answer)],
+        "images": [{"bytes": shot, "path": None}],
         "answer": answer,
         "category": category,
         "question": question,
@@ -97,62 +87,58 @@ def _asked(category: str, question: str, answer: str, picture: bytes, shown: tup
     }
 
 
-def _wanted(rng: random.Random, setting: Setting, turn: int, shown: tuple[int, ...]) -> tuple[str, int]:
+def _wanted(rng: random.Random, setting: Setting, place: int, shown: tuple[int, ...]) -> tuple[str, int]:
     """Category, and the digit to ask for."""
-    # spread evenly: every second one at a share of 0.5
-    there = int((turn + 1) * setting.yes) != int(turn * setting.yes)
     others = [digit for digit in range(10) if digit not in shown]
-    return ("present", rng.choice(shown)) if there else ("absent", rng.choice(others))
+    return ("present", rng.choice(shown)) if takes(place, setting.yes) else ("absent", rng.choice(others))
 
 
 def _is_there_a(digit: int) -> str:
     return f"is there {'an' if WORDS[digit] == 'eight' else 'a'} {WORDS[digit]}?"
 
 
-def _presence(rng: random.Random, setting: Setting, split: str, turn: int) -> Row:
+def _presence(rng: random.Random, setting: Setting, split: str, place: int) -> Row:
     found, shown = _some(rng, split, setting.digits)
-    category, wanted = _wanted(rng, setting, turn, shown)
+    category, wanted = _wanted(rng, setting, place, shown)
     answer = "yes" if category == "present" else "no"
-    picture = render(found, rng, 1.0 if split == "train" else 1 / 3)
-    return _asked(category, _is_there_a(wanted), answer, picture, shown)
+    return _asked(category, _is_there_a(wanted), answer, picture(found, rng, split), shown)
 
 
-def _canvas(rng: random.Random, setting: Setting, split: str, turn: int) -> Row:
+def _canvas(rng: random.Random, setting: Setting, split: str, place: int) -> Row:
     (scan,), shown = _some(rng, split, 1)
     canvas = np.zeros((setting.canvas, setting.canvas), dtype=np.uint8)
     y, x = (rng.randrange(setting.canvas - setting.ink + 1) for _ in range(2))
     canvas[y : y + setting.ink, x : x + setting.ink] = ink(scan, setting.ink)
-    if turn % 2 == 0:
+    if place % 2 == 0:
         return _asked("read", "which digit is this?", str(shown[0]), as_png(canvas), shown)
-    category, wanted = _wanted(rng, setting, turn // 2, shown)
+    category, wanted = _wanted(rng, setting, place // 2, shown)
     answer = "yes" if category == "present" else "no"
     return _asked(category, _is_there_a(wanted), answer, as_png(canvas), shown)
 
 
-def _shots(rng: random.Random, setting: Setting, split: str, turn: int) -> Row:
-    count = setting.shots[turn % len(setting.shots)]
+def _shots(rng: random.Random, setting: Setting, split: str, place: int) -> Row:
+    count = setting.shots[place % len(setting.shots)]
     found, shown = _some(rng, split, count + 1)
     task = rng.choice(list(TASKS))
     messages = list[Row]()
     for digit in shown:
-        messages.append({"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]})
-        messages.append({"role": "assistant", "content": [{"type": "text", "text": TASKS[task](digit)}]})
-    pictures = [render((scan,), rng, 1.0 if split == "train" else 1 / 3) for scan in found]
+        messages += [turn("user", "?", 1), turn("assistant", TASKS[task](digit))]
+    pictures = [picture((scan,), rng, split) for scan in found]
     row = _asked(f"{count} shots", "?", TASKS[task](shown[-1]), pictures[-1], shown, task=task)
-    return row | {"messages": messages, "images": [{"bytes": picture, "path": None} for picture in pictures]}
+    return row | {"messages": messages, "images": [{"bytes": shot, "path": None} for shot in pictures]}
 
 
-def _styles(rng: random.Random, setting: Setting, split: str, turn: int) -> Row:  # noqa: ARG001
+def _styles(rng: random.Random, setting: Setting, split: str, place: int) -> Row:  # noqa: ARG001
     puzzle = draw_puzzle(rng, Options(), split)
-    style = "short" if turn % 2 == 0 else "long"
+    style = "short" if place % 2 == 0 else "long"
     chain = write_chain(Chain(puzzle.category, puzzle.digits, puzzle.target), rng)
     reply = f"\\boxed{{{puzzle.answer}}}" if style == "short" else chain
-    picture = render(puzzle.scans, rng, 1.0 if split == "train" else 1 / 3)
+    shown = picture(puzzle.scans, rng, split)
     # the style is what is asked for here, not the mode of a thinking model
-    return row_of(puzzle, puzzle.question, reply, False, picture) | {"style": style, "category": style}
+    return row_of(puzzle, puzzle.question, reply, False, shown) | {"style": style, "category": style}
 
 
-def _printed(rng: random.Random, setting: Setting, split: str, turn: int) -> Row:  # noqa: ARG001
+def _printed(rng: random.Random, setting: Setting, split: str, place: int) -> Row:  # noqa: ARG001
     puzzle = draw_puzzle(rng, Options(), split)
     return row_of(puzzle, puzzle.question, f"\\boxed{{{puzzle.answer}}}", False, print_digits(puzzle, rng))
 

@@ -249,7 +249,7 @@ def _data(recipe: Recipe, stage: Stage, earlier: list[Stage]) -> Iterator[str]:
             yield f"{key} {name!r} is made by a later stage; move stage {name!r} before this one"
         else:
             yield f"{key} {name!r} is no [data] source and no earlier synthesize stage; {nearest(name, known)}"
-    drawn = {name: other.like or name for name, other in recipe.data.items()}
+    drawn = _drawn(recipe)
     if isinstance(stage, Optimised) and drawn.get(str(stage.eval_data)) in {
         drawn.get(name, name) for name in stage.data
     }:
