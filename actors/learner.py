@@ -65,7 +65,7 @@ class Learner(ABC):
         """Move the weights by the gradients of `batch`, and what was counted of it. Raises FloatingPointError on every
         rank, before anything moves, if a loss or the gradient is not finite."""
         self._require_finite(totals, batch)
-        norm, learning_rate = self._apply(batch.index)
+        norm, learning_rate = self._apply(batch.index, batch.scale)
         metrics = totals.reduce(self.world_size) | {"lr": learning_rate}
         if self.spec.muon is None or self.spec.zero_stage == 0:  # else the norm is that of Muon's steps
             metrics["grad_norm"] = norm
@@ -100,14 +100,15 @@ class Learner(ABC):
     def _require_finite_gradient(self, norm: float, index: int) -> None:
         """A ratio that overflows on its clipped side has a finite loss and no finite gradient."""
         if not math.isfinite(norm):
+            self.engine.optimizer.zero_grad()
             raise FloatingPointError(
                 f"the gradient of optimizer step {index} of {self.role} {self.spec.model} has norm {norm}, though its "
                 f"loss is finite: {self.advice} (a ratio of policy and rollouts too far apart has no finite gradient)"
             )
 
-    def _apply(self, index: int) -> tuple[float, float]:
-        """Move the weights; the gradient's norm and the (largest) learning rate."""
-        share = rate(index, self.spec.steps, self.spec.warmup, self.spec.schedule)
+    def _apply(self, index: int, scale: float) -> tuple[float, float]:
+        """Move the weights at `scale` times the schedule's rate; the gradient's norm, the (largest) learning rate."""
+        share = scale * rate(index, self.spec.steps, self.spec.warmup, self.spec.schedule)
         for group, full in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = full * share
         # without ZeRO the engine clips but keeps the norm to itself

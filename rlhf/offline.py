@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from rlhf.data.stream import Draw
 from rlhf.preference import weigh
 from rlhf.recipe import Preference, Sft
 from rlhf.roles import Trainer
+from rlhf.search import RateSearch, Verdict
 from rlhf.stage import Context
 from rlhf.types import Batch, Sample
 
@@ -25,10 +27,12 @@ async def run(stage: Sft | Preference, context: Context) -> dict[str, float]:
     """Train for `stage.steps` optimizer steps, from the latest checkpoint if there is one."""
     trainer, stream = context.actors.trainer, context.stream(stage)
     checkpoints = context.folder / "checkpoints"
-    step = await resume(trainer, {"stream": stream}, latest(checkpoints))
+    search = RateSearch(stage.search if isinstance(stage, Sft) else None, stage.steps)
+    step = await resume(trainer, {"stream": stream, "search": search}, latest(checkpoints))
     batch = asyncio.create_task(asyncio.to_thread(_next_batch, stage, context, stream, step))
     last: Mapping[str, float] = {}
     saving: dict[str, float] = {}  # of the step before: a line comes before its checkpoint, or a kill could lose it
+    held: list[tuple[int, Mapping[str, float], dict[str, float]]] = []  # lines of a trial, which may be taken back
     try:
         while step < stage.steps:
             waited = time.perf_counter()
@@ -36,12 +40,29 @@ async def run(stage: Sft | Preference, context: Context) -> dict[str, float]:
             if step + 1 < stage.steps:  # the next batch is made while the trainer works on this one
                 batch = asyncio.create_task(asyncio.to_thread(_next_batch, stage, context, stream, step + 1))
             started = time.perf_counter()
-            last = await _learn(stage, trainer, ready)
+            try:
+                last = await _learn(stage, trainer, replace(ready, scale=search.scale))
+            except FloatingPointError:
+                if search.before is None:
+                    raise
+                last = {"loss": math.inf}  # at a rate that is only tried
             step += 1
-            context.log.log(step, last, {"data": started - waited, "train": time.perf_counter() - started} | saving)
-            saving = {}
-            if step % stage.checkpoint_every == 0 and step < stage.steps:
-                saving = {"checkpoint": await save(trainer, checkpoints, step, {"stream": cursor})}
+            held.append((step, last, {"data": started - waited, "train": time.perf_counter() - started} | saving))
+            saving, verdict = {}, search.saw(step, last["loss"])
+            if verdict is Verdict.UNDECIDED:
+                continue
+            if verdict is Verdict.GO_BACK:
+                await batch  # it moves the stream, too
+                step = await resume(trainer, {"stream": stream}, latest(checkpoints))
+                batch = asyncio.create_task(asyncio.to_thread(_next_batch, stage, context, stream, step))
+                held.clear()
+                continue
+            for line in held:
+                context.log.log(*line)
+            held.clear()
+            if verdict is Verdict.TRY or (step % stage.checkpoint_every == 0 and step < stage.steps):
+                state = {"stream": cursor, "search": search.state()}
+                saving = {"checkpoint": await save(trainer, checkpoints, step, state)}
     finally:
         batch.cancel()
         await asyncio.gather(batch, return_exceptions=True)

@@ -173,13 +173,14 @@ class Batch:
 
     Every rank has the same number of micro-batches (an empty tuple where it has no rows left).
     num_tokens and num_rows count completion tokens and rows over all ranks: the loss's denominators. index: its place
-    among the stage's optimizer steps, from 0, which decides the learning rate.
+    among the stage's optimizer steps, from 0, which decides the learning rate; scale: by what that is multiplied.
     """
 
     micro_batches: tuple[tuple[tuple[Sample, ...], ...], ...]
     num_tokens: int
     num_rows: int
     index: int = 0
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)

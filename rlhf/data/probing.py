@@ -44,7 +44,7 @@ def build(table: str, rows: int, split: str, seed: int, options: Mapping[str, An
     """`rows` rows of one table, the same for the same arguments.
 
     presence  is there a seven among the digits? categories present and absent
-    canvas    one small digit somewhere on a large dark picture: read it (category read), or is it a seven? (present,
+    canvas    one small digit in some cell of a large dark picture: read it (category read), or is it a seven? (present,
               absent)
     shots     what is to be said of a digit is shown by examples alone: its name, its double, …; categories "N shots"
     styles    every question of digits, answered in a box (short) or with a chain (long); column style says how
@@ -61,8 +61,8 @@ def build(table: str, rows: int, split: str, seed: int, options: Mapping[str, An
     }
     require_table("probing", makers, table, split)
     setting = options_of("probing", Setting, options)
-    if not (0 <= setting.yes <= 1 and 1 <= setting.digits <= 4 and 8 <= setting.ink <= setting.canvas):
-        raise DataError(f"{setting}: yes is a share, digits from 1 to 4, ink at least 8 and at most canvas")
+    if not (0 <= setting.yes <= 1 and 1 <= setting.digits <= 4 and 8 <= setting.ink <= CELL <= setting.canvas):
+        raise DataError(f"{setting}: yes is a share, digits from 1 to 4, ink from 8 to {CELL}, canvas at least {CELL}")
     if not setting.shots or min(setting.shots) < 0:
         raise DataError(f"shots = {list(setting.shots)} must be a list of numbers of examples, none below 0")
     return built("probing", makers, table, rows, split, seed, setting)
@@ -107,7 +107,7 @@ def _presence(rng: random.Random, setting: Setting, split: str, place: int) -> R
 def _canvas(rng: random.Random, setting: Setting, split: str, place: int) -> Row:
     (scan,), shown = _some(rng, split, 1)
     canvas = np.zeros((setting.canvas, setting.canvas), dtype=np.uint8)
-    y, x = (rng.randrange(setting.canvas - setting.ink + 1) for _ in range(2))
+    y, x = (rng.randrange(setting.canvas // CELL) * CELL + rng.randint(0, CELL - setting.ink) for _ in range(2))
     canvas[y : y + setting.ink, x : x + setting.ink] = ink(scan, setting.ink)
     if place % 2 == 0:
         return _asked("read", "which digit is this?", str(shown[0]), as_png(canvas), shown)

@@ -344,13 +344,26 @@ class Optimised(Draws):
         return self
 
 
+class Search(Table):
+    """AdaLRS (`rlhf.search`): between the shares `span` of the stage's steps the learning rate is searched for. A
+    trial of `window` steps at a rate `up` times as high is kept if the loss falls faster; if it falls slower, it is
+    taken back and the rate divided by `down`. `decay` draws both factors closer to 1 with each trial."""
+
+    window: Annotated[int, Field(ge=3)]
+    up: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 3.0
+    down: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 2.0
+    decay: Annotated[float, Field(gt=0, le=1)] = 0.99
+    span: tuple[Fraction, Fraction] = (0.1, 0.4)
+
+
 class Sft(Optimised):
     """Supervised: negative log-likelihood of the assistant's words. normalise = "token": mean over all answer
     tokens of the batch; "row": summed over each row's tokens, divided by the number of rows (SAIL-VL2, think-fusion).
     `reset` names parameters to start anew (a fresh connector); `upcycle` makes the decoder a mixture of experts.
     `objectives`, with their weights, in place of the likelihood: BLIP-2's contrast ("itc"), matching ("itm") and
     generation ("itg") of pictures and answers, which teach a Q-Former and need no decoder. `signals` weighs, beside the
-    likelihood, what the bridge's head makes of signal tokens against a text encoder's view of column `signal`."""
+    likelihood, what the bridge's head makes of signal tokens against a text encoder's view of column `signal`. `search`
+    finds the learning rate on the way."""
 
     kind: Literal["sft"]
     batch_size: PositiveInt
@@ -359,6 +372,18 @@ class Sft(Optimised):
     normalise: Literal["token", "row"] = "token"
     reset: list[str] = []
     upcycle: Upcycle | None = None
+    search: Search | None = None
+
+    @model_validator(mode="after")
+    def _has_room_to_search(self) -> Sft:
+        if self.search is not None:
+            first, last = (share * self.steps for share in self.search.span)
+            if last - first < 2 * self.search.window:
+                raise ValueError(
+                    f"search compares windows of {self.search.window} steps, and between {self.search.span[0]:g} and "
+                    f"{self.search.span[1]:g} of {self.steps} steps there is no room for two: lower `search.window`"
+                )
+        return self
 
     @property
     def calibrating(self) -> dict[str, int]:

@@ -78,20 +78,24 @@ class FakeEngine:
 
 
 class FakeTrainer:
-    """Counts steps; its checkpoint is that count, its artifact the folder it began from."""
+    """Counts steps; its checkpoint is that count, its artifact the folder it began from. Its loss falls fastest at
+    `best` times the recipe's learning rate, by 1 a step there."""
 
     def __init__(self, engine: FakeEngine) -> None:
         self.engine = engine
         self.begun: list[TrainSpec] = []
         self.batches: list[Batch] = []
         self.steps = 0
+        self.progress = 0.0
+        self.best = 1.0
+        self.breaks_at: float | None = None
         self.die_at: int | None = None
         self.lost_at: int | None = None
         self.merged_loss = 0.5  # of a model that was averaged
 
     async def begin(self, spec: TrainSpec, probes: Sequence[Probe]) -> Mapping[str, float]:
         self.begun.append(spec)
-        self.steps = 0
+        self.steps, self.progress = 0, 0.0
         return {"parameters": 1.0}
 
     async def step(self, batch: Batch, fresh: bool = False, alone: bool = True) -> StepStats:
@@ -100,10 +104,13 @@ class FakeTrainer:
         if self.lost_at is not None and len(self.batches) >= self.lost_at:
             self.lost_at = None
             raise ActorLostError("a trainer rank died during 'step'")
+        if self.breaks_at is not None and batch.scale >= self.breaks_at:
+            raise FloatingPointError("the loss is not finite")
         self.batches.append(batch)
         self.steps += 1
+        self.progress += min(batch.scale / self.best, self.best / batch.scale)
         gap = [1e-6] * batch.num_tokens if fresh else []
-        return StepStats({"loss": 1.0 / self.steps, "clip_fraction": 0.1}, gap, [False] * len(gap))
+        return StepStats({"loss": -self.progress, "clip_fraction": 0.1}, gap, [False] * len(gap))
 
     async def losses(self, batch: Batch) -> Mapping[str, Fit]:
         loss = self.merged_loss if self.begun[-1].model.endswith("merged") else 0.5
@@ -133,14 +140,16 @@ class FakeTrainer:
 
     async def save(self, folder: Path) -> None:
         folder.mkdir(parents=True)
-        (folder / "steps.json").write_text(json.dumps(self.steps))
+        (folder / "steps.json").write_text(json.dumps([self.steps, self.progress]))
 
     async def restore(self, folder: Path) -> None:
-        self.steps = json.loads((folder / "steps.json").read_text())
+        self.steps, self.progress = json.loads((folder / "steps.json").read_text())
 
     async def export(self, folder: Path) -> None:
         shutil.copytree(self.begun[-1].model, folder, dirs_exist_ok=True)
-        (folder / "trained.json").write_text(json.dumps([self.begun[-1].seed, dict(self.begun[-1].train), self.steps]))
+        (folder / "trained.json").write_text(
+            json.dumps([self.begun[-1].seed, dict(self.begun[-1].train), self.steps, self.progress])
+        )
 
 
 class FakeRewards:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from rlhf.plan import PlanError, check
 from rlhf.recipe import Recipe, RecipeError, Sft, load
 from rlhf.stage import GateError
 from rlhf.tracking import Tracker
+from rlhf.types import Batch
 from tests.loop.cast import FakeCast, FakeTrainer, KilledError
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -34,10 +36,17 @@ def recipe(*overrides: str) -> Recipe:
 
 
 def run(
-    recipe: Recipe, folder: Path, die_at: int | None = None, lost_at: int | None = None, until: str | None = None
+    recipe: Recipe,
+    folder: Path,
+    die_at: int | None = None,
+    lost_at: int | None = None,
+    until: str | None = None,
+    best: float = 1.0,
+    breaks_at: float | None = None,
 ) -> FakeCast:
     """Run a recipe in folder on a fake cast, as the command line would, and return the cast. Its trainer raises
-    KilledError at step `die_at` of the whole run, and ActorLostError, once, at step `lost_at`. `until`: the last stage
+    KilledError at step `die_at` of the whole run, ActorLostError, once, at step `lost_at`, and FloatingPointError at
+    `breaks_at` times the recipe's rates and higher ones; at `best` times those it is fastest. `until`: the last stage
     to run."""
     if until is not None:
         last = [stage.name for stage in recipe.stages].index(until)
@@ -49,6 +58,7 @@ def run(
             curriculum.prepare()
             cast = FakeCast(load_processor(curriculum.model_before(curriculum.recipe.stages[0])).tokenizer)
             cast.trainer.die_at, cast.trainer.lost_at = die_at, lost_at
+            cast.trainer.best, cast.trainer.breaks_at = best, breaks_at
             await curriculum.run(cast)
             return cast
 
@@ -231,6 +241,51 @@ def test_a_lost_trainer_is_replaced_and_the_stage_goes_on(tmp_path: Path) -> Non
     assert cast.trainer.batches[:6] == [*whole.trainer.batches[:3], *whole.trainer.batches[2:5]]
     digests = [[stage["artifact"]["digest"] for stage in summary(f)["stages"]] for f in (folder, tmp_path / "whole")]
     assert digests[0] == digests[1]
+
+
+SEARCHED = recipe(
+    "stages.language = { steps = 40, checkpoint_every = 3, search = { window = 4, decay = 1.0, span = [0.1, 0.9] } }"
+)
+
+
+@pytest.mark.parametrize("best", [3.0, 0.4])
+def test_a_search_finds_the_learning_rate_and_takes_back_what_was_slower(tmp_path: Path, best: float) -> None:
+    cast = run(SEARCHED, tmp_path, until="language", best=best)
+    steps = [
+        json.loads(line) for line in (tmp_path / "stages" / "01-language" / "steps.jsonl").read_text().splitlines()
+    ]
+    assert [line["step"] for line in steps] == list(range(1, 41))
+    assert cast.trainer.steps == 40  # of them; those that were taken back are more
+    batches = cast.trainer.batches
+    assert len(batches) == 40 + 4 * taken_back(batches)
+    assert taken_back(batches) >= 2
+    assert max(best / batches[-1].scale, batches[-1].scale / best) < 3  # by whole factors it comes no closer
+    losses = [line["metrics"]["loss"] for line in steps]
+    assert losses == sorted(losses, reverse=True)  # none is of a step that was taken back
+    assert cast.trainer.progress > 1.3 * 40 * min(best, 1 / best)  # of 40 steps at the recipe's own rate
+
+
+def taken_back(batches: list[Batch]) -> int:
+    """How often the step after a batch was one that had been."""
+    return sum(later.index <= earlier.index for earlier, later in pairwise(batches))
+
+
+@pytest.mark.parametrize("die_at", [11, 14, 17, 30])
+def test_killed_in_a_trial_a_search_begins_that_trial_again(tmp_path: Path, die_at: int) -> None:
+    whole = run(SEARCHED, tmp_path / "whole", until="language", best=3.0)
+    with pytest.raises(KilledError):
+        run(SEARCHED, tmp_path / "killed", until="language", best=3.0, die_at=die_at)
+    again = run(SEARCHED, tmp_path / "killed", until="language", best=3.0)
+    assert again.trainer.progress == pytest.approx(whole.trainer.progress, abs=1e-9)
+    assert again.trainer.batches[-1] == whole.trainer.batches[-1]
+
+
+def test_a_rate_that_breaks_the_loss_is_taken_back_when_tried_and_an_error_otherwise(tmp_path: Path) -> None:
+    cast = run(SEARCHED, tmp_path, until="language", breaks_at=2.5)
+    assert cast.trainer.steps == 40
+    assert cast.trainer.batches[-1].scale < 2.5
+    with pytest.raises(FloatingPointError):
+        run(SEARCHED, tmp_path / "at-once", until="language", breaks_at=0.5)
 
 
 def test_a_missed_gate_stops_the_job_and_keeps_the_artifact(tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def test_pictures_are_made_of_the_scans_of_their_split(table: str, split: str, m
     [
         ("nothing", {}, "no table 'nothing'"),
         ("canvas", {"inks": 3}, "no option 'inks'"),
-        ("canvas", {"ink": 300}, "ink at least 8 and at most canvas"),
+        ("canvas", {"ink": 300}, "ink from 8 to 24"),
         ("presence", {"yes": 2.0}, "yes is a share"),
         ("shots", {"shots": []}, "must be a list of numbers"),
     ],
