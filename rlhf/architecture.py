@@ -154,10 +154,11 @@ class Architecture:
         if not self.is_bridge or _defaults("decoder", self.decoder["type"]) is None:
             return None
         geometry, vision, width = geometry_of(self.tables), self.tables["vision"], self.decoder["hidden_size"]
-        connector = geometry.connector.parameters(geometry.encoder.width(vision), width, self.decoder["vocab_size"])
+        sizes = geometry.encoder.width(vision), width, self.decoder["vocab_size"]
+        connector = geometry.connector.parameters(*sizes)
         between = geometry.encoder.parameters(vision) + connector + geometry.packer.parameters(width)
         head = head_of(self.tables)
-        beside = 0 if head is None else head.parameters(width)
+        beside = 0 if head is None else head.parameters(*sizes)
         return _vision(vision, self.tables["encoder"]) + between + _decoder(self.decoder) + beside
 
     def lora_parameters(self, lora: Lora) -> int | None:
@@ -183,8 +184,9 @@ class Architecture:
             raise ValueError("only a bridge of this project can be rebuilt; leave the stage out")
         if missing := sorted(over.keys() - set(SLOTS)):
             raise ValueError(f"bridge has no slot {missing[0]!r}; its slots are {', '.join(SLOTS)}")
-        tables = {slot: _relaid(slot, self.tables[slot], over.get(slot, {})) for slot in self.tables}
-        tables |= {"head": dict(over["head"])} if "head" in over.keys() - self.tables.keys() else {}
+        tables = {slot: _relaid(slot, self.tables[slot], over.get(slot, {})) for slot in self.tables if slot != "head"}
+        head = laid_over(self.tables.get("head", {}), over.get("head", {}))
+        tables |= {"head": head} if head else {}
         made = from_bridge(tables, self.decoder["vocab_size"])
         same = made.tables == self.tables
         return self if same else made

@@ -132,7 +132,9 @@ class Slot(Generic[Component]):
 
 
 def laid_over(table: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """A component's table with other values; one of another type replaces it."""
+    """A component's table with other values; one of another type replaces it, and `{ remove = true }` empties it."""
+    if over.get("remove") is True:
+        return {}
     return dict(over) if over.get("type", table.get("type")) != table.get("type") else {**table, **over}
 
 

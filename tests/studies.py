@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import re
 import statistics
 import subprocess
 import sys
@@ -16,11 +18,28 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 
+import torch
+from safetensors import safe_open
+from torch.utils.flop_counter import FlopCounterMode
+
+from rlhf.bridge import build
+from rlhf.data.tokenizer import train_tokenizer
+from rlhf.recipe import Chat
+from rlhf.recipe import load as load_recipe
 from rlhf.tracking import stage_folder
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "studies.toml"
 DEADLINE = 5400.0  # seconds of one seed
+PICTURES = {"llava_uhd": (672, 1008), "llava15": (336, 336)}  # recipes/bridges whose operations are counted
+VICUNA_13B = {
+    "hidden_size": 5120,
+    "intermediate_size": 13824,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 40,
+}
+GATE = re.compile(r"layers\.(\d+)\.gated\.attn_gate$")
 DIFFERS = 0.01  # shares of 600 held-out rows: their standard error is 0.02, of two arms on the same rows about half
 
 
@@ -28,8 +47,9 @@ DIFFERS = 0.01  # shares of 600 held-out rows: their standard error is 0.02, of 
 class Study:
     """What a paper reports of arms that differ in one thing.
 
-    arms      stages of the recipe, those reported to be better first
-    measure   a metric of them, or the "seconds" their steps took
+    arms      stages of the recipe, those reported to be better first; "STAGE/METRIC" for a measure of its own
+    measure   a metric of them, the "seconds" their steps took, how far their gates are open ("gate", or "gate.LAYER"),
+              or the "flops" of a recipe of recipes/bridges
     lower     less is better
     keeps     reported is not that an arm is better than the next, but that it keeps this share of it
     """
@@ -48,7 +68,17 @@ class Study:
         kind = self.measure.removeprefix("eval.exact").lstrip(".")
         if self.measure.startswith("eval.exact"):
             return f"right answers{f' ({kind})' if kind else ''}"
-        return {"model.trainable": "weights trained", "seconds": "seconds"}[self.measure]
+        return {
+            "model.trainable": "weights trained",
+            "seconds": "seconds",
+            "gate": "tanh of the gate",
+            "flops": "10¹² operations",
+        }[self.measure]
+
+    def of_arm(self, arm: str) -> tuple[str, str]:
+        """The stage of an arm, and its measure."""
+        stage, _, own = arm.partition("/")
+        return stage, own or self.measure
 
 
 LAVIN = ("lavin-adapters", "lavin-full")
@@ -91,6 +121,100 @@ STUDIES = (
         "eval.exact.short",
     ),
     Study(
+        "Flamingo",
+        "gated layers before a decoder that is frozen, tuned, or begun anew",
+        "frozen 8 % better, then 5 %",
+        ("flamingo-frozen", "flamingo-tuned", "flamingo-scratch"),
+    ),
+    Study(
+        "Flamingo",
+        "a task shown by examples alone: how many of them?",
+        "the more the better",
+        tuple(f"flamingo-sources/eval.exact.{shots} shots" for shots in (4, 2, 0)),
+    ),
+    Study(
+        "Flamingo",
+        "the same after four examples: learned from pages and pairs, or from pairs alone?",
+        "17 % worse without pages",
+        ("flamingo-sources", "flamingo-pairs"),
+        "eval.exact.4 shots",
+    ),
+    Study(
+        "Flamingo",
+        "… or from pages alone?",
+        "10 % worse without pairs",
+        ("flamingo-sources", "flamingo-pages"),
+        "eval.exact.4 shots",
+    ),
+    Study(
+        "Flamingo",
+        "how far the gates of layers are open, the last to the first",
+        "deeper ones further",
+        tuple(f"flamingo-frozen/gate.{layer}" for layer in (3, 2, 1, 0)),
+        "gate",
+    ),
+    Study(
+        "Flamingo",
+        "… and after more steps",
+        "further",
+        ("flamingo-sources", "flamingo-tuned"),
+        "gate",
+    ),
+    Study("BLIP-2, XComposer", "how many queries?", "64 taken after 32", ("qformer-16", "qformer-4")),
+    Study(
+        "LLaMA-VID",
+        "how many tokens of content: 16, 4 or 1?",
+        "more read more, one keeps the gist",
+        ("llama-vid-4", "llama-vid-2", "llama-vid-1"),
+    ),
+    Study(
+        "SVIT",
+        "a quarter of the rows: by their concepts, or at random?",
+        "by concepts",
+        ("svit-core", "svit-chance"),
+    ),
+    Study(
+        "SVIT",
+        "is there a seven, where there is none: as many yes as no, or nine in ten yes?",
+        "as many",
+        ("presence-balanced", "presence-yes"),
+        "eval.exact.absent",
+    ),
+    Study(
+        "OtterHD",
+        "a small digit in a large picture, seen with 96, 72, 48 or 24 pixels a side",
+        "the more the better",
+        ("canvas-96", "canvas-72", "canvas-48", "canvas-24"),
+        "eval.exact.read",
+    ),
+    Study(
+        "LLaVA-NeXT",
+        "is it a seven, where it is none: seen with 96 pixels a side, or 48?",
+        "fewer made up with more",
+        ("canvas-96", "canvas-48"),
+        "eval.exact.absent",
+    ),
+    Study(
+        "Monkey",
+        "four windows of the encoder's own size, or positions interpolated?",
+        "windows",
+        ("canvas-windows", "canvas-96"),
+    ),
+    Study(
+        "Monkey",
+        "windows with adapters of their own, or none?",
+        "adapters",
+        ("canvas-adapted", "canvas-windows"),
+    ),
+    Study(
+        "LLaVA-UHD",
+        "a picture of 672 × 1008, or LLaVA-1.5 at 336 × 336?",
+        "94 % of it",
+        ("llava_uhd", "llava15"),
+        "flops",
+        lower=True,
+    ),
+    Study(
         "LLaVAR",
         "questions about print: learned from print too, or not?",
         "from print",
@@ -123,7 +247,8 @@ class Found:
 
 def find(study: Study, runs: Sequence[Mapping[str, Mapping[str, float]]]) -> Found:
     """The study's values of runs, one a seed. Raises KeyError for a stage or metric they lack."""
-    return Found(study, {arm: tuple(run[arm][study.measure] for run in runs) for arm in study.arms})
+    places = {arm: study.of_arm(arm) for arm in study.arms}
+    return Found(study, {arm: tuple(run[stage][metric] for run in runs) for arm, (stage, metric) in places.items()})
 
 
 def table(found: Sequence[Found]) -> str:
@@ -162,7 +287,7 @@ def run(seed: int, folder: Path) -> dict[str, dict[str, float]]:
     stages = json.loads((home / "summary.json").read_text())["stages"]
     folders = [stage_folder(home, index, stage["name"]) for index, stage in enumerate(stages)]
     return {
-        stage["name"]: stage["metrics"] | {"seconds": seconds(folder / "steps.jsonl")}
+        stage["name"]: stage["metrics"] | {"seconds": seconds(folder / "steps.jsonl")} | gates(folder / "artifact")
         for stage, folder in zip(stages, folders, strict=True)
     }
 
@@ -173,6 +298,36 @@ def seconds(steps: Path) -> float:
     return sum({line["step"]: line["seconds"]["train"] for line in lines}.values())
 
 
+def gates(artifact: Path) -> dict[str, float]:
+    """|tanh| of the gates by which each layer reads pictures (Flamingo, 2204.14198, figure 6), and their mean; nothing
+    of an artifact without any."""
+    found = {}
+    for path in artifact.glob("*.safetensors"):
+        with safe_open(path, "pt") as weights:
+            for name in weights.keys():  # noqa: SIM118 - it is no mapping
+                if match := GATE.search(name):
+                    found[f"gate.{match[1]}"] = math.tanh(abs(weights.get_tensor(name).item()))
+    return found | ({"gate": statistics.mean(found.values())} if found else {})
+
+
+def compute(recipe: str, width: int, height: int, text: int = 64) -> float:
+    """10¹² operations, a multiplication and an addition being two, by which a bridge of recipes/bridges reads a
+    picture and `text` tokens, before a decoder of the size of Vicuna-13B."""
+    over = [f"model.bridge.decoder.{key} = {value}" for key, value in VICUNA_13B.items()]
+    spec = load_recipe([ROOT / "recipes" / "bridges" / f"{recipe}.toml"], over).model.bridge
+    assert spec is not None
+    tokenizer = train_tokenizer([""], 300, Chat(), ["<img>", "</img>"])
+    with torch.device("meta"):
+        model = build(spec, tokenizer, seed=0)[0].model.eval()
+    layout = model.geometry.layout(width, height)
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counted:
+        cells = torch.zeros(model.geometry.cells(layout), 3, *model.geometry.tiler.cell)
+        model.get_image_features(cells, torch.tensor([layout.size] * len(cells), device="cpu"))
+        tokens = model.geometry.num_features(layout) + text
+        model.language_model(inputs_embeds=torch.zeros(1, tokens, model.config.text_config.hidden_size))
+    return counted.get_total_flops() / 1e12
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.studies", description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -180,7 +335,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, default=Path("studies.json"))
     parsed = parser.parse_args()
     try:
-        runs = [run(seed, parsed.folder) for seed in parsed.seeds]
+        counted = {name: {"flops": compute(name, *size)} for name, size in PICTURES.items()}
+        runs = [run(seed, parsed.folder) | counted for seed in parsed.seeds]
     except (RuntimeError, subprocess.TimeoutExpired) as error:
         print(f"studies: {error}", file=sys.stderr)
         return 1

@@ -1,11 +1,16 @@
-"""BLIP-2's first stage (2301.12597, section 3.2): queries learn to read of a picture what its caption says, without the
-decoder. Three losses over pairs of a picture and a caption, each a mean over pairs:
+"""What pairs of a picture and a caption teach without the decoder; each loss a mean over pairs.
+
+BLIP-2's first stage (2301.12597, section 3.2), by which queries learn to read of a picture what its caption says:
 
 itc  contrast: of all pictures and captions of a micro-batch, on all ranks, a pair's own are most alike; the likeness of
      a picture is that of its best query; label smoothing 0.1, both directions
 itm  matching: whether picture and caption belong together, over the pairs and as many false ones of either kind, drawn
      by their likeness; every query sees the caption
 itg  generation: the caption, word by word, from queries that do not see it; label smoothing 0.1
+
+Flamingo's, for its encoder (2204.14198, appendix B.1.1), against a text encoder of its own (`head.contrast`):
+
+contrast  of all pictures and captions, as in itc, a pair's own are most alike; the sum of both directions
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ from torch import distributed
 from torch.distributed.nn.functional import all_gather
 from torch.nn.functional import cross_entropy, normalize
 
+from rlhf.bridge.layers.contrast import ContrastHead
 from rlhf.bridge.layers.qformer import Heads, Reader
 
 SMOOTHING = 0.1
@@ -58,6 +64,17 @@ def align(reader: Reader, features: torch.Tensor, captions: torch.Tensor, wanted
         found["itg"] = _mean(logits.transpose(1, 2), captions[:own])
     nothing = 0.0 * (told.sum() + alone.sum())  # every rank runs backward through the whole reader
     return {name: value + nothing for name, value in found.items()}
+
+
+def contrast(head: ContrastHead, features: torch.Tensor, captions: torch.Tensor, own: int) -> torch.Tensor:
+    """Flamingo's loss; as `align`."""
+    pictures, texts = head(features, captions)
+    scale, target = head.inverse_temperature, torch.arange(own, device=features.device)
+    terms = [
+        _mean((one[:own] @ _of_all_ranks(other, own).T) * scale, target, smoothing=0.0)
+        for one, other in ((pictures, texts), (texts, pictures))
+    ]
+    return terms[0] + terms[1] + 0.0 * (pictures.sum() + texts.sum() + scale.sum())
 
 
 def _likeness(heads: Heads, told: torch.Tensor, alone: torch.Tensor, own: int) -> tuple[torch.Tensor, torch.Tensor]:

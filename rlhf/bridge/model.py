@@ -14,9 +14,10 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput, MoeCausalLMOutputWithPast
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
-from rlhf.bridge.alignment import align
+from rlhf.bridge.alignment import align, contrast
 from rlhf.bridge.config import BridgeConfig, is_moe
 from rlhf.bridge.heads import HEADS
+from rlhf.bridge.layers.contrast import ContrastHead
 from rlhf.bridge.layers.qformer import Reader
 from rlhf.bridge.layout import Layout, Tile
 from rlhf.bridge.positions import next_position, position_rows
@@ -57,10 +58,11 @@ class BridgeModel(BridgePreTrainedModel):
         self.geometry = config.geometry
         vision_width = self.geometry.encoder.width(config.vision_config.to_dict())
         text_width = config.text_config.hidden_size
+        sizes = vision_width, text_width, config.text_config.vocab_size
         self.vision = self.geometry.encoder.build(config.vision_config)
-        self.connector = self.geometry.connector.build(vision_width, text_width, config.text_config.vocab_size)
+        self.connector = self.geometry.connector.build(*sizes)
         self.packer = self.geometry.packer.build(text_width)
-        self.head = None if config.head is None else HEADS.make(config.head).build(text_width)
+        self.head = None if config.head is None else HEADS.make(config.head).build(*sizes)
         self.sized = self.geometry.sized
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
@@ -183,11 +185,14 @@ class BridgeModel(BridgePreTrainedModel):
     def align(
         self, pixel_values: torch.Tensor, captions: torch.Tensor, objectives: Sequence[str], pairs: int
     ) -> dict[str, torch.Tensor]:
-        """Losses that teach the connector alone; see `rlhf.bridge.alignment`. `pixel_values` [pairs, 3, height, width]
-        of pictures of one tile, `captions` [pairs, length], -1 after their end; the first `pairs` of them count."""
-        return align(
-            cast(Reader, self.connector.reader), self.vision(pixel_values.to(self.dtype)), captions, objectives, pairs
-        )
+        """Losses that teach encoder and connector alone; see `rlhf.bridge.alignment`. `pixel_values` [pairs, 3, height,
+        width] of pictures of one tile, `captions` [pairs, length], -1 after their end; the first `pairs` count."""
+        features, found = self.vision(pixel_values.to(self.dtype)), dict[str, torch.Tensor]()
+        if "contrast" in objectives:
+            found["contrast"] = contrast(cast(ContrastHead, self.head), features, captions, pairs)
+        if wanted := [name for name in objectives if name != "contrast"]:
+            found |= align(cast(Reader, self.connector.reader), features, captions, wanted, pairs)
+        return found
 
     def get_rope_index(
         self,

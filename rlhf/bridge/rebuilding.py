@@ -101,7 +101,7 @@ def rebuilt(
     for slot in ("tiler", "encoder", "connector", "packer"):
         table = laid_over(getattr(old, slot), tables.get(slot, {}))
         settings[slot] = with_ids(PACKERS, table, processor.tokenizer) if slot == "packer" else table
-    if (head := laid_over(old.head or {}, tables.get("head", {}))) != {}:
+    if head := laid_over(old.head or {}, tables.get("head", {})):
         settings["head"] = with_ids(HEADS, head, processor.tokenizer)
     if "vision" in tables:
         kind = next(name for name, of in VISION_TYPES.items() if of == old.vision_config.model_type)

@@ -48,12 +48,18 @@ def _unfit(recipe: Recipe, stage: Stage, architecture: Architecture) -> Iterator
                 f"a clip range of {widest:g} never binds for GSPO, whose ratio is a mean over the whole row; leave "
                 "clip_low and clip_high out (3e-4 and 4e-4)"
             )
-    if isinstance(stage, Sft) and stage.signals and "head" not in architecture.tables:
+    head = architecture.tables.get("head", {}).get("type")
+    if isinstance(stage, Sft) and stage.signals and head != "signals":
         yield 'signals need a head that reads them: give [model.bridge] head = { type = "signals", tokens = [...] }'
     aligned = architecture.tables.get("connector", {}).get("aligned", 0) if architecture.is_bridge else 0
     if isinstance(stage, Sft) and stage.objectives:
-        if not aligned:
+        if stage.objectives.keys() - {"contrast"} and not aligned:
             yield "objectives need a Q-Former with their heads: set connector.aligned = 256 and connector.text_length"
+        if "contrast" in stage.objectives and head != "contrast":
+            yield (
+                "contrast compares pictures with what a text encoder makes of captions: give [model.bridge] "
+                'head = { type = "contrast" }'
+            )
         if not any(_may_match(glob, ("vision", "connector.reader")) for glob in stage.train or ("*",)):
             yield "objectives teach vision.* and connector.reader.*, and `train` names neither; add one"
         if stage.evaluate != "none" or stage.upcycle is not None or stage.lora is not None or stage.mix == "loss":

@@ -361,13 +361,14 @@ class Sft(Optimised):
     tokens of the batch; "row": summed over each row's tokens, divided by the number of rows (SAIL-VL2, think-fusion).
     `reset` names parameters to start anew (a fresh connector); `upcycle` makes the decoder a mixture of experts.
     `objectives`, with their weights, in place of the likelihood: BLIP-2's contrast ("itc"), matching ("itm") and
-    generation ("itg") of pictures and answers, which teach a Q-Former and need no decoder. `signals` weighs, beside the
+    generation ("itg") of pictures and answers, which teach a Q-Former and need no decoder, and Flamingo's "contrast",
+    which teaches an encoder. `signals` weighs, beside the
     likelihood, what the bridge's head makes of signal tokens against a text encoder's view of column `signal`. `search`
     finds the learning rate on the way."""
 
     kind: Literal["sft"]
     batch_size: PositiveInt
-    objectives: dict[Literal["itc", "itm", "itg"], Positive] = {}
+    objectives: dict[Literal["itc", "itm", "itg", "contrast"], Positive] = {}
     signals: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     normalise: Literal["token", "row"] = "token"
     reset: list[str] = []

@@ -47,7 +47,7 @@ def bridge():
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor")
 def test_the_head_is_torchs_transformer():
     torch.manual_seed(0)
-    head = HEADS.make(HEAD | {"tokens": [4, 5]}).build(16).eval()
+    head = HEADS.make(HEAD | {"tokens": [4, 5]}).build(8, 16, 300).eval()
     theirs = nn.Transformer(12, 2, 2, 2, 20, dropout=0.0, batch_first=True, norm_first=True).eval()
     own = head.state_dict()
     theirs.load_state_dict({name: own[name] for name in theirs.state_dict()})

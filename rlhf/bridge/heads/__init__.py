@@ -1,5 +1,5 @@
-"""Heads read the decoder's states of certain tokens and say something beside words. Importing this package needs no
-torch. Engines hold a head's weights and never run it.
+"""Heads make of a bridge's states something beside words, in training alone: engines hold a head's weights and never
+run it. Importing this package needs no torch.
 
 A new head is one new module here: a frozen dataclass with a class attribute `type`, decorated `@HEADS.register`. Its
 torch module lives in `rlhf/bridge/layers` and is imported in `build`.
@@ -21,11 +21,11 @@ class Head(Protocol):
     type: ClassVar[str]
     token_keys: ClassVar[tuple[str, ...]]  # settings that are token ids; recipes write the tokens themselves
 
-    def parameters(self, text_width: int) -> int:
+    def parameters(self, vision_width: int, text_width: int, vocabulary: int) -> int:
         """How many the module has."""
 
-    def build(self, text_width: int) -> nn.Module:
-        """A module: states of its tokens [signals, tokens, text_width] -> what it says of each signal."""
+    def build(self, vision_width: int, text_width: int, vocabulary: int) -> nn.Module:
+        """A module between features of `vision_width`, states of `text_width` and a vocabulary."""
 
 
 HEADS: Slot[Head] = Slot("head", __name__)

@@ -41,7 +41,7 @@ class Signals:
         if self.width % self.heads:
             raise ValueError(f"head.signals width {self.width} does not divide into {self.heads} heads")
 
-    def parameters(self, text_width: int) -> int:
+    def parameters(self, vision_width: int, text_width: int, vocabulary: int) -> int:  # noqa: ARG002
         width, feed = self.width, self.feed
         attention, norm = 4 * (width**2 + width), 2 * width
         feeding = 2 * width * feed + feed + width
@@ -50,7 +50,7 @@ class Signals:
         ends = (text_width + 1) * width + self.length * width + (width + 1) * self.out
         return encoder + decoder + ends
 
-    def build(self, text_width: int) -> nn.Module:
+    def build(self, vision_width: int, text_width: int, vocabulary: int) -> nn.Module:  # noqa: ARG002
         from rlhf.bridge.layers.signals import SignalHead
 
         return SignalHead(self, text_width)
