@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from actors.optimizer import make_optimizer, rate
+from actors.optimizer import embeddings, make_optimizer, rate
 from rlhf.batching import BridgeVisual, Cached, Visual, collate
 from rlhf.packing import attend_by_row
 from rlhf.routing import calibrate
@@ -50,12 +50,30 @@ class Learner(ABC):
             _loop_over_experts(model)
         self.model: Any = self.shaped(model)
         self._optimizer, self._rates = make_optimizer(self.model, spec)
+        self._hold_rows()
         self.engine = deepspeed.initialize(model=self.model, optimizer=self._optimizer, config=_config(spec))[0]
         parameters = list(self.model.parameters())
         self.info = TrainInfo(
             num_parameters=sum(numel(p) for p in parameters),
             num_trainable=sum(numel(p) for p in parameters if p.requires_grad),
         )
+
+    def _hold_rows(self) -> None:
+        """With `spec.tokens`: no gradient for the rows of other tokens."""
+        if not self.spec.tokens:
+            return
+        known = self.processor.tokenizer.get_vocab()
+        if strange := [token for token in self.spec.tokens if token not in known]:
+            raise ValueError(f"tokens: the tokenizer of {self.spec.model} does not know {strange[0]!r} as one token")
+        ids = torch.tensor([known[token] for token in self.spec.tokens], device=self.device)
+        tables = [table for table in embeddings(self.model) if table.requires_grad]
+        if not tables:
+            raise ValueError(
+                "tokens says which rows of embeddings train, and no embedding does: name language_model.embed_tokens.* "
+                "in `train`"
+            )
+        for table in tables:
+            table.register_hook(lambda gradient: torch.zeros_like(gradient).index_copy(0, ids, gradient[ids]))
 
     @abstractmethod
     def shaped(self, model: nn.Module) -> nn.Module:
@@ -65,7 +83,7 @@ class Learner(ABC):
         """Move the weights by the gradients of `batch`, and what was counted of it. Raises FloatingPointError on every
         rank, before anything moves, if a loss or the gradient is not finite."""
         self._require_finite(totals, batch)
-        norm, learning_rate = self._apply(batch.index, batch.scale)
+        norm, learning_rate = self._apply(batch)
         metrics = totals.reduce(self.world_size) | {"lr": learning_rate}
         if self.spec.muon is None or self.spec.zero_stage == 0:  # else the norm is that of Muon's steps
             metrics["grad_norm"] = norm
@@ -106,9 +124,9 @@ class Learner(ABC):
                 f"loss is finite: {self.advice} (a ratio of policy and rollouts too far apart has no finite gradient)"
             )
 
-    def _apply(self, index: int, scale: float) -> tuple[float, float]:
-        """Move the weights at `scale` times the schedule's rate; the gradient's norm, the (largest) learning rate."""
-        share = scale * rate(index, self.spec.steps, self.spec.warmup, self.spec.schedule)
+    def _apply(self, batch: Batch) -> tuple[float, float]:
+        """Move the weights; the gradient's norm and the (largest) learning rate."""
+        share = batch.scale * rate(batch.index, self.spec.steps, self.spec.warmup, self.spec.schedule)
         for group, full in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = full * share
         # without ZeRO the engine clips but keeps the norm to itself
@@ -117,9 +135,9 @@ class Learner(ABC):
         if norm is None:  # under ZeRO the norm is known after the step; raising still comes before any save
             self.engine.step()
             norm = self.engine.get_global_grad_norm()
-            self._require_finite_gradient(float(norm), index)
+            self._require_finite_gradient(float(norm), batch.index)
         else:
-            self._require_finite_gradient(float(norm), index)
+            self._require_finite_gradient(float(norm), batch.index)
             self.engine.step()
         return float(norm), max(self.spec.train.values()) * share
 

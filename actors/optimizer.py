@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -45,22 +45,25 @@ def assign_rates(names: Sequence[str], train: Mapping[str, float]) -> dict[str, 
 
 def make_optimizer(model: nn.Module, spec: TrainSpec) -> tuple[torch.optim.Optimizer, list[float]]:
     """An optimizer with a group for each learning rate, decay and rule, and the full learning rates of its groups.
-    Sets requires_grad. Norms and biases are not decayed. With LoRA only adapters train, and globs match by the names
-    of what they adapt.
+    Sets requires_grad. Norms and biases are not decayed. With LoRA only adapters train, whose globs match by the names
+    of what they adapt, and what `spec.whole` names.
 
     With `spec.muon` hidden matrices learn by Muon (Jordan 2024, https://kellerjordan.github.io/posts/muon; DeepSpeed's,
     which knows ZeRO's partitions): a step's spectral norm is `ratio` times their learning rate, times √(rows / columns)
     if there are more rows. Embeddings, the head, routers, norms and biases learn by AdamW."""
     named = {name: p for name, p in model.named_parameters() if spec.lora is None or ".lora_" in name}
+    named |= dict(_whole(model, spec.whole))
     rates = assign_rates([short_name(base_name(name)) for name in named], spec.train)
     matrices = _hidden_matrices(model) if spec.muon is not None else set()
+    tables = embeddings(model) if spec.tokens else set()
     model.requires_grad_(False)
     groups: dict[tuple[float, float, bool], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in named.items():
         learning_rate = rates.get(short_name(base_name(name)))
         if learning_rate is not None:
             parameter.requires_grad_(True)
-            decay = spec.weight_decay if parameter.ndim > 1 else 0.0
+            # an embedding of which only some rows train must not lose the others to decay
+            decay = spec.weight_decay if parameter.ndim > 1 and parameter not in tables else 0.0
             groups[learning_rate, decay, parameter in matrices].append(parameter)
     if spec.muon is None:
         listed = [{"params": params, "weight_decay": decay} for (_, decay, _), params in groups.items()]
@@ -68,6 +71,22 @@ def make_optimizer(model: nn.Module, spec: TrainSpec) -> tuple[torch.optim.Optim
         return optimizer, [full for full, _, _ in groups]
     ratio, momentum = spec.muon
     return _with_muon(groups, spec, momentum), [full * (ratio if by_muon else 1.0) for full, _, by_muon in groups]
+
+
+def _whole(model: nn.Module, globs: Sequence[str]) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters of an adapted model that have no adapter and match. Raises ValueError for a glob that finds none."""
+    plain = {name: p for name, p in model.named_parameters() if ".lora_" not in name and ".base_layer." not in name}
+    for glob in globs:
+        found = {name: p for name, p in plain.items() if fnmatchcase(short_name(base_name(name)), glob)}
+        if not found:
+            raise ValueError(f"lora.whole: no parameter without an adapter matches {glob!r}")
+        yield from found.items()
+
+
+def embeddings(model: nn.Module) -> set[nn.Parameter]:
+    """The tables with a row for each token: what goes in, and the head's weight, often one and the same."""
+    found = (getattr(model, f"get_{side}_embeddings")() for side in ("input", "output"))
+    return {module.weight for module in found if module is not None}
 
 
 def base_name(name: str) -> str:

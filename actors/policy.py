@@ -33,12 +33,17 @@ class Policy(Learner):
         if spec.loss.kind not in OBJECTIVES:
             raise ValueError(f"unknown loss {spec.loss.kind!r}: choose one of {', '.join(OBJECTIVES)}")
         super().__init__(deepspeed, spec, rank, world_size, device)
-        # with LoRA the base is the reference; without, every rank holds a copy of its own, whole
-        needed = spec.reference and spec.lora is None
+        # where adapters alone train, the base is the reference; else every rank holds a copy of its own, whole
+        needed = spec.reference and not self.adapts
         self.target = Target(self.model.config.head, self.processor.tokenizer, device) if spec.signals else None
         self.reference = prepare(spec)[0].to(device).eval().requires_grad_(False) if needed else None
         # of the step before: this step's are known after its last micro-batch; none, as if uniform, pull nowhere
         self._shares: Tensor | None = None
+
+    @property
+    def adapts(self) -> bool:
+        """Adapters train, and nothing else."""
+        return self.spec.lora is not None and not self.spec.whole
 
     def shaped(self, model: nn.Module) -> nn.Module:
         return model if self.spec.lora is None else _adapt(model, self.spec)
@@ -135,7 +140,7 @@ class Policy(Learner):
         if self.reference is not None:
             with torch.no_grad():
                 return self._forward(tensors, self.spec.loss, self.reference)[0]
-        if self.spec.lora is None:
+        if not self.adapts:
             raise RuntimeError("this stage keeps no reference: its spec has reference = False")
         with self.evaluating(), self.model.disable_adapter(), torch.no_grad():
             return self._forward(tensors, self.spec.loss)[0]
@@ -234,13 +239,13 @@ class Policy(Learner):
             yield
 
     def export(self, folder: Path) -> None:
-        if self.spec.lora is None:
-            parts = self.parts(1 << 30)
-            tensors = {name: value.to("cpu", copy=True) for part in parts for name, value in part}
+        if self.adapts:
+            saved, tensors = self.model, self._adapter()
         else:
-            tensors = self._adapter()
+            saved, parts = self.model if self.spec.lora is None else self.model.get_base_model(), self.parts(1 << 30)
+            tensors = {name: value.to("cpu", copy=True) for part in parts for name, value in part}
         if self.rank == 0:
-            self.model.save_pretrained(folder, state_dict=tensors, safe_serialization=True)
+            saved.save_pretrained(folder, state_dict=tensors, safe_serialization=True)
             self.processor.save_pretrained(folder)
         torch.distributed.barrier()
 

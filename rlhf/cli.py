@@ -66,6 +66,14 @@ def _parser() -> argparse.ArgumentParser:
     bridges.add_argument("recipe", nargs="*", type=Path, help="recipe files (default: all of recipes/bridges)")
     bridges.add_argument("--size", default="1024x768", metavar="WIDTHxHEIGHT", help="of the picture whose tokens count")
     bridges.add_argument("--markdown", action="store_true", help="as the table of recipes/bridges/README.md")
+    draw = verb("draw", draw_command, "draw what a model's answer signals, by a diffusion model", recipe=False)
+    draw.add_argument("model", type=Path, help="an artifact whose head reads signals")
+    draw.add_argument("question", help="what to ask it")
+    draw.add_argument("--image", type=Path, action="append", default=[], help="a picture beside the question")
+    draw.add_argument("--generator", required=True, help="folder or hub name of a Stable Diffusion pipeline")
+    draw.add_argument("--out", type=Path, default=Path("pictures"), help="where they are written (default: pictures)")
+    draw.add_argument("--steps", type=int, default=50, help="of denoising (default: 50)")
+    draw.add_argument("--seed", type=int, default=0)
     report = verb("report", report_command, "write report.html of a run folder", recipe=False)
     report.add_argument("folder", type=Path)
     submit = verb("submit", submit_command, "run a curriculum as a job of a Ray head (started here if none is given)")
@@ -237,6 +245,31 @@ def eval_command(parsed: argparse.Namespace) -> int:
     narrowed = validate(table, " + ".join(parsed.recipe))
     plan, folder = make_plan(narrowed, verdicts=_verdicts(parsed)), _folder(parsed, narrowed)
     return _carried_out(lambda: _run(narrowed, plan, folder, None), folder, CONTINUES)
+
+
+def draw_command(parsed: argparse.Namespace) -> int:
+    from rlhf.data.formatters import turn
+    from rlhf.data.rows import media_of
+    from rlhf.drawing import DrawingError, Painter
+
+    for path in parsed.image:
+        if not path.is_file():
+            return _fail(f"--image {path}: no such file", UNUSABLE)
+    try:
+        shown = [media_of(path.read_bytes(), f"--image {path}") for path in parsed.image]
+        painter = Painter(parsed.model, parsed.generator)
+    except (DrawingError, OSError, ValueError) as error:
+        return _fail(error, UNUSABLE)
+    answer = painter.answer({"messages": [turn("user", parsed.question, len(shown))], "images": shown})
+    print(answer.text)
+    if not len(answer.conditions):
+        return _fail("the answer signals no picture", FAILED)
+    parsed.out.mkdir(parents=True, exist_ok=True)
+    for number, picture in enumerate(painter.draw(answer.conditions, parsed.steps, seed=parsed.seed)):
+        path = parsed.out / f"{number}.png"
+        picture.save(path)
+        print(path)
+    return 0
 
 
 def report_command(parsed: argparse.Namespace) -> int:

@@ -294,12 +294,14 @@ class TrainSpec:
     train    globs over parameter names (without the leading "model.") to learning rates; the rest is frozen
     steps    optimizer steps of the whole stage, for the schedule; warmup is a fraction of them
     reset    globs of parameters to initialise anew; upcycle (num_experts, top_k, layers), its
-             routers calibrated on the rows of `calibration`; lora (rank, alpha, target modules)
+             routers calibrated on the rows of `calibration`; lora (rank, alpha, target modules),
+             and `whole`, globs of what trains as it is beside those adapters
+    tokens   only their rows of the embeddings and of the head's weight train; all of them if there are none
     muon     hidden matrices learn by Muon: (ratio to their learning rates, momentum); None: all by AdamW
     beside   OpenMP threads of each rank in steps and probes while engines sample; else as many as it was started with
     checkpointing  backward computes each layer anew instead of keeping what forward made of it
     packed   rows of a micro-batch lie end to end, a shared prompt once, without padding; for bridges only
-    reference  keep a frozen copy of `model` to measure divergences from; with LoRA the base is that
+    reference  keep a frozen copy of `model` to measure divergences from; with adapters alone the base is that
     objectives  of a stage that teaches the connector alone, and their weights: `rlhf.bridge.alignment`
     signals  weight of what signal tokens say beside their captions (`actors.signals`); 0: they say nothing
     critic   the learning rate of a second model, begun from `model`, that foretells the rewards; None: there is none
@@ -322,6 +324,8 @@ class TrainSpec:
     upcycle: tuple[int, int, str] | None = None
     calibration: tuple[Sample, ...] = ()
     lora: tuple[int, float, tuple[str, ...]] | None = None
+    whole: tuple[str, ...] = ()
+    tokens: tuple[str, ...] = ()
     muon: tuple[float, float] | None = None
     beside: int | None = None
     checkpointing: bool = False

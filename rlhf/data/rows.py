@@ -92,7 +92,7 @@ class Rows:
 
     def __getitem__(self, index: int) -> Row:
         row, where = self._raw(index)
-        row["images"] = [_media(_bytes(image, self._folder, where), where) for image in row["images"]]
+        row["images"] = [media_of(_bytes(image, self._folder, where), where) for image in row["images"]]
         return row
 
     def __iter__(self) -> Iterator[Row]:
@@ -319,7 +319,8 @@ def _decoded(text: str, where: str) -> bytes:
         raise DataError(f"{where}: image bytes are text but not base64 ({error}); encode them again") from error
 
 
-def _media(data: bytes, where: str) -> Media:
+def media_of(data: bytes, where: str) -> Media:
+    """An encoded picture. Raises DataError, which says `where` it is, for one that cannot be decoded."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             # a header can be fine while the pixels are cut off; finding out here names the row

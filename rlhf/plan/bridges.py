@@ -65,7 +65,8 @@ def _stage(stage: Stage) -> str:
         return f"{stage.name}: {stage.kind}"
     globs = ["everything"] if stage.train is None else [glob.removesuffix(".*") for glob in stage.train]
     if stage.lora is not None:
-        globs = [f"adapters of rank {stage.lora.rank}"]
+        beside = [glob.removesuffix(".*") for glob in stage.lora.whole]
+        globs = [f"adapters of rank {stage.lora.rank}", *beside]
     if isinstance(stage, Sft) and stage.upcycle is not None:
         globs.append(f"of {stage.upcycle.num_experts} experts")
     return f"{stage.name}: {', '.join(globs)}"

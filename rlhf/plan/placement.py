@@ -67,7 +67,7 @@ def _trainer_bytes(recipe: Recipe, plan: StagePlan) -> int:
     optimizer = 0 if r.offload and r.device == "cuda" else _optimizer_bytes(recipe, plan)
     stage = _stage_of(recipe, plan)
     refers = isinstance(stage, Preference) or (isinstance(stage, Rl) and stage.kl is not None)
-    copied = refers and isinstance(stage, Optimised) and stage.lora is None
+    copied = refers and isinstance(stage, Optimised) and (stage.lora is None or bool(stage.lora.whole))
     reference = parameters * (4 if r.precision == "float32" else 2) if copied else 0
     activations = activation_bytes(plan.architecture, min(r.token_budget, plan.tokens_per_update), r.checkpointing)
     critic = 0
@@ -100,7 +100,10 @@ def _parameters(recipe: Recipe, plan: StagePlan) -> tuple[int, int]:
     if not isinstance(stage, Optimised) or not makes_model(stage) or parameters is None:
         return 0, 0
     adapters = None if stage.lora is None else plan.architecture.lora_parameters(stage.lora)
-    return (parameters, parameters) if adapters is None else (parameters + adapters, adapters)
+    if adapters is None:
+        return parameters, parameters
+    # how much `whole` names is known when the stage begins
+    return parameters + adapters, adapters + (parameters if stage.lora is not None and stage.lora.whole else 0)
 
 
 def too_large(recipe: Recipe, cluster: Cluster, tenants: int, awake: int, memory: Memory) -> Iterator[str]:

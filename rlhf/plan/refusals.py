@@ -105,9 +105,11 @@ def _may_match(glob: str, parts: Sequence[str]) -> bool:
 
 def _nothing_trains(stage: Optimised) -> Iterator[str]:
     """Names that are in no bridge; what lies deeper in its parts is looked up when the stage begins."""
-    for glob in stage.train or ():
+    whole = stage.lora.whole if stage.lora is not None else []
+    named = [("train", glob) for glob in stage.train or ()] + [("lora.whole", glob) for glob in whole]
+    for key, glob in named:
         if not any(fnmatchcase(part, glob.partition(".")[0]) for part in PARTS):
-            yield f"train: {glob!r} is in no part of the model; its parts are {', '.join(f'{p}.*' for p in PARTS)}"
+            yield f"{key}: {glob!r} is in no part of the model; its parts are {', '.join(f'{p}.*' for p in PARTS)}"
     for name in stage.lora.target_modules if stage.lora is not None else ():
         if name.isidentifier() and name not in LINEAR_LAYERS:
             yield f"lora.target_modules: no layer is called {name!r}; {nearest(name, LINEAR_LAYERS)}"

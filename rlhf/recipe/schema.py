@@ -44,11 +44,13 @@ class Upcycle(Table):
 
 
 class Lora(Table):
-    """Low-rank adapters through peft; the artifact is in peft's format."""
+    """Low-rank adapters through peft; the artifact is in peft's format. `whole`: globs over parameters that train as
+    they are beside the adapters, a connector, say; then the artifact is the whole model, its adapters folded in."""
 
     rank: PositiveInt = 8
     alpha: Positive = 16.0
     target_modules: list[str] = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    whole: list[str] = []
 
 
 class Tokenizer(Table):
@@ -302,7 +304,8 @@ class Draws(StageBase):
 
 class Optimised(Draws):
     """A stage that trains, by AdamW or Muon. `train` maps globs over parameter names to learning rates, the rest is
-    frozen; without it every parameter trains at `lr`. `router_aux` weighs a loss for unevenly used experts, 1 a layer
+    frozen; without it every parameter trains at `lr`. Of embeddings that train, and of the head's weight, only the rows
+    of `tokens` do if there are any. `router_aux` weighs a loss for unevenly used experts, 1 a layer
     where use is even: counting all experts a token takes (Qwen3-MoE) or its "first" one, the mean over layers or their
     "sum" (MoE-LLaVA: both the latter)."""
 
@@ -319,6 +322,7 @@ class Optimised(Draws):
     router_count: Literal["chosen", "first"] = "chosen"
     router_layers: Literal["mean", "sum"] = "mean"
     lora: Lora | None = None
+    tokens: list[str] = []
     checkpoint_every: PositiveInt = 20
 
     @property

@@ -72,7 +72,7 @@ def check(recipe: Recipe, made: dict[str, Path], first: Path) -> None:
 
 def moved_by(stage: Optimised, recipe: Recipe, before: Path, after: Path) -> tuple[set[str], set[str]]:
     """Names of the parameters that a stage has moved, and of those that it says it trains."""
-    if stage.lora is not None:  # adapters beside a base that is not written again
+    if stage.lora is not None and not stage.lora.whole:  # adapters beside a base that is not written again
         found = load_file(after / "adapter_model.safetensors")
         ups = {key: bool(value.any()) for key, value in found.items() if ".lora_B." in key}
         return {key for key, moved in ups.items() if moved}, set(ups)
@@ -88,7 +88,9 @@ def moved_by(stage: Optimised, recipe: Recipe, before: Path, after: Path) -> tup
     assert old.keys() == new.keys()
     names = {bridge.short_name(key): key for key in new}
     moved = {short for short, key in names.items() if not torch.equal(old[key], new[key])}
-    globs = stage.train or {"*": stage.lr}
+    globs = list(stage.train or ["*"])
+    if stage.lora is not None:  # folded into what they adapt
+        globs = [*stage.lora.whole, *(f"language_model.layers.*.{name}.weight" for name in stage.lora.target_modules)]
     # a head learns where signals do
     idle = () if isinstance(stage, Sft) and stage.signals else ("head.",)
     return moved, {n for n in names if any(fnmatchcase(n, glob) for glob in globs) and not n.startswith(idle)}

@@ -66,12 +66,12 @@ def serve(rank: int, world_size: int, address: str) -> None:
             stage = self._begun
             apply = stage._apply
 
-            def spied(index: int) -> tuple[float, float]:
+            def spied(batch: Batch) -> tuple[float, float]:
                 if not self.grads:
                     for name, parameter in stage.model.named_parameters():
                         if parameter.requires_grad:
                             self.grads[name] = safe_get_full_grad(parameter).float().numpy().copy()
-                found: tuple[float, float] = apply(index)
+                found: tuple[float, float] = apply(batch)
                 return found
 
             stage._apply = spied  # type: ignore[method-assign]
@@ -301,22 +301,34 @@ def reading(tmp_path_factory):
     return save_bridge(folder, moe=False, connector={"type": "qformer", **sizes, "aligned": 8})
 
 
-@pytest.mark.parametrize("zero_stage", [2, 3])
-def test_pairs_are_compared_over_all_ranks(one, two, reading, zero_stage):
-    """Contrast and generation of BLIP-2 on two ranks as on one, gradients of what was compared included; a rank may
-    have no pair. (Matching draws its false pairs, of a rank's own.)"""
-    changes = {"train": {"connector.reader.*": 1e-3}, "objectives": {"itc": 1.0, "itg": 0.5}}
-    one.begin(spec_of(reading, **changes))
-    two.begin(spec_of(reading, zero_stage=zero_stage, **changes))
+@pytest.fixture(scope="module")
+def comparing(tmp_path_factory):
+    """A bridge with a text encoder to compare pictures with."""
+    sizes = {"width": 16, "heads": 2, "layers": 1, "feed": 32, "length": 12, "space": 8}
+    return save_bridge(tmp_path_factory.mktemp("comparing"), moe=False, head={"type": "contrast", **sizes})
+
+
+ALIGNING = {
+    "reading": {"train": {"connector.reader.*": 1e-3}, "objectives": {"itc": 1.0, "itg": 0.5}},
+    "comparing": {"train": {"vision.*": 1e-3, "head.*": 1e-3}, "objectives": {"contrast": 1.0}},
+}
+
+
+@pytest.mark.parametrize(("name", "zero_stage"), [("reading", 2), ("reading", 3), ("comparing", 2), ("comparing", 3)])
+def test_pairs_are_compared_over_all_ranks(one, two, name, zero_stage, request):
+    """Contrast and generation of BLIP-2, and Flamingo's contrast, on two ranks as on one, gradients of what was
+    compared included; a rank may have no pair. (Matching draws its false pairs, of a rank's own.)"""
+    folder, changes = request.getfixturevalue(name), ALIGNING[name]
+    one.begin(spec_of(folder, **changes))
+    two.begin(spec_of(folder, zero_stage=zero_stage, **changes))
     for step in range(4):
         pairs = rows(5, True, step * 10)
         mine = (pairs[:3], pairs[3:]) if step % 2 else (pairs, [])
         tokens = sum(sample.num_completion for sample in pairs)
         expected = one.step(Batch(((tuple(pairs),),), tokens, 5)).metrics
         found = two.step(Batch(tuple((tuple(part),) for part in mine), tokens, 5)).metrics
-        assert found["itc"] == pytest.approx(expected["itc"], abs=1e-5), step
-        assert found["itg"] == pytest.approx(expected["itg"], abs=1e-5)
-        assert found["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+        for measure in (*changes["objectives"], "loss"):
+            assert found[measure] == pytest.approx(expected[measure], abs=1e-5), (step, measure)
     gradients, wanted = two.first_gradients(), one.first_gradients()
     assert gradients.keys() == wanted.keys()
     for name, gradient in gradients.items():
@@ -427,6 +439,53 @@ def test_lora_leaves_the_base_alone(one, dense, tmp_path):
     # the exported adapter opens as the merged model
     one.begin(spec_of(str(tmp_path)))
     assert loss_of(one, batch) == pytest.approx(loss, abs=1e-6)
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_rows_of_named_tokens_train_alone(one, two, dense, zero_stage, tmp_path):
+    tokenizer = bridge.load(dense)[1].tokenizer
+    split, together = lopsided(0)
+    learned = sorted({i for part in together.micro_batches[0] for s in part for i in s.token_ids[s.prompt_length :]})[
+        :3
+    ]
+    tokens = tuple(tokenizer.convert_ids_to_tokens(learned))
+    change = {"train": {"language_model.embed_tokens.*": 1e-2}, "weight_decay": 0.1, "warmup": 0.0}
+    one.begin(spec_of(dense, tokens=tokens, **change))
+    two.begin(spec_of(dense, tokens=tokens, zero_stage=zero_stage, **change))
+    for _ in range(2):
+        assert two.step(split).metrics["loss"] == pytest.approx(one.step(together).metrics["loss"], abs=1e-5)
+    two.export(str(tmp_path))
+    before, after = (bridge.load(folder)[0].get_input_embeddings().weight for folder in (dense, tmp_path))
+    moved = (before != after).any(1).nonzero().flatten().tolist()
+    assert moved == learned
+    with pytest.raises(Exception, match=r"does not know 'nosuchtoken' as one token"):
+        one.begin(spec_of(dense, tokens=("nosuchtoken",), **change))
+    with pytest.raises(Exception, match=r"says which rows of embeddings train, and no embedding does"):
+        one.begin(spec_of(dense, tokens=tokens, train={"connector.*": 1e-3}))
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_what_is_named_trains_whole_beside_adapters(one, two, dense, zero_stage, tmp_path):
+    """Two ranks as one, the artifact a whole model, and a reference that stays what it was."""
+    lora = {"lora": (4, 8.0, ("q_proj",)), "whole": ("connector.*",), "train": {"*": 1e-2, "connector.*": 1e-3}}
+    spec = spec_of(dense, **lora, reference=True, warmup=0.0)
+    one.begin(spec)
+    two.begin(dataclasses.replace(spec, zero_stage=zero_stage))
+    split, together = lopsided(0)
+    for _ in range(2):
+        assert two.step(split).metrics["loss"] == pytest.approx(one.step(together).metrics["loss"], abs=1e-5)
+    loss = loss_of(two, split)
+    two.export(str(tmp_path))
+    base, made = (dict(bridge.load(folder)[0].named_parameters()) for folder in (dense, tmp_path))
+    changed = {bridge.short_name(name) for name, value in made.items() if not torch.equal(value, base[name])}
+    assert {name for name in changed if name.startswith("connector.")} == {
+        bridge.short_name(name) for name in base if ".connector." in name
+    }
+    assert {name.split(".")[-2] for name in changed if not name.startswith("connector.")} == {"q_proj"}
+    one.begin(spec_of(str(tmp_path)))
+    assert loss_of(one, together) == pytest.approx(loss, abs=1e-5)
+    with pytest.raises(Exception, match=r"no parameter without an adapter matches 'language_model\.\*q_proj"):
+        one.begin(spec_of(dense, **lora | {"whole": ("language_model.*q_proj.weight",)}))
 
 
 @pytest.mark.parametrize("zero_stage", [0, 2, 3])

@@ -106,6 +106,12 @@ def test_sizes_change_only_what_a_bridge_has(tmp_path):
     ("name", "change", "says"),
     [
         ("llava", "stages.align.objectives = { itc = 1.0 }", "objectives need a Q-Former with their heads"),
+        (
+            "llava",
+            "stages.align.objectives = { contrast = 1.0 }",
+            "contrast compares pictures with",
+        ),
+        ("flamingo", "stages.contrast.train = { 'language_model.*' = 1e-4 }", "`train` names neither; add one"),
         ("blip2", "stages.represent.train = { 'language_model.*' = 1e-4 }", "`train` names neither; add one"),
         ("blip2", "stages.represent.upcycle = { num_experts = 2, top_k = 1 }", "leave `evaluate`, `upcycle`, `lora`"),
         ("blip2", "stages.queries = { remove = true }", 'put a stage of kind "rebuild" before this one'),
