@@ -24,10 +24,12 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from actors.artifacts import read_weights
 from actors.device import Copies, Line, SentBucket, listen
 from actors.handles import CALLS, EngineHandle, RewardsHandle, TrainerHandle, reason, within
+from actors.huggingface import HuggingFaceWorker
 from actors.reward import RewardWorker
 from actors.rollout import EngineSettings, RolloutWorker
 from actors.shared import Owner
 from actors.trainer import TrainerRank
+from actors.vllm_worker import VllmWorker
 from rlhf.architecture import GIB, base_of, from_folder
 from rlhf.models import architecture_as_saved, load_processor, masked_ids
 from rlhf.plan import Cluster, Plan
@@ -37,7 +39,7 @@ from rlhf.types import Publication
 BUCKET_BYTES = 64 * 2**20
 
 
-class RolloutActor(RolloutWorker):
+class Loading(RolloutWorker):
     """A rollout worker that loads what was published, or reads an artifact's weights."""
 
     def fetch(self, publication: Publication) -> float:
@@ -49,6 +51,14 @@ class RolloutActor(RolloutWorker):
         weights = read_weights(Path(folder))
         names = {name: tuple(array.shape) for name, array in weights}
         return self.load(Publication(version, (), names), [weights]).seconds
+
+
+class VllmActor(Loading, VllmWorker):
+    """One whose engine is vLLM's."""
+
+
+class HuggingFaceActor(Loading, HuggingFaceWorker):
+    """One whose engine is transformers."""
 
 
 class TrainerActor(TrainerRank):
@@ -187,7 +197,8 @@ class Placement:
             start_deadline=self.recipe.deadlines.start,
         )
         options = self.options("rollout", index, max_concurrency=CALLS + 8)
-        return ray.remote(RolloutActor).options(**options).remote(str(folder), settings)
+        kind = HuggingFaceActor if self.implementation == "huggingface" else VllmActor
+        return ray.remote(kind).options(**options).remote(str(folder), settings)
 
     def reward(self, index: int) -> Any:
         return ray.remote(RewardWorker).options(**self.options("reward", index)).remote()

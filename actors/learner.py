@@ -38,7 +38,7 @@ class Learner(ABC):
     advice: str
 
     def __init__(self, deepspeed: Any, spec: TrainSpec, rank: int, world_size: int, device: torch.device) -> None:
-        from rlhf.foreign import mixes_experts
+        from rlhf.foreign import loop_over_experts, mixes_experts
 
         self.spec, self.rank, self.world_size, self.device = spec, rank, world_size, device
         self._deepspeed = deepspeed
@@ -47,7 +47,7 @@ class Learner(ABC):
         self.visual: Visual = Cached(visual)
         self.moe = mixes_experts(model)
         if self.moe and device.type == "cpu":
-            _loop_over_experts(model)
+            loop_over_experts(model)
         self.model: Any = self.shaped(model)
         self._optimizer, self._rates = make_optimizer(self.model, spec)
         self._hold_rows()
@@ -244,14 +244,6 @@ def prepare(spec: TrainSpec) -> tuple[Any, Any, Visual]:
     if spec.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model, processor, visual
-
-
-def _loop_over_experts(model: Any) -> None:
-    """On CPU a loop over experts is the fastest of transformers' implementations ("batched_mm": 55 times slower).
-    Written to the configs that the experts read: `set_experts_implementation` refuses a wrapper without experts."""
-    for module in model.modules():
-        if hasattr(module, "config"):
-            module.config._experts_implementation = "eager"
 
 
 def _config(spec: TrainSpec) -> dict[str, Any]:

@@ -26,7 +26,7 @@ def register() -> None:
         if name not in known:
             ModelRegistry.register_model(name, f"{_BACKEND}:{served_by}")
     if TRANSFER not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine(TRANSFER, "actors.weights", "BucketTransferEngine")
+        WeightTransferEngineFactory.register_engine(TRANSFER, "actors.vllm_weights", "BucketTransferEngine")
 
 
 def _offer_cpu_norm() -> None:

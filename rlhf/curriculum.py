@@ -366,7 +366,7 @@ class Curriculum:
         return _digest([self.recipe.model.path, facts_of(local_folder(self.recipe.model.path))])
 
     def _shared(self) -> dict[str, Any]:
-        """What every artifact depends on; which vLLM implementation serves a model changes nothing in it."""
+        """What every artifact depends on; which engine serves a model changes nothing in it."""
         return self.recipe.model_dump(
             mode="json", include={"seed": True, "chat": True, "model": {"bridge", "path", "tokenizer"}}
         )

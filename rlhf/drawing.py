@@ -63,22 +63,20 @@ class Painter:
     def answer(self, row: Row, max_tokens: int = 64) -> Answer:
         """The likeliest answer to a row's question."""
         prompt = as_prompt(row, "prompt", 0, self.processor.tokenizer, False, Chat())
-        ids, eos = prompt.token_ids, self.processor.tokenizer.eos_token_id
+        start = tuple(self.processor.expand(prompt.token_ids, [media.size for media in prompt.media]))
+        ids, eos = start, self.processor.tokenizer.eos_token_id
         for _ in range(max_tokens):
             out = self.model(**self._inputs(ids, prompt.media), use_cache=False, logits_to_keep=2)
             ids = (*ids, int(out.logits[0, 0].argmax()))
             if ids[-1] == eos:
                 break
-        said, tokens = ids[len(prompt.token_ids) :], self.head.tokens
-        inputs = self._inputs(ids, prompt.media)
-        # pictures take more places than they have in ids
-        shift = inputs["input_ids"].shape[1] - 1 - len(ids)
-        first = range(len(prompt.token_ids), len(ids))
-        places = [list(range(i + shift, i + shift + len(tokens))) for i in first if ids[i : i + len(tokens)] == tokens]
-        text = self.processor.tokenizer.decode(said, skip_special_tokens=True)
+        tokens, answered = self.head.tokens, range(len(start), len(ids))
+        places = [list(range(i, i + len(tokens))) for i in answered if ids[i : i + len(tokens)] == tokens]
+        text = self.processor.tokenizer.decode(ids[len(start) :], skip_special_tokens=True)
         if not places:
             return Answer(text, torch.empty(0, self.head.length, self.head.out))
-        out = self.model(**inputs, use_cache=False, logits_to_keep=1, signal_places=torch.tensor(places))
+        inputs, spelt = self._inputs(ids, prompt.media), torch.tensor(places)
+        out = self.model(**inputs, use_cache=False, logits_to_keep=1, signal_places=spelt)
         return Answer(text, out.signals)
 
     def _inputs(self, ids: Sequence[int], media: Sequence[Any]) -> dict[str, Any]:

@@ -59,7 +59,8 @@ def _billions(architecture: Architecture) -> str:
 
 def _stage(stage: Stage) -> str:
     if isinstance(stage, Rebuild):
-        changed = [f"{slot}.{key} = {value}" for slot, table in stage.bridge.items() for key, value in table.items()]
+        given = [(slot, key, value) for slot, table in stage.bridge.items() for key, value in table.items()]
+        changed = [f"no {slot}" if key == "remove" else f"{slot}.{key} = {value}" for slot, key, value in given]
         return f"{stage.name}: {', '.join([*changed, *(f'{slot} taken over' for slot in stage.parts)])}"
     if not isinstance(stage, Optimised):
         return f"{stage.name}: {stage.kind}"

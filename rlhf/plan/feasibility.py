@@ -66,6 +66,8 @@ def _names(recipe: Recipe) -> Iterator[str]:
 def _model(recipe: Recipe) -> Iterator[str]:
     if recipe.model.bridge is not None and recipe.model.implementation == "vllm":
         yield 'model.implementation = "vllm": vLLM has no bridge of its own; use "transformers" or "auto"'
+    if recipe.model.implementation == "huggingface" and recipe.resources.tensor_parallel > 1:
+        yield 'model.implementation = "huggingface" is one process: set resources.tensor_parallel = 1'
     for what, path in (("model.path", recipe.model.path), ("model.tokenizer.path", recipe.model.tokenizer.path)):
         if path is not None:
             yield from _folder_or_hub(what, path)

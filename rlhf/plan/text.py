@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from rlhf.plan.types import Plan, StagePlan
+from rlhf.recipe import Implementation
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,14 @@ class Text:
     rows: tuple[tuple[str, ...], ...]
 
 
+ENGINES: Mapping[Implementation, str] = {
+    "auto": "vLLM",
+    "vllm": "vLLM, its own implementation",
+    "transformers": "vLLM, through its Transformers backend",
+    "huggingface": "transformers itself, a forward of the whole row a token: slow",
+}
+
+
 def describe(plan: Plan) -> str:
     """All of it as plain text: totals, notes, and tables of actors, stages and engines."""
     budget = "none" if plan.budget_minutes is None else f"{plan.budget_minutes:g} minutes"
@@ -24,7 +33,7 @@ def describe(plan: Plan) -> str:
     lines = [
         f"{plan.recipe}: {len(plan.stages)} stages, budget {budget}",
         f"{plan.world_size} trainer rank(s); weights go to the engines by {plan.transport}{shared}; "
-        f"vLLM implementation: {plan.implementation}; {plan.cold_starts} engine cold start(s)",
+        f"engines: {ENGINES[plan.implementation]}; {plan.cold_starts} engine cold start(s)",
         f"memory: about {plan.memory.together:.1f} GiB of resources.memory_gib = {plan.memory_limit_gib:g} "
         f"(machine: {plan.cluster.cpus} cores, {plan.cluster.memory_gib:.1f} GiB, {plan.cluster.gpus} GPUs)",
     ]

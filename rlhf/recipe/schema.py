@@ -15,7 +15,8 @@ UserPath = Annotated[str, AfterValidator(os.path.expanduser)]  # "~" is the user
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 SparseLayers = Literal["all", "every_second", "first_half", "second_half"]  # of a mixture of experts
 Slot = Literal["vision", "connector", "packer", "decoder"]  # of a bridge, that has weights
-Implementation = Literal["auto", "vllm", "transformers"]  # of vLLM: its own, or its Transformers backend
+# of vLLM its own or its Transformers backend; or transformers' own forward, for what vLLM cannot serve
+Implementation = Literal["auto", "vllm", "transformers", "huggingface"]
 
 
 BUILDERS = {"digits": "rlhf.data.digits:build"}  # of rows, by the names a recipe may use

@@ -56,10 +56,11 @@ def peer(folder: Path, seed: int) -> dict[str, Any]:
 
 def main(folder: str) -> None:
     from actors.artifacts import read_weights
-    from actors.rollout import EngineSettings, RolloutWorker
+    from actors.rollout import EngineSettings
+    from actors.vllm_worker import VllmWorker
     from actors.weights import from_array
 
-    worker = RolloutWorker(folder, EngineSettings())
+    worker = VllmWorker(folder, EngineSettings())
     tensors = [(name, from_array(array)) for name, array in read_weights(Path(folder))]
     seconds = []
     for _ in range(RELOADS):

@@ -55,14 +55,15 @@ def prompts(image_token: int) -> list[Prompt]:
 
 def serve(pipe: Connection) -> None:
     """For every folder asked for, start an engine, answer (error, groups), and close it."""
-    from actors.rollout import EngineSettings, RolloutWorker
+    from actors.rollout import EngineSettings
+    from actors.vllm_worker import VllmWorker
 
     pipe.send((None, None))
     while (asked := pipe.recv()) is not None:
         folder, given, sampling, masked = asked
         try:
             settings = EngineSettings(max_model_len=512, masked_tokens=masked, deadline=DEADLINE)
-            worker = RolloutWorker(folder, settings)
+            worker = VllmWorker(folder, settings)
             try:
                 pipe.send((None, worker.generate(given, sampling)))
             finally:
@@ -98,14 +99,16 @@ def engines() -> Iterator[Ask]:
         process.kill()
 
 
-def difference(model: Any, processor: Any, groups: Sequence[Group], masked: Sequence[int]) -> float:
+def difference(
+    model: Any, processor: Any, groups: Sequence[Group], masked: Sequence[int], temperature: float = 1.0
+) -> float:
     found = []
     for group in groups:
         shown = processor.image_inputs([one.open() for one in group.prompt.media]) if group.prompt.media else {}
         for rollout in group.rollouts:
             ids, length = torch.tensor([[*group.prompt_ids, *rollout.token_ids]]), len(rollout.token_ids)
             with torch.no_grad():
-                logits = model(input_ids=ids, **shown, use_cache=False).logits[0].float()
+                logits = model(input_ids=ids, **shown, use_cache=False).logits[0].float() / temperature
             logits[:, list(masked)] = float("-inf")
             chosen = torch.tensor(rollout.token_ids)[:, None]
             values = logits.log_softmax(-1)[-length - 1 : -1].gather(-1, chosen)[:, 0]

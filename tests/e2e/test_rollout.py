@@ -83,9 +83,10 @@ def make_bridge(folder: Path, tied: bool) -> None:
 
 def serve(pipe: Connection, folder: str) -> None:
     """The engine's process: answer (method, args) with (error, result)."""
-    from actors.rollout import EngineSettings, RolloutWorker
+    from actors.rollout import EngineSettings
+    from actors.vllm_worker import VllmWorker
 
-    worker = RolloutWorker(folder, EngineSettings(max_model_len=128, masked_tokens=MASKED, deadline=DEADLINE))
+    worker = VllmWorker(folder, EngineSettings(max_model_len=128, masked_tokens=MASKED, deadline=DEADLINE))
     pipe.send((None, None))
     while (asked := pipe.recv()) is not None:
         method, args = asked
@@ -148,8 +149,8 @@ def generate_paused(worker: Any, asked: list[Prompt], sampling: Sampling) -> tup
 
 
 def load_without(worker: Any, workaround: str, publication: Publication, buckets: list[Any]) -> None:
-    """Load weights with one work-around of `actors.weights` switched off."""
-    from actors import weights
+    """Load weights with one work-around of `actors.vllm_weights` switched off."""
+    from actors import vllm_weights as weights
 
     original = getattr(weights, workaround)
     setattr(weights, workaround, lambda model: None)
@@ -335,7 +336,7 @@ def test_a_paused_call_stands_still_goes_on_or_is_aborted(pair: Any) -> None:
 
 @pytest.mark.parametrize("workaround", ["prepack_experts", "prepack_tied_head"])
 def test_the_workaround_is_still_needed(pair: Any, workaround: str) -> None:
-    """When this fails, vLLM has mended what the work-around in actors.weights is for: delete that."""
+    """When this fails, vLLM has mended what the work-around in actors.vllm_weights is for: delete that."""
     engine, model, _ = pair
     if workaround == "prepack_tied_head" and "lm_head.weight" in parameters(model):
         pytest.skip("this head is not tied")

@@ -74,7 +74,7 @@ def generator(folder: Path, length: int = 5) -> str:
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A model whose likeliest answer spells its signal (the signal is what it says), and a generator."""
     folder = tmp_path_factory.mktemp("drawing")
-    model, processor = tiny(marks=TOKENS, **BRIDGE)
+    model, processor = tiny(marks=TOKENS, **BRIDGE | {"encoder": {"type": "tower"}})  # several features a picture
     processor.tokenizer.chat_template = TEMPLATE
     prompt = as_sample({"messages": [*QUESTION["messages"], turn("assistant", "x")]}, "p", 0, processor, None, Chat())
     ids = list(prompt.token_ids[: prompt.prompt_length])

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 VENDOR_HOMES = {
     "deepspeed": {"actors/trainer.py", "actors/optimizer.py"},
-    "vllm": {"actors/rollout.py", "actors/masking.py", "actors/weights.py", "actors/vllm_plugin.py"},
+    "vllm": {"actors/vllm_worker.py", "actors/masking.py", "actors/vllm_weights.py", "actors/vllm_plugin.py"},
 }
 
 
