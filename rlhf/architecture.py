@@ -123,6 +123,12 @@ class Architecture:
         return self.name in (DENSE, MOE)
 
     @property
+    def served(self) -> str:
+        """By which engine: "vllm", or "huggingface" for what vLLM cannot serve."""
+        decoder = own(self.decoder)
+        return "vllm" if decoder is None else decoder.served
+
+    @property
     def known(self) -> bool:
         """Whether the configuration could be read; a hub name's cannot, without the network."""
         return bool(self.decoder)
@@ -372,6 +378,7 @@ def geometry_of(tables: Mapping[str, Mapping[str, Any]]) -> Geometry:
         named = packer.get(key)
         if named is not None:
             packer[key] = [ids[token] for token in named] if isinstance(named, list | tuple) else ids[named]
+    told = decoder.told if (decoder := own(tables["decoder"])) else "nothing"
     return Geometry.of(
         tiler=tables["tiler"],
         encoder=tables["encoder"],
@@ -379,7 +386,9 @@ def geometry_of(tables: Mapping[str, Mapping[str, Any]]) -> Geometry:
         packer=packer,
         vision=tables["vision"],
         image_token_id=0,
-        told=decoder.told if (decoder := own(tables["decoder"])) else "nothing",
+        told=told,
+        # which token it is only a tokenizer knows
+        reply_token_id=1 if told == "asked" else None,
     )
 
 
@@ -445,7 +454,7 @@ def _vision(v: Mapping[str, Any], encoder: Mapping[str, Any]) -> int:
 
 def _decoder(d: Mapping[str, Any]) -> int:
     if decoder := own(d):
-        return _decoder({**decoder.plain(d), "type": "qwen3"}) + decoder.parameters(d)
+        return decoder.parameters(d, _decoder({**decoder.plain(d), "type": "qwen3"}))
     hidden, layers = d["hidden_size"], d["num_hidden_layers"]
     queries, keys = d["num_attention_heads"] * _head_dim(d), d["num_key_value_heads"] * _head_dim(d)
     attention = hidden * (queries + 2 * keys) + queries * hidden + 2 * _head_dim(d)

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoProcessor
 
 import rlhf.bridge
 from rlhf.architecture import SLOT_DEFAULTS, Architecture, base_of, of_config
+from rlhf.bridge.decoders import DECODERS
 from rlhf.bridge.heads import HEADS
 from rlhf.bridge.packers import PACKERS
 from rlhf.data.rows import Rows
@@ -51,10 +52,10 @@ def bridges_of(recipe: Recipe) -> Iterator[dict[str, dict[str, Any]]]:
 
 
 def marks_of(bridge: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """The tokens a bridge's packer and head name that are no single byte, and that a tokenizer must be taught."""
-    for slot, components in (("packer", PACKERS), ("head", HEADS)):
+    """The tokens that parts of a bridge name, that are no single byte, and that a tokenizer must be taught."""
+    for slot, components in (("packer", PACKERS), ("head", HEADS), ("decoder", DECODERS)):
         table = bridge.get(slot, {})
-        for key in components.find(table).token_keys if table else ():  # type: ignore[attr-defined]
+        for key in components.find(table).token_keys if table.get("type") in components.types() else ():  # type: ignore[attr-defined]
             named = table.get(key)
             for token in named if isinstance(named, list | tuple) else [named]:
                 if isinstance(token, str) and len(token.encode()) > 1:

@@ -65,8 +65,9 @@ class Context:
 
 
 def packs(recipe: Recipe, model: Path) -> bool:
-    """Whether the trainer lays rows of this model end to end."""
-    return recipe.resources.packing and from_folder(model).is_bridge
+    """Whether the trainer lays rows of this model end to end, which an encoder beside the decoder cannot read."""
+    architecture = from_folder(model)
+    return recipe.resources.packing and architecture.is_bridge and architecture.served == "vllm"
 
 
 def derive(*parts: object) -> int:

@@ -70,6 +70,15 @@ def with_ids(slot: Slot[Any], table: Mapping[str, Any], tokenizer: PreTrainedTok
     return found
 
 
+def named_in(kind: str, decoder: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The keys of a decoder of `DECODERS`, ids in place of the tokens that it names, or names where they are silent."""
+    own_type: Any = DECODERS.find({"type": kind})
+    silent = {key: getattr(own_type, key) for key in own_type.token_keys if key not in decoder}
+    return {
+        key: v for key, v in with_ids(DECODERS, {"type": kind, **decoder, **silent}, tokenizer).items() if key != "type"
+    }
+
+
 def new(config: BridgeConfig, seed: int) -> BridgeForConditionalGeneration:
     """A randomly initialised model; the caller's random state is left alone."""
     cls = BridgeMoeForConditionalGeneration if is_moe(config.text_config) else BridgeForConditionalGeneration
@@ -107,6 +116,7 @@ def build(
     if vision_type not in VISION_TYPES:
         raise unknown("vision type", vision_type, VISION_TYPES)
     if decoder_type in DECODERS.types():
+        decoder = named_in(decoder_type, decoder, tokenizer)
         decoder_type = PREFIX + decoder_type
     if decoder_type not in CONFIG_MAPPING:
         raise unknown("decoder type", decoder_type, [*CONFIG_MAPPING.keys(), *DECODERS.types()])

@@ -78,6 +78,7 @@ class BridgeConfig(PretrainedConfig):
             vision=self.vision_config.to_dict(),
             image_token_id=image_token_id,
             told=self.told,
+            reply_token_id=self.reply_token_id,
         )
         self.tiler = settings(geometry.tiler)
         self.encoder = settings(geometry.encoder)
@@ -97,6 +98,11 @@ class BridgeConfig(PretrainedConfig):
         return DECODERS.find({"type": kind}).told if kind in DECODERS.types() else "nothing"
 
     @property
+    def reply_token_id(self) -> int | None:
+        """Where the decoder is told what is asked: the token that ends a prompt."""
+        return int(self.text_config.reply) if self.told == "asked" else None
+
+    @property
     def mrope_section(self) -> list[int] | None:
         """Where vLLM finds this it hands over positions in rows."""
         return None if self.told == "nothing" else [1, 0, 0]
@@ -112,4 +118,5 @@ class BridgeConfig(PretrainedConfig):
             vision=self.vision_config.to_dict(),
             image_token_id=self.image_token_id,
             told=self.told,
+            reply_token_id=self.reply_token_id,
         )

@@ -31,6 +31,7 @@ class Geometry:
     image_token_id: int
     vision: tuple[tuple[str, Any], ...]
     told: str = "nothing"  # what the decoder knows of a token beside its position: see `rlhf.bridge.positions`
+    reply_token_id: int | None = None  # where it is told what is asked: the token that ends a prompt
 
     @classmethod
     def of(
@@ -43,13 +44,14 @@ class Geometry:
         vision: Mapping[str, Any],
         image_token_id: int,
         told: str = "nothing",
+        reply_token_id: int | None = None,
     ) -> Geometry:
         """From the plain dicts of a config. `vision` needs `patch_size`, and for a tower `image_size`. Raises
         `ValueError` where components do not fit together."""
         parts = TILERS.make(tiler), ENCODERS.make(encoder), CONNECTORS.make(connector), PACKERS.make(packer)
         read = (*VISION_KEYS, "num_hidden_layers") if encoder.get("every") else VISION_KEYS
         seen = {key: vision[key] for key in read if key in vision}
-        geometry = cls(*parts, image_token_id, tuple(sorted(seen.items())), told)
+        geometry = cls(*parts, image_token_id, tuple(sorted(seen.items())), told, reply_token_id)
         geometry.require_fit()
         for size in geometry.tiler.extremes:
             layout = geometry.layout(*size)
@@ -111,6 +113,7 @@ class Geometry:
             "vision": {key: list(v) if isinstance(v, tuple) else v for key, v in self.vision},
             "image_token_id": self.image_token_id,
             "told": self.told,
+            **({} if self.reply_token_id is None else {"reply_token_id": self.reply_token_id}),
         }
 
     def layout(self, width: int, height: int) -> Layout:

@@ -14,7 +14,7 @@ from torch.nn.functional import interpolate
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig
 
 from rlhf.architecture import base_of
-from rlhf.bridge.builder import VISION_TYPES, begin, config_of, new, processor_of, with_ids
+from rlhf.bridge.builder import VISION_TYPES, begin, config_of, named_in, new, processor_of, with_ids
 from rlhf.bridge.config import BridgeConfig
 from rlhf.bridge.decoders import DECODERS, PREFIX, own, type_of
 from rlhf.bridge.heads import HEADS
@@ -110,6 +110,8 @@ def rebuilt(
     if "decoder" in tables:
         given = {"type": type_of(old.text_config.model_type), **tables["decoder"]}
         kind = given.pop("type")
+        if kind in DECODERS.types() and kind != type_of(old.text_config.model_type):
+            given = named_in(kind, given, processor.tokenizer)
         settings["text_config"] = _changed(
             "decoder", old.text_config, PREFIX * (kind in DECODERS.types()) + kind, given
         )

@@ -16,6 +16,7 @@ SERVED = {
     "nothing": "vLLM",
     "pictures": "vLLM, the picture's number beside positions",
     "modality": "vLLM, with or without pictures beside positions",
+    "asked": "transformers, an encoder and a decoder",
 }
 
 

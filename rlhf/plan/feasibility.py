@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rewards.base import file_of
 from rlhf.algorithms.table import estimator_of, method_of
+from rlhf.bridge.decoders import own
 from rlhf.recipe import (
     BUILDERS,
     Draws,
@@ -64,7 +65,10 @@ def _names(recipe: Recipe) -> Iterator[str]:
 
 
 def _model(recipe: Recipe) -> Iterator[str]:
-    if recipe.model.bridge is not None and recipe.model.implementation == "vllm":
+    decoder = own(recipe.model.bridge.get("decoder", {})) if recipe.model.bridge is not None else None
+    if decoder is not None and decoder.served != "vllm" and recipe.model.implementation in ("vllm", "transformers"):
+        yield f'model.implementation: vLLM serves no {decoder.type} decoder; use "huggingface" or "auto"'
+    elif recipe.model.bridge is not None and recipe.model.implementation == "vllm":
         yield 'model.implementation = "vllm": vLLM has no bridge of its own; use "transformers" or "auto"'
     if recipe.model.implementation == "huggingface" and recipe.resources.tensor_parallel > 1:
         yield 'model.implementation = "huggingface" is one process: set resources.tensor_parallel = 1'

@@ -55,17 +55,19 @@ def installed_versions() -> tuple[tuple[str, str], ...]:
 
 
 def implementations(wanted: Implementation, architecture: Architecture) -> tuple[Implementation, ...]:
-    """vLLM's implementations that may serve an architecture, the preferred first."""
+    """Engines that may serve an architecture, the preferred first."""
+    if architecture.served == "huggingface":
+        return ("huggingface",)
     if wanted != "auto":
         return (wanted,)
     return ("transformers",) if architecture.is_bridge else ("vllm", "transformers")
 
 
 def chosen(wanted: Implementation, first: Architecture, verdicts: Sequence[Verdict]) -> Implementation:
-    """A bridge runs through vLLM's Transformers backend; any other model prefers vLLM's own implementation, since the
-    backend loses what it does not know of (Qwen3-VL's deepstack features: a log-prob gap of 0.2, and no warning).
-    What `rlhf check` measured decides against that preference. Raises PlanError when it refuted all of
-    several; where there is no choice every publish is proven anyway."""
+    """A bridge runs through vLLM's Transformers backend, or by transformers itself if vLLM cannot serve it. Any other
+    model prefers vLLM's own implementation, since the backend loses what it does not know of (Qwen3-VL's deepstack
+    features: a log-prob gap of 0.2, and no warning). What `rlhf check` measured decides against that preference. Raises
+    PlanError when it refuted all of several; where there is no choice every publish is proven anyway."""
     found = {choice: verdict_on(first, choice, verdicts) for choice in implementations(wanted, first)}
     if len(found) == 1:
         return next(iter(found))

@@ -41,10 +41,16 @@ class Parity:
         return self.gap <= 1e-4 and self.control >= 100 * max(self.gap, 1e-6)
 
 
-def prompts(image_token: int) -> list[Prompt]:
+def prompts(image_token: int, ends: Sequence[int] = ()) -> list[Prompt]:
+    """`ends`: what every prompt ends with."""
     made = []
     for index, shown in enumerate(SHOWN):
-        ids = [token for place in range(len(shown)) for token in (20 + place, image_token)] + [30 + index, 31, 32]
+        ids = [token for place in range(len(shown)) for token in (20 + place, image_token)] + [
+            30 + index,
+            31,
+            32,
+            *ends,
+        ]
         pictures = tuple(
             replace(media(10 * index + place, *size), question=(50 + index, 60 + place, 70))
             for place, size in enumerate(shown)
@@ -54,16 +60,19 @@ def prompts(image_token: int) -> list[Prompt]:
 
 
 def serve(pipe: Connection) -> None:
-    """For every folder asked for, start an engine, answer (error, groups), and close it."""
-    from actors.rollout import EngineSettings
+    """For every folder asked for, start the engine that serves it, answer (error, groups), and close it."""
+    from actors.huggingface import HuggingFaceWorker
+    from actors.rollout import EngineSettings, RolloutWorker
     from actors.vllm_worker import VllmWorker
+    from rlhf.architecture import from_folder
 
     pipe.send((None, None))
     while (asked := pipe.recv()) is not None:
         folder, given, sampling, masked = asked
         try:
             settings = EngineSettings(max_model_len=512, masked_tokens=masked, deadline=DEADLINE)
-            worker = VllmWorker(folder, settings)
+            vllm = from_folder(Path(folder)).served == "vllm"
+            worker: RolloutWorker = (VllmWorker if vllm else HuggingFaceWorker)(folder, settings)
             try:
                 pipe.send((None, worker.generate(given, sampling)))
             finally:
@@ -125,7 +134,8 @@ def measure(tables: Mapping[str, Any], upcycle: Upcycle | None, ask: Ask, folder
         model = bridge.upcycle(model, upcycle.num_experts, upcycle.top_k, upcycle.layers, 1)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    given, masked = prompts(processor.image_token_id), masked_ids(processor)
+    mark = model.config.reply_token_id
+    given, masked = prompts(processor.image_token_id, [] if mark is None else [mark]), masked_ids(processor)
     groups = ask(str(folder), given, Sampling(num=2, max_tokens=12, seed=3), masked)
     for group, prompt in zip(groups, given, strict=True):
         assert list(group.prompt_ids) == processor.expand(prompt.token_ids, [one.size for one in prompt.media])

@@ -22,6 +22,8 @@ class Decoder(Protocol):
 
     type: ClassVar[str]
     told: ClassVar[str]  # what its layers know of a token beside its position; see `rlhf.bridge.positions`
+    served: ClassVar[str]  # by which engine: "vllm" or "huggingface"
+    token_keys: ClassVar[tuple[str, ...]]  # settings that are token ids; recipes write the tokens themselves
 
     @classmethod
     def of_plain(cls, table: Mapping[str, Any]) -> dict[str, Any]:
@@ -33,14 +35,21 @@ class Decoder(Protocol):
     def plain(self, table: Mapping[str, Any]) -> dict[str, Any]:
         """The Qwen3 inside, as a table."""
 
-    def parameters(self, table: Mapping[str, Any]) -> int:
-        """How many it has beside Qwen3's."""
+    def parameters(self, table: Mapping[str, Any], inside: int) -> int:
+        """How many, the Qwen3 inside having `inside`."""
 
     def classes(self) -> tuple[Any, Any]:
         """The config and the model, of transformers."""
 
 
-class SameSizes:
+class Served:
+    """A decoder that vLLM serves, and that names no tokens."""
+
+    served: ClassVar[str] = "vllm"
+    token_keys: ClassVar[tuple[str, ...]] = ()
+
+
+class SameSizes(Served):
     """A decoder whose keys are those of the Qwen3 inside, and its own that follow from nothing."""
 
     @classmethod

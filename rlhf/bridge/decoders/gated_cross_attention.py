@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from rlhf.bridge.decoders import DECODERS
+from rlhf.bridge.decoders import DECODERS, Served
 from rlhf.slots import at_least
 
 # heads for which vLLM's attention has kernels
@@ -15,7 +15,7 @@ HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 
 @DECODERS.register
 @dataclass(frozen=True)
-class GatedCrossAttention:
+class GatedCrossAttention(Served):
     """A Qwen3 of `language_layers` layers with heads of `language_head_dim`, and a gated one before every `every`-th of
     them. The sizes an engine reserves follow: a KV cache for each gated layer too, and heads one dimension wider, in
     which attention is told what it may look at."""
@@ -59,12 +59,12 @@ class GatedCrossAttention:
     def plain(self, table: Mapping[str, Any]) -> dict[str, Any]:
         return {**table, "num_hidden_layers": self.language_layers, "head_dim": self.language_head_dim}
 
-    def parameters(self, table: Mapping[str, Any]) -> int:
+    def parameters(self, table: Mapping[str, Any], inside: int) -> int:
         hidden = table["hidden_size"]
         queries = table["num_attention_heads"] * self.language_head_dim
         keys = table["num_key_value_heads"] * self.language_head_dim
         norms, gates = 4 * hidden, 2
-        return int(self.gated * (hidden * (2 * queries + 2 * keys) + 8 * hidden * hidden + norms + gates))
+        return inside + int(self.gated * (hidden * (2 * queries + 2 * keys) + 8 * hidden * hidden + norms + gates))
 
     def classes(self) -> tuple[Any, Any]:
         from rlhf.bridge.layers.gated_cross_attention import GatedConfig, GatedModel

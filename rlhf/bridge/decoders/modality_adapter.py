@@ -31,11 +31,10 @@ class ModalityAdapter(SameSizes):
                 f"{self.adapter_groups}"
             )
 
-    def parameters(self, table: Mapping[str, Any]) -> int:
+    def parameters(self, table: Mapping[str, Any], inside: int) -> int:
         hidden = table["hidden_size"]
-        return int(table["num_hidden_layers"] * adapter_parameters(hidden, self.adapter_rank, self.adapter_groups)) + (
-            2 * hidden
-        )
+        layer = adapter_parameters(hidden, self.adapter_rank, self.adapter_groups)
+        return int(inside + table["num_hidden_layers"] * layer + 2 * hidden)
 
     def classes(self) -> tuple[Any, Any]:
         from rlhf.bridge.layers.modality_adapter import ModalityAdapterConfig, ModalityAdapterModel

@@ -18,12 +18,12 @@ class VisualExpert(SameSizes):
     type: ClassVar[str] = "visual_expert"
     told: ClassVar[str] = "pictures"
 
-    def parameters(self, table: Mapping[str, Any]) -> int:
+    def parameters(self, table: Mapping[str, Any], inside: int) -> int:
         hidden, head = table["hidden_size"], table["head_dim"]
         queries, keys = table["num_attention_heads"] * head, table["num_key_value_heads"] * head
         attention = hidden * (2 * queries + 2 * keys)
         attention += (queries + 2 * keys + hidden) * bool(table.get("attention_bias"))
-        return int(table["num_hidden_layers"] * (attention + 3 * hidden * table["intermediate_size"]))
+        return inside + int(table["num_hidden_layers"] * (attention + 3 * hidden * table["intermediate_size"]))
 
     def classes(self) -> tuple[Any, Any]:
         from rlhf.bridge.layers.visual_expert import VisualExpertConfig, VisualExpertModel
