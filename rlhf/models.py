@@ -56,7 +56,7 @@ def marks_of(bridge: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     for slot, components in (("packer", PACKERS), ("head", HEADS), ("decoder", DECODERS)):
         table = bridge.get(slot, {})
         for key in components.find(table).token_keys if table.get("type") in components.types() else ():  # type: ignore[attr-defined]
-            named = table.get(key)
+            named = table.get(key, getattr(components.find(table), key, None))
             for token in named if isinstance(named, list | tuple) else [named]:
                 if isinstance(token, str) and len(token.encode()) > 1:
                     yield token

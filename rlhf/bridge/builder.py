@@ -145,13 +145,28 @@ def build(
 
 def processor_of(config: BridgeConfig, tokenizer: PreTrainedTokenizerBase) -> BridgeProcessor:
     """The bridge's processor. Raises `ValueError` where the tokenizer does not read a picture's pattern back: vLLM has
-    it as text."""
+    it as text; or where it does not end prompts with the token that tells an encoder from a decoder."""
     processor = BridgeProcessor(BridgeImageProcessor(config.geometry.to_dict()), tokenizer)
     for size in config.geometry.tiler.extremes:
         pattern = config.geometry.expand([config.image_token_id], [size])
         if tokenizer.encode(processor.pattern_text(size), add_special_tokens=False) != pattern:
             raise ValueError(f"packer: the tokenizer does not read back the tokens {config.packer} as they are written")
+    if config.reply_token_id is not None and tokenizer.chat_template:
+        require_reply(config.reply_token_id, tokenizer)
     return processor
+
+
+def require_reply(token: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise `ValueError` where the chat template does not end prompts with what tells a decoder from an encoder."""
+    question = [{"role": "user", "content": "?"}]
+    asked = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer.encode(asked, add_special_tokens=False)
+    if token not in ids:
+        named, ends = tokenizer.convert_ids_to_tokens(token), tokenizer.convert_ids_to_tokens(ids[-3:])
+        raise ValueError(
+            f"decoder.reply = {named!r}: the tokenizer's chat template does not end prompts with it, but with {ends}; "
+            "name the token that does"
+        )
 
 
 def load(path: str | PathLike[str]) -> tuple[BridgeForConditionalGeneration, BridgeProcessor]:

@@ -50,7 +50,7 @@ def one(name: str, ask: parity.Ask) -> dict[str, Any]:
     architecture = last_architecture(full)
     return {
         "name": name,
-        "served": "vllm",
+        "served": architecture.served,
         "gap": gap.gap,
         "control": gap.control,
         "stages": [stage.name for stage in recipe.stages],

@@ -11,7 +11,9 @@ from transformers import T5ForConditionalGeneration
 from rlhf.architecture import from_bridge, from_folder
 from rlhf.batching import BridgeVisual, collate
 from rlhf.bridge import load
+from rlhf.bridge.builder import processor_of
 from rlhf.bridge.positions import position_rows
+from rlhf.data.tokenizer import TEMPLATE
 from rlhf.plan.verdicts import implementations
 from rlhf.types import Sample
 from tests.unit.systems import ALL, CLIP, QFORMER, SINGLE
@@ -141,6 +143,11 @@ def test_gradients_reach_both_stacks_and_a_folder_keeps_everything(tmp_path: Pat
 
 
 def test_what_it_cannot_do_is_told():
-    model, _ = bridge()
+    model, processor = bridge()
+    processor.tokenizer.chat_template = TEMPLATE.replace("<assistant>", "assistant:")
+    with pytest.raises(ValueError, match="chat template does not end prompts with it, but with"):
+        processor_of(model.config, processor.tokenizer)
+    processor.tokenizer.chat_template = TEMPLATE
+    assert processor_of(model.config, processor.tokenizer).geometry == processor.geometry
     with pytest.raises(ValueError, match="needs position rows, which say where the prompt ends"):
         model.model.language_model(input_ids=torch.tensor([[1, 2]]))
