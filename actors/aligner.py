@@ -51,12 +51,12 @@ class Aligner(Policy):
         for sample in samples:
             if len(sample.media) != 1:
                 raise ValueError(
-                    f"sample {sample.key} has {len(sample.media)} pictures; itc, itm and itg compare one with its "
+                    f"sample {sample.key} has {len(sample.media)} pictures; objectives compare one with its "
                     "caption: leave the row out"
                 )
             if sample.skipped:
                 raise ValueError(
-                    f"sample {sample.key} is a conversation of several replies; itc, itm and itg take the answer for a "
+                    f"sample {sample.key} is a conversation of several replies; objectives take the answer for a "
                     'caption: set chat.supervise = "last", or leave the row out'
                 )
         read = [read_media(sample, sample.media[0], self.visual)["pixel_values"] for sample in samples]

@@ -150,7 +150,7 @@ STUDIES = (
         "Flamingo",
         "how far the gates of layers are open, the last to the first",
         "deeper ones further",
-        tuple(f"flamingo-frozen/gate.{layer}" for layer in (3, 2, 1, 0)),
+        ("flamingo-frozen/gate.3", "flamingo-frozen/gate.0"),
         "gate",
     ),
     Study(

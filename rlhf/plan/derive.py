@@ -25,7 +25,9 @@ def make_plan(recipe: Recipe, cluster: Cluster | None = None, verdicts: Sequence
     cluster = cluster or Cluster.here()
     architectures = check(recipe)
     _refuse(misplaced(recipe, cluster), crowded_cores(recipe, cluster))
-    implementation = chosen(recipe.model.implementation, next(iter(architectures.values())), verdicts)
+    # one kind of engine for all stages: transformers serves what vLLM can, too
+    served = sorted(architectures.values(), key=lambda architecture: architecture.served == "vllm")
+    implementation = chosen(recipe.model.implementation, served[0], verdicts)
     uses = engine_uses(recipe, architectures, implementation, verdicts)
     stages = tuple(_stage(recipe, stage, architectures[stage.name], uses[stage.name]) for stage in recipe.stages)
     engines = sum(stage.cold_starts for stage in stages)

@@ -13,7 +13,7 @@ from tests.bridges import parity, stages
 pytestmark = pytest.mark.timeout(240)
 
 # placeholders alone; with the question; a mixture of experts; layers of the decoder's own; by the whole row
-NAMES = ["llava_uhd", "instructblip", "moe_llava", "cogvlm", "flamingo", "lavin"]
+NAMES = ["llava_uhd", "instructblip", "moe_llava", "cogvlm", "flamingo", "lavin", "blip2_t5"]
 
 
 @pytest.fixture(scope="module")
