@@ -66,7 +66,7 @@ check: $(STAMP) $(ASIDE)  ## format, lint, types, docker files, tests
 bridges: $(STAMP)  ## every recipe of recipes/bridges, small: its stages, and its rollouts beside the trainer; into bridges.json
 	$(PY) -m tests.bridges $(ARGS)
 
-studies: $(STAMP)  ## what papers report of their bridges, in miniature, for three seeds (half an hour; continues where it stood)
+studies: $(STAMP)  ## what papers report of their bridges, in miniature, for three seeds (an hour; continues where it stood)
 	$(PY) -m tests.studies $(ARGS)
 
 bench: $(STAMP)  ## ratios to a peer on this machine, into bench.json (an hour; nothing else may run)

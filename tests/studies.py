@@ -267,7 +267,7 @@ def table(found: Sequence[Found]) -> str:
 def spread(values: Sequence[float]) -> str:
     """Mean, least and most over seeds."""
     mean, least, most = (
-        f"{value:,.0f}" if value > 5 else f"{value:.3f}"
+        f"{value:,.0f}" if value > 100 else f"{value:.1f}" if value > 5 else f"{value:.3f}"
         for value in (statistics.mean(values), min(values), max(values))
     )
     return f"{mean} ({least} to {most})"
