@@ -22,7 +22,7 @@ class Critic(Learner):
 
     def __init__(self, deepspeed: Any, spec: TrainSpec, rank: int, world_size: int, device: torch.device) -> None:
         assert spec.critic is not None
-        plain: dict[str, Any] = {"lora": None, "whole": (), "tokens": (), "muon": None, "reference": False}
+        plain: dict[str, Any] = {"lora": None, "whole": (), "rows_of": (), "muon": None, "reference": False}
         own = replace(spec, loss=Loss(), train={"*": spec.critic}, **plain)
         super().__init__(deepspeed, own, rank, world_size, device)
 

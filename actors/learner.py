@@ -59,18 +59,18 @@ class Learner(ABC):
         )
 
     def _hold_rows(self) -> None:
-        """With `spec.tokens`: no gradient for the rows of other tokens."""
-        if not self.spec.tokens:
+        """With `spec.rows_of`: no gradient for the rows of other tokens."""
+        if not self.spec.rows_of:
             return
         known = self.processor.tokenizer.get_vocab()
-        if strange := [token for token in self.spec.tokens if token not in known]:
-            raise ValueError(f"tokens: the tokenizer of {self.spec.model} does not know {strange[0]!r} as one token")
-        ids = torch.tensor([known[token] for token in self.spec.tokens], device=self.device)
+        if strange := [token for token in self.spec.rows_of if token not in known]:
+            raise ValueError(f"rows_of: the tokenizer of {self.spec.model} does not know {strange[0]!r} as one token")
+        ids = torch.tensor([known[token] for token in self.spec.rows_of], device=self.device)
         tables = [table for table in embeddings(self.model) if table.requires_grad]
         if not tables:
             raise ValueError(
-                "tokens says which rows of embeddings train, and no embedding does: name language_model.embed_tokens.* "
-                "in `train`"
+                "rows_of says which rows of embeddings train, and no embedding does: name "
+                "language_model.embed_tokens.* in `train`"
             )
         for table in tables:
             table.register_hook(lambda gradient: torch.zeros_like(gradient).index_copy(0, ids, gradient[ids]))

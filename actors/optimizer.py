@@ -55,7 +55,7 @@ def make_optimizer(model: nn.Module, spec: TrainSpec) -> tuple[torch.optim.Optim
     named |= dict(_whole(model, spec.whole))
     rates = assign_rates([short_name(base_name(name)) for name in named], spec.train)
     matrices = _hidden_matrices(model) if spec.muon is not None else set()
-    tables = embeddings(model) if spec.tokens else set()
+    tables = embeddings(model) if spec.rows_of else set()
     model.requires_grad_(False)
     groups: dict[tuple[float, float, bool], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in named.items():

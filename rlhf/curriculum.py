@@ -490,7 +490,7 @@ def train_spec(recipe: Recipe, stage: Sft | Preference | Rl, model: Path, masked
         reset=tuple(stage.reset) if isinstance(stage, Sft) else (),
         upcycle=upcycle,
         lora=(stage.lora.rank, stage.lora.alpha, tuple(stage.lora.target_modules)) if stage.lora else None,
-        tokens=tuple(stage.tokens),
+        rows_of=tuple(stage.rows_of),
         whole=tuple(stage.lora.whole) if stage.lora else (),
         muon=(stage.muon.ratio, stage.muon.momentum) if stage.muon else None,
         objectives={str(name): weight for name, weight in stage.objectives.items()} if isinstance(stage, Sft) else {},

@@ -296,7 +296,7 @@ class TrainSpec:
     reset    globs of parameters to initialise anew; upcycle (num_experts, top_k, layers), its
              routers calibrated on the rows of `calibration`; lora (rank, alpha, target modules),
              and `whole`, globs of what trains as it is beside those adapters
-    tokens   only their rows of the embeddings and of the head's weight train; all of them if there are none
+    rows_of  tokens; only their rows of the embeddings and of the head's weight train, all of them if there are none
     muon     hidden matrices learn by Muon: (ratio to their learning rates, momentum); None: all by AdamW
     beside   OpenMP threads of each rank in steps and probes while engines sample; else as many as it was started with
     checkpointing  backward computes each layer anew instead of keeping what forward made of it
@@ -325,7 +325,7 @@ class TrainSpec:
     calibration: tuple[Sample, ...] = ()
     lora: tuple[int, float, tuple[str, ...]] | None = None
     whole: tuple[str, ...] = ()
-    tokens: tuple[str, ...] = ()
+    rows_of: tuple[str, ...] = ()
     muon: tuple[float, float] | None = None
     beside: int | None = None
     checkpointing: bool = False

@@ -306,7 +306,7 @@ class Draws(StageBase):
 class Optimised(Draws):
     """A stage that trains, by AdamW or Muon. `train` maps globs over parameter names to learning rates, the rest is
     frozen; without it every parameter trains at `lr`. Of embeddings that train, and of the head's weight, only the rows
-    of `tokens` do if there are any. `router_aux` weighs a loss for unevenly used experts, 1 a layer
+    of the tokens `rows_of` do if there are any. `router_aux` weighs a loss for unevenly used experts, 1 a layer
     where use is even: counting all experts a token takes (Qwen3-MoE) or its "first" one, the mean over layers or their
     "sum" (MoE-LLaVA: both the latter)."""
 
@@ -323,7 +323,7 @@ class Optimised(Draws):
     router_count: Literal["chosen", "first"] = "chosen"
     router_layers: Literal["mean", "sum"] = "mean"
     lora: Lora | None = None
-    tokens: list[str] = []
+    rows_of: list[str] = []
     checkpoint_every: PositiveInt = 20
 
     @property

@@ -450,8 +450,8 @@ def test_rows_of_named_tokens_train_alone(one, two, dense, zero_stage, tmp_path)
     ]
     tokens = tuple(tokenizer.convert_ids_to_tokens(learned))
     change = {"train": {"language_model.embed_tokens.*": 1e-2}, "weight_decay": 0.1, "warmup": 0.0}
-    one.begin(spec_of(dense, tokens=tokens, **change))
-    two.begin(spec_of(dense, tokens=tokens, zero_stage=zero_stage, **change))
+    one.begin(spec_of(dense, rows_of=tokens, **change))
+    two.begin(spec_of(dense, rows_of=tokens, zero_stage=zero_stage, **change))
     for _ in range(2):
         assert two.step(split).metrics["loss"] == pytest.approx(one.step(together).metrics["loss"], abs=1e-5)
     two.export(str(tmp_path))
@@ -459,9 +459,9 @@ def test_rows_of_named_tokens_train_alone(one, two, dense, zero_stage, tmp_path)
     moved = (before != after).any(1).nonzero().flatten().tolist()
     assert moved == learned
     with pytest.raises(Exception, match=r"does not know 'nosuchtoken' as one token"):
-        one.begin(spec_of(dense, tokens=("nosuchtoken",), **change))
+        one.begin(spec_of(dense, rows_of=("nosuchtoken",), **change))
     with pytest.raises(Exception, match=r"says which rows of embeddings train, and no embedding does"):
-        one.begin(spec_of(dense, tokens=tokens, train={"connector.*": 1e-3}))
+        one.begin(spec_of(dense, rows_of=tokens, train={"connector.*": 1e-3}))
 
 
 @pytest.mark.parametrize("zero_stage", [2, 3])
