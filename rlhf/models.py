@@ -48,6 +48,7 @@ def bridges_of(recipe: Recipe) -> Iterator[dict[str, dict[str, Any]]]:
     for stage in recipe.stages:
         if isinstance(stage, Rebuild):
             tables = tables | {slot: laid_over(tables.get(slot, {}), over) for slot, over in stage.bridge.items()}
+            tables = {slot: table for slot, table in tables.items() if table}  # a head that was removed
             yield tables
 
 

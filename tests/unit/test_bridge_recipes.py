@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.architecture import architecture_of, geometry_of
+from rlhf.models import bridges_of
 from rlhf.plan import Cluster, PlanError, make_plan
 from rlhf.recipe import RecipeError, load
 
@@ -150,3 +151,9 @@ def test_a_recipe_fits_a_node_of_eight_gpus(name):
     recipe = load([FOLDER / "bridges" / f"{name}.toml"])
     rows = [f"data.{source} = {{ builder = 'digits', table = 'direct' }}" for source in recipe.data]
     make_plan(load([FOLDER / "bridges" / f"{name}.toml"], rows), Cluster(128, 1024, 8, 80.0))
+
+
+def test_a_head_that_was_removed_is_gone():
+    first, *_, last = bridges_of(load([FOLDER / "bridges" / "flamingo.toml", TOY]))
+    assert first["head"]["type"] == "contrast"
+    assert "head" not in last
