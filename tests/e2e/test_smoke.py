@@ -65,7 +65,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     first.wait(timeout=30)
     second = _start(runs, log := runs / "second.log")
     _wait_for(lambda: len(_lines(steps)) >= 4, second, log)
-    _kill(second, "RolloutActor")
+    _kill(second, "VllmActor")
     _wait_for(lambda: len(_lines(judge)) >= 5, second, log)
     judge_before = _lines(judge)
     _kill(second, "TrainerActor")
