@@ -203,15 +203,19 @@ class Architecture:
             raise ValueError(f"its decoder already has {self.experts[0]} experts; leave `upcycle` out")
         if top_k > num_experts:
             raise ValueError(f"top_k = {top_k} is more than num_experts = {num_experts}; lower top_k")
-        if not self.is_bridge or self.decoder["type"] != "qwen3":
-            raise ValueError("only a bridge with a dense qwen3 decoder can be upcycled; leave `upcycle` out")
+        told = own(self.decoder)
+        if not self.is_bridge or not (told.upcycles if told else self.decoder["type"] == "qwen3"):
+            raise ValueError(
+                "only a bridge with a dense qwen3 decoder, or one built on it, can be upcycled; leave `upcycle` out"
+            )
+        plain = told.plain(self.decoder) if told else self.decoder
         decoder = self.decoder | {
-            "type": "qwen3_moe",
+            "type": self.decoder["type"] if told else "qwen3_moe",
             "num_experts": num_experts,
             "num_experts_per_tok": top_k,
             "moe_intermediate_size": self.decoder["intermediate_size"],
             "decoder_sparse_step": 1,
-            "mlp_only_layers": dense_layers(layers, self.decoder["num_hidden_layers"]),
+            "mlp_only_layers": dense_layers(layers, plain["num_hidden_layers"]),
         }
         return replace(self, name=MOE, spec=_canonical({**self.tables, "decoder": decoder}), stored_parameters=None)
 
@@ -454,7 +458,8 @@ def _vision(v: Mapping[str, Any], encoder: Mapping[str, Any]) -> int:
 
 def _decoder(d: Mapping[str, Any]) -> int:
     if decoder := own(d):
-        return decoder.parameters(d, _decoder({**decoder.plain(d), "type": "qwen3"}))
+        inside = "qwen3_moe" if d.get("num_experts") else "qwen3"
+        return decoder.parameters(d, _decoder({**decoder.plain(d), "type": inside}))
     hidden, layers = d["hidden_size"], d["num_hidden_layers"]
     queries, keys = d["num_attention_heads"] * _head_dim(d), d["num_key_value_heads"] * _head_dim(d)
     attention = hidden * (queries + 2 * keys) + queries * hidden + 2 * _head_dim(d)

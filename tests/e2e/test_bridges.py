@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.recipe import Rebuild, Sft, load
+from rlhf.recipe import Rebuild, Sft, Upcycle, load
 from tests.bridges import parity, stages
 
 pytestmark = pytest.mark.timeout(240)
@@ -25,6 +25,13 @@ def ask() -> Iterator[parity.Ask]:
 @pytest.mark.parametrize("name", NAMES)
 def test_rollouts_have_the_trainers_log_probs(name: str, ask: parity.Ask, tmp_path: Path) -> None:
     found = parity.measure(*stages.served(load(stages.files_of(name))), ask, tmp_path)
+    assert found.holds, found
+
+
+@pytest.mark.parametrize("name", ["cogvlm", "flamingo", "lavin"])
+def test_decoders_with_layers_of_their_own_may_have_experts(name: str, ask: parity.Ask, tmp_path: Path) -> None:
+    tables, _ = stages.served(load(stages.files_of(name)))
+    found = parity.measure(tables, Upcycle(num_experts=4, top_k=2, layers="every_second"), ask, tmp_path)
     assert found.holds, found
 
 

@@ -9,12 +9,15 @@ from transformers import CLIPVisionConfig, Qwen3Config, Qwen3Model
 from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
 from rlhf.agreement import fingerprint_model
+from rlhf.architecture import from_bridge
 from rlhf.batching import BridgeVisual, collate
+from rlhf.bridge import reset, upcycle
 from rlhf.bridge.connectors import CONNECTORS
 from rlhf.bridge.encoders import ENCODERS
 from rlhf.bridge.layers.modality_adapter import ModalityAdapterConfig, ModalityAdapterModel
 from rlhf.bridge.positions import FAR, next_position, position_rows, salt
 from rlhf.packing import attend_by_row
+from rlhf.routing import routers
 from rlhf.types import Probe, Sample
 from tests.unit.systems import awake, spec
 from tests.unit.test_bridge_build import picture, tiny
@@ -414,3 +417,26 @@ def test_lavin_adds_what_its_paper_says():
         added = [p.numel() for part in (decoder, tower) for name, p in part.named_parameters() if "adapter" in name]
         added += [p.numel() for p in neck.parameters()]
         assert sum(added) == stated
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_upcycling_changes_nothing_at_first(name):
+    model, processor = built(name)
+    sparse = upcycle(model, num_experts=4, top_k=2, layers="every_second", seed=3).eval()
+    layers = sparse.model.language_model.layers
+    assert [hasattr(layer.mlp, "experts") for layer in layers] == [i % 2 == 0 for i in range(len(layers))]
+    with torch.no_grad():
+        for text in TEXTS:
+            given = inputs(processor, text)
+            with routers(sparse) as routed:
+                found = sparse(**given).logits
+            assert (found - model(**given).logits).abs().max() < 1e-5  # a router is float32
+            # heard for every token of the row, pictures too, whatever else a router is asked
+            assert {len(said.logits) for said in routed.values()} == {given["input_ids"].shape[1]}
+        # the control: other experts do not agree
+        reset(sparse, ["*.experts.down_proj"], seed=9)
+        assert (sparse(**given).logits - model(**given).logits).abs().max() > 1e-4
+    planned = from_bridge(spec(name), model.config.text_config.vocab_size).upcycled(4, 2, "every_second")
+    assert planned.parameters == sum(parameter.numel() for parameter in sparse.parameters())
+    with pytest.raises(ValueError, match="only a dense qwen3"):
+        upcycle(sparse, 4, 2, "all", 0)

@@ -23,6 +23,7 @@ class Decoder(Protocol):
     type: ClassVar[str]
     told: ClassVar[str]  # what its layers know of a token beside its position; see `rlhf.bridge.positions`
     served: ClassVar[str]  # by which engine: "vllm" or "huggingface"
+    upcycles: ClassVar[bool]  # whether its feed-forwards can become mixtures of experts
     token_keys: ClassVar[tuple[str, ...]]  # settings that are token ids; recipes write the tokens themselves
 
     @classmethod
@@ -43,9 +44,10 @@ class Decoder(Protocol):
 
 
 class Served:
-    """A decoder that vLLM serves, and that names no tokens."""
+    """A decoder that vLLM serves, that can be upcycled, and that names no tokens."""
 
     served: ClassVar[str] = "vllm"
+    upcycles: ClassVar[bool] = True
     token_keys: ClassVar[tuple[str, ...]] = ()
 
 

@@ -22,6 +22,7 @@ class EncoderDecoder(SameSizes):
     type: ClassVar[str] = "t5"
     told: ClassVar[str] = "asked"
     served: ClassVar[str] = "huggingface"
+    upcycles: ClassVar[bool] = False
     token_keys: ClassVar[tuple[str, ...]] = ("reply",)
     reply: str | int = "<assistant>"
     decoder_layers: int = 0

@@ -26,7 +26,6 @@ from transformers import Qwen3Config
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3.modeling_qwen3 import (
-    Qwen3MLP,
     Qwen3RMSNorm,
     apply_rotary_pos_emb,
     eager_attention_forward,
@@ -34,7 +33,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
 
 from rlhf.bridge.decoders import PREFIX
 from rlhf.bridge.decoders.gated_cross_attention import GatedCrossAttention
-from rlhf.bridge.layers.told import Rotary, ToldModel
+from rlhf.bridge.layers.told import Rotary, ToldModel, feed_forward
 
 APART = 32.0  # at least so far apart are the logits of what is read and what is not: e^-32 of its weight
 
@@ -177,7 +176,7 @@ class LanguageLayer(GradientCheckpointingLayer):  # type: ignore[misc]
             self.gated = GatedLayer(config, gated_idx)
         self.has_gated = gated_idx is not None
         self.self_attn = SelfAttention(config, layer_idx)
-        self.mlp = Qwen3MLP(plain)
+        self.mlp = feed_forward(plain, layer_idx)
         self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 

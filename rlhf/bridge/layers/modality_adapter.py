@@ -8,14 +8,11 @@ import torch
 from torch import nn
 from transformers import Qwen3Config
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.qwen3.modeling_qwen3 import (
-    Qwen3MLP,
-    Qwen3RMSNorm,
-)
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from rlhf.bridge.decoders import PREFIX
 from rlhf.bridge.decoders.modality_adapter import ModalityAdapter
-from rlhf.bridge.layers.told import ToldAttention, ToldModel
+from rlhf.bridge.layers.told import ToldAttention, ToldModel, feed_forward
 from rlhf.bridge.positions import FAR
 
 
@@ -75,7 +72,7 @@ class AdaptedLayer(GradientCheckpointingLayer):  # type: ignore[misc]
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__()
         self.self_attn = AdaptedAttention(config, layer_idx)
-        self.mlp = Qwen3MLP(config)
+        self.mlp = feed_forward(config, layer_idx)
         self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -89,8 +86,9 @@ class AdaptedLayer(GradientCheckpointingLayer):  # type: ignore[misc]
         adapted = attention.adapter(self.input_layernorm(hidden), weights[told])
         hidden = hidden + attention(adapted, told, **shared)
         alone = alone + attention.of_one(attention.adapter(shown, weights))
-        fed = self.mlp(self.post_attention_layernorm(hidden)), self.mlp(self.post_attention_layernorm(alone))
-        return hidden + fed[0], alone + fed[1]
+        # the rows last: what a router said last is what is heard of it (`rlhf.routing`)
+        alone = alone + self.mlp(self.post_attention_layernorm(alone)[None])[0]
+        return hidden + self.mlp(self.post_attention_layernorm(hidden)), alone
 
 
 class ModalityAdapterModel(ToldModel):

@@ -9,20 +9,32 @@ import torch
 from torch import nn
 from transformers import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3Attention,
-    Qwen3PreTrainedModel,
+    Qwen3MLP,
     Qwen3RMSNorm,
     Qwen3RotaryEmbedding,
     apply_rotary_pos_emb,
     eager_attention_forward,
 )
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoePreTrainedModel, Qwen3MoeSparseMoeBlock
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 Rotary = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, [rows, length, head width]
+
+
+def is_sparse(config: Any) -> bool:
+    """Whether a decoder was upcycled: a dense one's config knows nothing of experts."""
+    return bool(getattr(config, "num_experts", 0))
+
+
+def feed_forward(config: Any, layer_idx: int) -> nn.Module:
+    """A layer's, [rows, length, width] -> the same: Qwen3's, or Qwen3-MoE's where this layer is a mixture."""
+    sparse = is_sparse(config) and layer_idx not in config.mlp_only_layers
+    return Qwen3MoeSparseMoeBlock(config) if sparse else Qwen3MLP(config)
 
 
 class ToldAttention(Qwen3Attention):  # type: ignore[misc]
@@ -65,8 +77,8 @@ class ToldAttention(Qwen3Attention):  # type: ignore[misc]
         return self.close(found.reshape(*hidden.shape[:-1], -1).contiguous(), told)
 
 
-class ToldModel(Qwen3PreTrainedModel):  # type: ignore[misc]
-    """Embeddings and a final norm as Qwen3 has them, around the layers of a subclass."""
+class ToldModel(Qwen3MoePreTrainedModel):  # type: ignore[misc]
+    """Embeddings and a final norm as Qwen3 has them, around the layers of a subclass, whose feed-forwards may be mixtures."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -109,7 +121,7 @@ class ToldModel(Qwen3PreTrainedModel):  # type: ignore[misc]
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> MoeModelOutputWithPast:
         """`position_ids` are position rows [3, rows, length], or [rows, length] where all is text."""
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
@@ -123,7 +135,7 @@ class ToldModel(Qwen3PreTrainedModel):  # type: ignore[misc]
         mask = create_causal_mask(self.config, hidden, attention_mask, past_key_values, None)
         shared = {"mask": mask, "rotary": self.rotary_emb(hidden, positions), "past_key_values": past_key_values}
         hidden = self.run(hidden, told, **shared, **kwargs)
-        return BaseModelOutputWithPast(
+        return MoeModelOutputWithPast(
             last_hidden_state=cast(torch.Tensor, self.norm(hidden)),
             past_key_values=past_key_values if use_cache else None,
         )

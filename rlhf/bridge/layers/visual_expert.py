@@ -16,7 +16,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
 
 from rlhf.bridge.decoders import PREFIX
 from rlhf.bridge.decoders.visual_expert import VisualExpert
-from rlhf.bridge.layers.told import ToldAttention, ToldModel
+from rlhf.bridge.layers.told import ToldAttention, ToldModel, feed_forward, is_sparse
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -72,13 +72,15 @@ class VisualExpertLayer(GradientCheckpointingLayer):  # type: ignore[misc]
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__()
         self.self_attn = VisualExpertAttention(config, layer_idx)
-        self.mlp, self.vision_mlp = Qwen3MLP(config), Qwen3MLP(config)
+        self.mlp, self.vision_mlp = feed_forward(config, layer_idx), Qwen3MLP(config)
         self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, hidden: torch.Tensor, told: torch.Tensor, **shared: Any) -> torch.Tensor:
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), told, **shared)
-        everywhere = self.self_attn.config._attn_implementation == "vllm"
+        config = self.self_attn.config
+        # a router is heard for every token of a row (`rlhf.routing`)
+        everywhere = config._attn_implementation == "vllm" or is_sparse(config)
         fed = by_kind(self.post_attention_layernorm(hidden), told > 0, self.mlp, self.vision_mlp, everywhere)
         return hidden + fed
 
@@ -94,7 +96,8 @@ class VisualExpertModel(ToldModel):
 
     @torch.no_grad()
     def begin(self, names: Collection[str]) -> None:
-        """Vision weights become copies of the text's."""
+        """Vision weights become copies of the text's; a mixture of experts has none to copy."""
+        here = dict(self.named_parameters())
         for name in names:
-            if ".vision_" in name:
-                self.get_parameter(name).copy_(self.get_parameter(name.replace(".vision_", ".")))
+            if ".vision_" in name and (text := here.get(name.replace(".vision_", "."))) is not None:
+                here[name].copy_(text)
