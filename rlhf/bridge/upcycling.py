@@ -16,9 +16,9 @@ def upcycle(
     model: BridgeForConditionalGeneration, num_experts: int, top_k: int, layers: str, seed: int
 ) -> BridgeForConditionalGeneration:
     """A new bridge from one whose decoder is a dense Qwen3, mixtures in these `layers`: a Qwen3-MoE, or, of a decoder
-    built on Qwen3 (`rlhf.bridge.decoders`), the same with Qwen3-MoE's feed-forwards for the text. Every expert is a copy
-    of the dense feed-forward and the chosen experts' weights are normalised to sum to one, so the output is that of
-    `model` whatever the (random) router says. Everything else is copied; `model` is left as it was."""
+    built on Qwen3 (`rlhf.bridge.decoders`), the same with Qwen3-MoE's feed-forwards for the text. Every expert is a
+    copy of the dense feed-forward and the chosen experts' weights are normalised to sum to one, so the output is that
+    of `model` whatever the (random) router says. Everything else is copied; `model` is left as it was."""
     dense = model.config.text_config
     told = own({**dense.to_dict(), "type": type_of(dense.model_type)})
     if is_moe(dense) or not (told.upcycles if told else dense.model_type == "qwen3"):

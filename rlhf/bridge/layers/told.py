@@ -78,7 +78,8 @@ class ToldAttention(Qwen3Attention):  # type: ignore[misc]
 
 
 class ToldModel(Qwen3MoePreTrainedModel):  # type: ignore[misc]
-    """Embeddings and a final norm as Qwen3 has them, around the layers of a subclass, whose feed-forwards may be mixtures."""
+    """Embeddings and a final norm as Qwen3 has them, around the layers of a subclass, whose feed-forwards may be
+    mixtures."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
