@@ -182,16 +182,16 @@ STUDIES = (
     ),
     Study(
         "OtterHD",
-        "a small digit in a large picture, seen with 96, 72, 48 or 24 pixels a side",
+        "a small digit in a large picture, seen with 144, 96, 48 or 24 pixels a side",
         "the more the better",
-        ("canvas-96", "canvas-72", "canvas-48", "canvas-24"),
+        ("canvas-144", "canvas-96", "canvas-48", "canvas-24"),
         "eval.exact.read",
     ),
     Study(
         "LLaVA-NeXT",
-        "is it a seven, where it is none: seen with 96 pixels a side, or 48?",
+        "is it a seven, where it is none: seen with 96 pixels a side, or 24?",
         "fewer made up with more",
-        ("canvas-96", "canvas-48"),
+        ("canvas-96", "canvas-24"),
         "eval.exact.absent",
     ),
     Study(
@@ -219,6 +219,12 @@ STUDIES = (
         "questions about print: learned from print too, or not?",
         "from print",
         ("llavar-print", "llavar-none"),
+    ),
+    Study(
+        "SAIL-VL2 (AdaLRS)",
+        "a tenth of a good rate: searched for on the way, or kept?",
+        "searched for",
+        ("rate-searched", "rate-kept"),
     ),
 )
 
