@@ -522,46 +522,52 @@ def _failures(calls: Sequence[asyncio.Future[Any]]) -> list[BaseException]:
 
 @dataclass
 class RewardsHandle:
-    """Reward workers; one that hangs or dies is replaced, and only the sample that did it is lost."""
+    """Reward workers, each with a process that runs the functions; see `rewards.isolation`."""
 
     start: Callable[[int], Any]
     deadlines: Deadlines
     workers: list[Any] = field(default_factory=list)
     locks: defaultdict[int, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
 
-    async def score(self, function: str, groups: Sequence[Group]) -> list[list[Score]]:
+    async def score(
+        self, function: str, groups: Sequence[Group], options: Mapping[str, Any] | None = None
+    ) -> list[list[Score]]:
         items = [item for group in groups for item in items_of(group)]
         chunks = [items[start : start + REWARD_CHUNK] for start in range(0, len(items), REWARD_CHUNK)]
         queues = [chunks[worker :: len(self.workers)] for worker in range(len(self.workers))]
-        done = await asyncio.gather(*(self._work(worker, function, queue) for worker, queue in enumerate(queues)))
+        done = await asyncio.gather(
+            *(self._work(worker, function, queue, options or {}) for worker, queue in enumerate(queues))
+        )
         scores: list[list[Score]] = [[] for _ in chunks]
         for worker, results in enumerate(done):
             scores[worker :: len(self.workers)] = results
         flat = itertools.chain.from_iterable(scores)
         return [[next(flat) for _ in group.rollouts] for group in groups]
 
-    async def _work(self, worker: int, function: str, queue: list[list[Item]]) -> list[list[Score]]:
-        return [await self._chunk(worker, function, chunk) for chunk in queue]
+    async def _work(
+        self, worker: int, function: str, queue: list[list[Item]], options: Mapping[str, Any]
+    ) -> list[list[Score]]:
+        return [await self._chunk(worker, function, chunk, options) for chunk in queue]
 
-    async def _chunk(self, worker: int, function: str, items: list[Item]) -> list[Score]:
-        """Score a chunk; when it hangs or kills its process, find the item that does it by asking one at a time."""
-        # one chunk at a time: a deadline must not count the time another function takes, nor kill its process
-        async with self.locks[worker]:
-            try:
-                call = self.workers[worker].score.remote(function, items)
-                scores: list[Score] = await asyncio.wait_for(_future(call), self.deadlines.reward)
-                return scores
-            except TimeoutError:
-                failure = Score(
-                    "timed_out", note=f"{function} took more than deadlines.reward = {self.deadlines.reward:g} s"
-                )
-            except RayActorError:
-                failure = Score("failed", note=f"{function} ended its process")
-            ray.kill(self.workers[worker])
-            self.workers[worker] = self.start(worker)
-            # else the first item would pay for the start of its process
-            ready = self.workers[worker].__ray_ready__.remote()
-            await within(self.deadlines.start, "start", f"reward worker {worker} starting again", ready)
-        if len(items) == 1:
-            return [failure]
-        return [score for item in items for score in await self._chunk(worker, function, [item])]
+    async def _chunk(self, worker: int, function: str, items: list[Item], options: Mapping[str, Any]) -> list[Score]:
+        """Score a chunk. What a function does to its own process costs one sample (`rewards.isolation`); a worker that
+        itself dies, or is silent for longer than all samples together may take, is replaced and asked once more."""
+        longest = self.deadlines.reward * (len(items) + 1) + self.deadlines.start
+        for last in (False, True):
+            # one chunk at a time: a deadline must not count the time another function takes, nor kill its process
+            async with self.locks[worker]:
+                try:
+                    call = self.workers[worker].score.remote(function, items, options)
+                    scores: list[Score] = await asyncio.wait_for(_future(call), longest)
+                    return scores
+                except TimeoutError:
+                    failure = Score("timed_out", note=f"reward worker {worker} has not answered for {longest:g} s")
+                except RayActorError as error:
+                    failure = Score("failed", note=f"reward worker {worker} died: {reason(error)}")
+                ray.kill(self.workers[worker])
+                self.workers[worker] = self.start(worker)
+                ready = self.workers[worker].__ray_ready__.remote()
+                await within(self.deadlines.start, "start", f"reward worker {worker} starting again", ready)
+            if last:
+                break
+        return [failure] * len(items)

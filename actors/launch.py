@@ -30,6 +30,7 @@ from actors.rollout import EngineSettings, RolloutWorker
 from actors.shared import Owner
 from actors.trainer import TrainerRank
 from actors.vllm_worker import VllmWorker
+from rewards.isolation import Limits
 from rlhf.architecture import GIB, base_of, from_folder
 from rlhf.models import architecture_as_saved, load_processor, masked_ids
 from rlhf.plan import Cluster, Plan
@@ -201,7 +202,8 @@ class Placement:
         return ray.remote(kind).options(**options).remote(str(folder), settings)
 
     def reward(self, index: int) -> Any:
-        return ray.remote(RewardWorker).options(**self.options("reward", index)).remote()
+        limits = Limits(self.recipe.deadlines.reward, self.recipe.resources.reward_memory_gib)
+        return ray.remote(RewardWorker).options(**self.options("reward", index)).remote(limits)
 
     async def trainer(self) -> list[Any]:
         """Start all trainer ranks, to be joined in one process group."""

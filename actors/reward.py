@@ -1,21 +1,21 @@
-"""Reward functions in a process of their own: what user code breaks, it breaks here."""
+"""Reward functions away from everything else: a Ray actor around the process that runs them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from rewards.base import Item, Reward, evaluate, resolve
+from rewards.base import Item
+from rewards.isolation import Isolated, Limits
 from rlhf.types import Score
 
 
 class RewardWorker:
-    """Runs reward functions by name; an exception is a failed Score, not the end of the process."""
+    """Runs reward functions by name; whatever one does costs its own sample, and no other."""
 
-    def __init__(self) -> None:
-        self._functions: dict[str, Reward] = {}
+    def __init__(self, limits: Limits) -> None:
+        self._process = Isolated(limits)
 
-    def score(self, function: str, items: Sequence[Item]) -> list[Score]:
-        """One Score an item. Raises ValueError when `function` cannot be found."""
-        if function not in self._functions:
-            self._functions[function] = resolve(function)
-        return evaluate(self._functions[function], items)
+    def score(self, function: str, items: Sequence[Item], options: Mapping[str, Any]) -> list[Score]:
+        """One Score an item. Raises ValueError when `function` cannot be used."""
+        return self._process.score(function, items, options)

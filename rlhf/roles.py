@@ -102,8 +102,11 @@ class Trainer(Protocol):
 class Rewards(Protocol):
     """Reward functions in processes of their own."""
 
-    async def score(self, function: str, groups: Sequence[Group]) -> list[list[Score]]:
-        """One Score a rollout, for each group. A crash or a missed deadline costs its own sample only."""
+    async def score(
+        self, function: str, groups: Sequence[Group], options: Mapping[str, Any] | None = None
+    ) -> list[list[Score]]:
+        """One Score a rollout, for each group, of the function with these options (`rewards.base.resolve`). A crash or
+        a missed deadline costs its own sample only."""
         ...
 
 

@@ -56,7 +56,7 @@ async def score(
             columns[name] = await judges[reward.judge].score(groups, right)
         else:
             assert reward.function is not None
-            columns[name] = await rewards.score(reward.function, groups)
+            columns[name] = await rewards.score(reward.function, groups, reward.options)
 
     for waits in (False, True):  # first what depends on nothing
         wave = [part(name, reward) for name, reward in parts.items() if (reward.only_if is not None) == waits]

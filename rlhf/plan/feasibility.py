@@ -367,10 +367,15 @@ def _multiple(stage: Rl, ranks: int) -> int:
 
 def _function(key: str, spec: str) -> Iterator[str]:
     home, colon, name = spec.rpartition(":")
-    if not colon or not home or not name.isidentifier():
-        yield f'{key} = {spec!r} is not written "module:function" or "path/file.py:function"'
+    file = file_of(spec) if home or not colon else None
+    if (not colon and file is None) or (colon and not (home and name.isidentifier())):
+        yield (
+            f'{key} = {spec!r} is not written "module:function" or "path/file.py:function", and no installed package '
+            "offers a reward under that name"
+        )
         return
-    file = file_of(spec)
+    if not colon:
+        return
     if file is None:
         yield f"{key} = {spec!r}: no module {home!r} here; correct the name, or install what holds it"
     elif not file.is_file():

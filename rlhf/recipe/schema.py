@@ -167,6 +167,7 @@ class Resources(Table):
     max_model_len: PositiveInt = 256
     kv_cache_gib: Positive = 0.25
     reward_workers: PositiveInt = 1
+    reward_memory_gib: Positive = 2.0  # what a reward may allocate before it is refused more
     memory_gib: Positive = 8.0
     token_budget: PositiveInt = 8192  # of a micro-batch
     checkpointing: bool = False  # backward computes each layer anew instead of keeping what forward made of it
@@ -234,11 +235,13 @@ class Gate(Table):
 
 
 class Reward(Table):
-    """One part of a reward: a function ("module:function" or "path/file.py:function"), or a judge: the artifact of
-    an earlier stage served by a rollout worker of its own. With `only_if` a judge is asked only about rollouts to which
+    """One part of a reward: a function ("module:function", "path/file.py:function", or the name under which an
+    installed package offers one) with `options` as its keyword arguments, or a judge: the artifact of an earlier stage
+    served by a rollout worker of its own. With `only_if` a judge is asked only about rollouts to which
     that other part gave 1; the rest get 0 from it, since a chain that ends in a wrong answer is not sound."""
 
     function: str | None = None
+    options: dict[str, Any] = {}
     judge: Name | None = None
     weight: Positive = 1.0
     only_if: Name | None = None
@@ -249,6 +252,8 @@ class Reward(Table):
             raise ValueError("give either `function` or `judge`, not both or none")
         if self.only_if is not None and self.judge is None:
             raise ValueError("`only_if` saves asking a judge; a function is asked about every rollout")
+        if self.options and self.function is None:
+            raise ValueError("`options` are keyword arguments of a `function`; a judge has its settings in [judging]")
         return self
 
 

@@ -65,7 +65,7 @@ class Trainer:
 class Rewards:
     """A group's rollouts get 0 and 1."""
 
-    async def score(self, function: str, groups: Sequence[Group]) -> list[list[Score]]:
+    async def score(self, function: str, groups: Sequence[Group], *options: Any) -> list[list[Score]]:
         return [[Score("scored", float(i % 2)) for i in range(len(group.rollouts))] for group in groups]
 
 

@@ -155,8 +155,10 @@ class FakeTrainer:
 class FakeRewards:
     """The real reward functions, called in this process."""
 
-    async def score(self, function: str, groups: Sequence[Group]) -> list[list[Score]]:
-        reward = resolve(function)
+    async def score(
+        self, function: str, groups: Sequence[Group], options: Mapping[str, Any] | None = None
+    ) -> list[list[Score]]:
+        reward = resolve(function, options)
         return [evaluate(reward, items_of(group)) for group in groups]
 
 

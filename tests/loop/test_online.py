@@ -157,7 +157,7 @@ def test_wrong_weights_are_named_even_where_their_replies_teach_nothing(
             await asyncio.sleep(0)
         raise SyncError("version 0: layers.0.mlp")
 
-    async def level(rewards: FakeRewards, function: str, groups: Any) -> Any:
+    async def level(rewards: FakeRewards, function: str, groups: Any, *options: Any) -> Any:
         return [[dataclasses.replace(s, value=0.0) for s in row] for row in await score(rewards, function, groups)]
 
     monkeypatch.setattr(FakeTrainer, "prove", late)
@@ -174,7 +174,7 @@ def test_groups_are_the_same_however_long_scoring_takes(
     quick = improve(prepared, tmp_path / "quick", settings).trainer.batches
     for late in range(3):
 
-        async def slow(rewards: FakeRewards, function: str, groups: Any, late: int = late) -> Any:
+        async def slow(rewards: FakeRewards, function: str, groups: Any, *options: Any, late: int = late) -> Any:
             turns[0] += 1
             for _ in range(50 if turns[0] % 3 == late else 0):
                 await asyncio.sleep(0)
@@ -234,7 +234,7 @@ def test_a_part_without_a_signal_keeps_its_place_in_the_schedule(
 ) -> None:
     score, places, share = FakeRewards.score, places_of(monkeypatch), share_of(2)
 
-    async def level(rewards: FakeRewards, function: str, groups: Any) -> Any:
+    async def level(rewards: FakeRewards, function: str, groups: Any, *options: Any) -> Any:
         scores = await score(rewards, function, groups)
         return [
             [dataclasses.replace(one, value=1.0) for one in row]
@@ -281,7 +281,7 @@ def test_only_an_algorithm_that_compares_within_groups_drops_equal_ones(
 ) -> None:
     score, places = FakeRewards.score, places_of(monkeypatch)
 
-    async def half(rewards: FakeRewards, function: str, groups: Any) -> Any:
+    async def half(rewards: FakeRewards, function: str, groups: Any, *options: Any) -> Any:
         """Every second group has equal scores; the others do not."""
         scores = await score(rewards, function, groups)
         odd = [places[group.prompt.key] % 2 == 1 for group in groups]
@@ -536,7 +536,7 @@ def test_refills_make_up_for_groups_that_teach_nothing(
 ) -> None:
     score, places = FakeRewards.score, places_of(monkeypatch)
 
-    async def half(rewards: FakeRewards, function: str, groups: Any) -> Any:
+    async def half(rewards: FakeRewards, function: str, groups: Any, *options: Any) -> Any:
         scores = await score(rewards, function, groups)
         return [
             [dataclasses.replace(one, value=float(places[g.prompt.key] % 2 and r % 2)) for r, one in enumerate(row)]
@@ -559,7 +559,7 @@ def test_a_step_on_the_policy_leaves_nothing_over_where_refills_do_not_suffice(
 ) -> None:
     score, places = FakeRewards.score, places_of(monkeypatch)
 
-    async def few(rewards: FakeRewards, function: str, groups: Any) -> Any:
+    async def few(rewards: FakeRewards, function: str, groups: Any, *options: Any) -> Any:
         scores = await score(rewards, function, groups)
         return [
             [dataclasses.replace(one, value=float(places[g.prompt.key] in teaching and r)) for r, one in enumerate(row)]

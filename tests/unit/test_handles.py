@@ -485,47 +485,47 @@ def test_a_rank_that_died_is_found_behind_one_that_lost_its_connection() -> None
 
 
 class Worker:
-    """One call at a time, like the real one; function "hang" never answers, "die" ends the process."""
+    """Answers, or does what is told: "hang" never answers, "die" ends."""
 
-    def __init__(self) -> None:
-        self.lock = asyncio.Lock()
+    def __init__(self, does: str) -> None:
+        self.does = does
         self.score = Remote(self._score)
         self.__ray_ready__ = Remote(self._ready)
-        self.started = asyncio.Event()
-        self.started.set()
 
     async def _ready(self) -> None:
-        self.started.set()
+        pass
 
-    async def _score(self, function: str, items: list[Item]) -> list[Score]:
-        async with self.lock:
-            await self.started.wait()
-            bad = any("bad" in item.completion for item in items)
-            if function == "hang" and bad:
-                await asyncio.Event().wait()
-            if function == "die" and bad:
-                raise RayActorError
-            return [Score("scored", 1.0) for _ in items]
+    async def _score(self, function: str, items: list[Item], options: dict[str, float]) -> list[Score]:
+        if self.does == "hang":
+            await asyncio.Event().wait()
+        if self.does == "die":
+            raise RayActorError
+        return [Score("scored", options["worth"]) for _ in items]
 
 
-@pytest.mark.parametrize(("function", "outcome"), [("hang", "timed_out"), ("die", "failed")])
-def test_a_reward_that_hangs_or_dies_costs_its_own_sample_only(function: str, outcome: str) -> None:
-    texts = ["good", "bad", "good", "good"]
-    rollouts = tuple(Rollout((1,), (0.0,), (0,), text, "stop") for text in texts)
+@pytest.mark.parametrize(
+    ("workers", "outcome"),
+    [
+        (["good"], "scored"),
+        (["die", "good"], "scored"),
+        (["hang", "good"], "scored"),
+        (["die", "die", "good"], "failed"),
+        (["hang", "hang", "good"], "timed_out"),
+    ],
+)
+def test_a_reward_worker_that_is_lost_is_replaced_and_asked_once_more(workers: list[str], outcome: str) -> None:
+    rollouts = tuple(Rollout((1,), (0.0,), (0,), "?", "stop") for _ in range(3))
     groups = [Group(prompts(1)[0], (1,), rollouts)]
+    coming = iter(workers)
 
-    async def go() -> list[list[list[Score]]]:
-        def start(index: int) -> Worker:
-            worker = Worker()
-            worker.started.clear()  # its start takes longer than a reward may: only `ready` waits for it
-            return worker
+    async def go() -> list[list[Score]]:
+        deadlines = Deadlines(reward=0.01, start=0.05)
+        handle = RewardsHandle(lambda index: Worker(next(coming)), deadlines, [Worker(next(coming))])
+        found = await asyncio.wait_for(handle.score("fine", groups, {"worth": 0.5}), 10)
+        if outcome != "scored":  # the one that came last serves the next call
+            assert (await handle.score("fine", groups, {"worth": 0.5}))[0][0].value == 0.5
+        return found
 
-        handle = RewardsHandle(start, Deadlines(reward=0.05), [Worker()])
-        # beside a function that behaves, on the same worker
-        calls = [handle.score(name, groups) for name in ("fine", function, "fine")]
-        return list(await asyncio.wait_for(asyncio.gather(*calls), 10))
-
-    first, troubled, last = asyncio.run(go())
-    assert [score.outcome for score in first[0]] == ["scored"] * 4
-    assert [score.outcome for score in troubled[0]] == ["scored", outcome, "scored", "scored"]
-    assert [score.outcome for score in last[0]] == ["scored"] * 4
+    (found,) = asyncio.run(go())
+    assert [score.outcome for score in found] == [outcome] * 3
+    assert all("reward worker 0" in score.note for score in found if outcome != "scored")

@@ -1,15 +1,19 @@
 """Rewards: found by name, isolated in failure, checked by hand-made cases."""
 
+import asyncio
 import dataclasses
+import random
 import threading
 import time
+from importlib.metadata import EntryPoint
 
 import pytest
+import trl.rewards
 
 from rewards import answer, judge, soundness
 from rewards import format as form
 from rewards import length as lengths
-from rewards.base import Item, RewardError, evaluate, items_of, resolve
+from rewards.base import Item, RewardError, evaluate, file_of, items_of, resolve
 from rewards.mixture import combine
 from rlhf.data.tokenizer import train_tokenizer
 from rlhf.recipe import Chat
@@ -20,7 +24,7 @@ GOOD = "<think>i see 3 and 5. 3 + 5 = 8. so 8.</think>\\boxed{8}"
 
 def item(completion: str, think: bool = True, media: tuple[Media, ...] = (), **columns) -> Item:
     prompt = Prompt("s/0", "s", "what is the sum?", (1,), media, think, columns)
-    return Item(prompt, completion, 5, True)
+    return Item(prompt, completion, (1, 2, 3, 4, 5), True)
 
 
 def length(item):
@@ -68,9 +72,106 @@ def test_both_signatures_run():
     assert evaluate(theirs, []) == []
 
 
-def test_trl_own_reward_runs_unchanged():
-    reward = resolve("trl.rewards:think_format_reward")
-    assert [score.value for score in evaluate(reward, [item("<think>a</think>b"), item("b")])] == [1.0, 0.0]
+def completions(count: int) -> list[tuple[str, str]]:
+    """Completions of all kinds, and the truth of their rows."""
+    rng = random.Random(0)
+    made = []
+    for place in range(count):
+        right, shown = rng.randint(0, 9), rng.randint(0, 9) if place % 2 else None
+        said = right if shown is None else shown
+        chain = " ".join(rng.choice(["one", "two", "so"]) for _ in range(rng.randint(0, 12)))
+        form = rng.choice(
+            [
+                "<think>{chain}</think>\\boxed{{{said}}}",
+                "\\boxed{{{said}}} {chain}",
+                "<think>{chain} {said}",
+                "{chain}</think> the answer is $\\frac{{{said}}}{{1}}$",
+                "",
+            ]
+        )
+        made.append((form.format(chain=chain, said=said), "?" if place % 17 == 0 else f"${right}$"))
+    return made
+
+
+TRL = {
+    "accuracy_reward": {},
+    "reasoning_accuracy_reward": {},
+    "think_format_reward": {},
+    "get_cosine_scaled_reward": {"max_len": 20},
+    "get_repetition_penalty_reward": {"ngram_size": 2, "max_penalty": -1.0},
+    "get_soft_overlong_punishment": {"max_completion_len": 16, "soft_punish_cache": 8},
+}
+
+
+def test_every_reward_of_trl_is_known_here():
+    assert {*TRL} == {name for name in dir(trl.rewards) if name.endswith(("_reward", "_punishment"))}
+
+
+@pytest.mark.parametrize("name", TRL)
+def test_a_reward_of_trl_gives_what_it_gives_there(name):
+    options, rows = TRL[name], completions(240)
+    function = getattr(trl.rewards, name)
+    direct = (function(**options) if options else function)(
+        prompts=[[{"role": "user", "content": "what is the sum?"}]] * len(rows),
+        completions=[[{"role": "assistant", "content": said}] for said, _ in rows],
+        completion_ids=[list(map(ord, said[::4])) for said, _ in rows],
+        solution=[truth for _, truth in rows],
+    )
+    items = [
+        dataclasses.replace(item(said, solution=truth), token_ids=tuple(map(ord, said[::4]))) for said, truth in rows
+    ]
+    scores = evaluate(resolve(f"trl.rewards:{name}", options), items)
+    assert [score.value for score in scores] == direct  # None is a failure, which has no value
+    assert [score.outcome == "scored" for score in scores] == [value is not None for value in direct]
+    assert len({*direct}) > 1
+
+
+def compute_score(data_source, solution_str, ground_truth, extra_info=None):
+    """As a user of verl writes it."""
+    right = solution_str.split()[-1] == ground_truth
+    return {"score": (1.0 if right else 0.1) * extra_info["scale"], "right": right, "from": data_source}
+
+
+async def as_they_come(prompts, completions, level, **kwargs):
+    """As a user of TRL writes one that waits."""
+    await asyncio.sleep(0)
+    return [len(one[0]["content"]) / each for one, each in zip(completions, level, strict=True)]
+
+
+def test_a_function_of_verl_runs_unchanged():
+    theirs = resolve(f"{__name__}:compute_score")
+    rng = random.Random(1)
+    for style in ("verl's data set", "columns"):
+        rows = [(f"so {rng.randint(0, 3)}", str(rng.randint(0, 3)), rng.random()) for _ in range(200)]
+        items = [
+            item(said, data_source="gsm8k", extra_info={"scale": scale}, reward_model={"ground_truth": truth})
+            if style == "verl's data set"
+            else item(said, scale=scale, answer=truth)
+            for said, truth, scale in rows
+        ]
+        scores = evaluate(theirs, items)
+        direct = [compute_score("?", said, truth, {"scale": scale})["score"] for said, truth, scale in rows]
+        assert [score.value for score in scores] == direct
+        assert {score.parts["right"] for score in scores} == {0.0, 1.0}
+
+
+def test_a_function_of_ours_may_be_async():
+    assert [score.value for score in evaluate(resolve(f"{__name__}:later"), [item("x")] * 3)] == [0.0] * 3
+
+
+def test_a_function_of_trl_may_be_async():
+    rows = [("x" * (place % 9), 1 + place % 4) for place in range(200)]
+    scores = evaluate(resolve(f"{__name__}:as_they_come"), [item(said, level=level) for said, level in rows])
+    assert [score.value for score in scores] == [len(said) / level for said, level in rows]
+
+
+def test_an_installed_package_offers_rewards(monkeypatch):
+    ours = EntryPoint("tidy", "rewards.length:brief", "rlhf.rewards")
+    monkeypatch.setattr("rewards.base.entry_points", lambda group, name=None: [ours] if name in (None, "tidy") else [])
+    assert evaluate(resolve("tidy"), [item("")])[0].value == 1.0
+    assert file_of("tidy") == file_of("rewards.length:brief")
+    with pytest.raises(RewardError, match=r"entry points of group 'rlhf.rewards': tidy"):
+        resolve("untidy")
 
 
 def test_brevity_falls_with_characters():
@@ -108,8 +209,7 @@ def test_rewards_in_a_file(tmp_path):
         ("no.such:fn", "cannot be imported"),
         ("rewards.answer:box", "no function 'box'; it has .*boxed"),
         ("nowhere/mine.py:fn", "no file"),
-        (f"{__name__}:two", "neither fn.item. nor"),
-        (f"{__name__}:later", "async"),
+        (f"{__name__}:two", "neither fn.item., nor"),
     ],
 )
 def test_a_reward_that_cannot_be_found_says_why(name, message):
