@@ -74,6 +74,28 @@ def _parser() -> argparse.ArgumentParser:
     draw.add_argument("--out", type=Path, default=Path("pictures"), help="where they are written (default: pictures)")
     draw.add_argument("--steps", type=int, default=50, help="of denoising (default: 50)")
     draw.add_argument("--seed", type=int, default=0)
+    reward = verbs.add_parser(
+        "reward", help="try a reward function, or begin one", description="Rewards by themselves."
+    )
+    tried = reward.add_subparsers(required=True, metavar="test | new")
+    test = tried.add_parser("test", help="what it gives, how long it takes, what it fails on, what fools it")
+    test.set_defaults(command=reward_test_command)
+    test.add_argument("function", help='"module:function" or "path/file.py:function"')
+    source = test.add_mutually_exclusive_group(required=True)
+    source.add_argument("--data", type=Path, metavar="ROWS", help="parquet or JSONL: prompt, completion, any columns")
+    source.add_argument("--rollouts", type=Path, metavar="RUN", help="what a run kept of its rollouts: runs/NAME")
+    test.add_argument(
+        "--option", action="append", default=[], metavar="TOML", help="an argument of it: 'tolerance = 0.1'"
+    )
+    beside = test.add_mutually_exclusive_group()
+    beside.add_argument("--against", metavar="FUNCTION", help="another reward to compare with")
+    beside.add_argument("--truth", metavar="COLUMN", help="a column of numbers to compare with")
+    test.add_argument("--deadline", type=float, default=30.0, help="seconds a call may take (default: 30)")
+    test.add_argument("--json", type=Path, help="where to write counts, values and seconds")
+    test.add_argument("--html", type=Path, help="where to write all of it as a page")
+    new = tried.add_parser("new", help="write a commented reward and its test to start from")
+    new.set_defaults(command=reward_new_command)
+    new.add_argument("name", help="of the function and of its file, NAME.py")
     report = verb("report", report_command, "write report.html of a run folder", recipe=False)
     report.add_argument("folder", type=Path)
     submit = verb("submit", submit_command, "run a curriculum as a job of a Ray head (started here if none is given)")
@@ -269,6 +291,45 @@ def draw_command(parsed: argparse.Namespace) -> int:
         path = parsed.out / f"{number}.png"
         picture.save(path)
         print(path)
+    return 0
+
+
+def reward_test_command(parsed: argparse.Namespace) -> int:
+    import json
+    import tomllib
+
+    from rewards.base import RewardError
+    from rewards.isolation import Limits
+    from rlhf import trial
+    from rlhf.data.rows import DataError
+
+    try:
+        options = tomllib.loads("\n".join(parsed.option))
+        items = trial.answered(parsed.data) if parsed.data else trial.rolled_out(parsed.rollouts)
+        limits = Limits(seconds=parsed.deadline)
+        found = trial.hold(parsed.function, items, options, limits, parsed.against, parsed.truth)
+    except tomllib.TOMLDecodeError as error:
+        return _fail(f"--option: {error}; write it as TOML, such as 'tolerance = 0.1'", UNUSABLE)
+    except (RewardError, DataError) as error:
+        return _fail(error, UNUSABLE)
+    print(trial.as_text(found))
+    if parsed.json:
+        parsed.json.write_text(json.dumps(found.as_json()) + "\n")
+    if parsed.html:
+        parsed.html.write_text(trial.as_page(parsed.function, found))
+    return 0
+
+
+def reward_new_command(parsed: argparse.Namespace) -> int:
+    from rlhf.trial import begin
+
+    if not parsed.name.isidentifier():
+        return _fail(f"{parsed.name!r} cannot be a function's name; take letters, digits and _", UNUSABLE)
+    try:
+        made = begin(parsed.name, Path())
+    except FileExistsError as error:
+        return _fail(f"{error.filename} is there already; take another name", UNUSABLE)
+    print("\n".join(map(str, made)))
     return 0
 
 

@@ -70,7 +70,7 @@ def test_pictures_tell_equal_questions_apart() -> None:
 
 def test_where_the_answer_is_wrong_the_judge_is_not_asked() -> None:
     class Answers:
-        async def score(self, function: str, groups: Sequence[Group]) -> list[list[Score]]:
+        async def score(self, function: str, groups: Sequence[Group], options: object) -> list[list[Score]]:
             return [[Score("scored", float("3}" in r.text)) for r in group.rollouts] for group in groups]
 
     engine = Engine()

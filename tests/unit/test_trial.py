@@ -1,0 +1,119 @@
+"""`rlhf reward`: what is told of a reward that is tried, and a beginning for a new one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlhf.cli import main
+from rlhf.trial import kappa
+
+REWARD = """
+def right(item, worth=1.0):
+    if item.completion == "odd":
+        raise ValueError("cannot read odd")
+    return worth * (item.completion == item.columns["answer"])
+
+def all_yes(item):
+    return 1.0
+"""
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    (tmp_path / "mine.py").write_text(REWARD)
+    lines = [
+        {
+            "prompt": [{"role": "user", "content": f"what is {place}?"}],
+            "completion": said,
+            "answer": "7",
+            "sound": sound,
+        }
+        for place, (said, sound) in enumerate([("7", 1), ("7", 0), ("8", 0), ("odd", 1), ("7", 1)])
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+def test_what_is_told_of_a_reward(rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    function, out, page = f"{rows.parent}/mine.py:right", rows.parent / "found.json", rows.parent / "found.html"
+    told = ["reward", "test", function, "--data", str(rows), "--json", str(out), "--html", str(page)]
+    assert main([*told, "--truth", "sound", "--option", "worth = 0.5"]) == 0
+    found = json.loads(out.read_text())
+    assert found.pop("seconds") > 0
+    values = [0.5, 0.5, 0.0, None, 0.5]
+    assert found == {"count": 5, "scored": 4, "failed": 1, "timed_out": 0, "values": values}
+    text = capsys.readouterr().out
+    for part in (
+        "5 completions: 4 scored, 1 failed, 0 timed out",
+        "ValueError: cannot read odd",
+        "empty: 0.000",
+        "Beside column sound",
+        "4 that both scored; yes is at least a half: κ = 0.500",
+        "row 1: 0.5 against 0: 'what is 1?' → '7'",
+    ):
+        assert part in text
+    assert "What it fails on" in page.read_text()
+
+
+def test_beside_another_reward(rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    home = f"{rows.parent}/mine.py"
+    assert main(["reward", "test", f"{home}:all_yes", "--data", str(rows), "--against", f"{home}:right"]) == 0
+    text = capsys.readouterr().out
+    assert "all the same: nothing can be learned from it" in text
+    assert "row 2: 1 against 0" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{home}/mine.py:wrong", "--data", "{home}/rows.jsonl"], "has no function 'wrong'; it has right, all_yes"),
+        (["{home}/mine.py:right", "--data", "{home}/none.jsonl"], "no such file or folder"),
+        (["{home}/mine.py:right", "--data", "{home}/rows.jsonl", "--truth", "no"], "rows/0: no number in column 'no'"),
+        (["{home}/mine.py:right", "--data", "{home}/rows.jsonl", "--option", "x"], "--option: "),
+        (["{home}/mine.py:right", "--rollouts", "{home}"], "no stages/*/rollouts.jsonl"),
+        (["{home}/mine.py:right", "--data", "{home}/bare.jsonl"], "bare.jsonl, row 0: needs `prompt`"),
+    ],
+)
+def test_what_cannot_be_tried(
+    arguments: list[str], message: str, rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (rows.parent / "bare.jsonl").write_text('{"prompt": "what?"}')
+    assert main(["reward", "test", *(argument.format(home=rows.parent) for argument in arguments)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_rollouts_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stage = tmp_path / "stages" / "01-rl"
+    stage.mkdir(parents=True)
+    kept = {"key": "s/0", "question": "what?", "completion": "\\boxed{8}", "think": False, "image": None, "answer": "8"}
+    (stage / "rollouts.jsonl").write_text(json.dumps(kept))
+    assert main(["reward", "test", "rewards.answer:boxed", "--rollouts", str(tmp_path)]) == 0
+    assert "every digit boxed: 0.000" in capsys.readouterr().out  # the last box counts
+    (stage / "rollouts.jsonl").write_text('{"key": 1}')
+    assert main(["reward", "test", "rewards.answer:boxed", "--rollouts", str(tmp_path)]) == 2
+    assert "rollouts.jsonl:1: no rollout" in capsys.readouterr().err
+
+
+def test_one_to_begin_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["reward", "new", "tidy"]) == 0
+    assert capsys.readouterr().out.split() == ["tidy.py", "test_tidy.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_tidy.py"]
+    passed = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert passed.returncode == 0, passed.stdout
+    assert main(["reward", "new", "tidy"]) == 2
+    assert "tidy.py is there already" in capsys.readouterr().err
+    assert main(["reward", "new", "no name"]) == 2
+
+
+def test_agreement_beyond_chance() -> None:
+    assert kappa([True, True, False, False], [True, True, False, False]) == 1.0
+    assert kappa([True, True, False, False], [True, False, True, False]) == 0.0
+    assert kappa([True, False], [False, True]) == -1.0
+    assert kappa([True, True], [True, True]) == 1.0
