@@ -16,6 +16,7 @@ MAX_EXPRESSION = 200
 RUNAWAY = re.compile(r"(\^|\*\*)\s*\{?\s*[-+(]?\d{3}|(\^|\*\*)\s*(\{[^}]*|[(\w\s]+)(\^|\*\*)|([)}]\s*(\^|\*\*).*){3}|!")
 THOUSANDS = re.compile(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?")
 NUMBER = re.compile(r"[+-]?\d{1,30}(\.\d{1,30})?")
+BRACE = re.compile(r"\\boxed\s*\{|[{}]")
 MATHEMATICS = re.compile(r"[\d\\^=+*/]")
 
 
@@ -34,15 +35,30 @@ def boxed(item: Item) -> Score:
     return Score("scored", 1.0 if same(said, answer) else 0.0, note=f"boxed {said!r}, right is {answer!r}")
 
 
+def final_answer(text: str) -> str:
+    r"""What a completion says in the end: its last \boxed{…}; else what follows its last </think>, or an "answer:" in
+    that; else all of it."""
+    if (found := last_boxed(text)) is not None:
+        return found[0]
+    text = text.rpartition("</think>")[2]
+    tagged = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
+    if tagged:
+        return str(tagged[-1]).strip()
+    said = re.split(
+        r"answer(?: is)?\s*[:：]\s*|answer is\s|答案(?:是|为)?\s*[:：]\s*|答案(?:是|为)", text, flags=re.IGNORECASE
+    )[-1]
+    return said.strip()
+
+
 def last_boxed(text: str) -> tuple[str, int] | None:
     r"""What the last complete \boxed{…} holds (nested braces included) and where it ends; None without one."""
-    for start in reversed([match.end() for match in re.finditer(r"\\boxed\s*\{", text)]):
-        depth = 1
-        for place in range(start, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[place], 0)
-            if depth == 0:
-                return text[start:place].strip(), place + 1
-    return None
+    found, opened = None, list[int | None]()  # of each open brace, where what it holds begins if it is a box's
+    for brace in BRACE.finditer(text):
+        if brace[0] != "}":
+            opened.append(brace.end() if len(brace[0]) > 1 else None)
+        elif opened and (start := opened.pop()) is not None and (found is None or start > found[0]):
+            found = start, brace.start()
+    return None if found is None else (text[found[0] : found[1]].strip(), found[1] + 1)
 
 
 def same(said: str, answer: str) -> bool:

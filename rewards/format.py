@@ -9,12 +9,28 @@ from rewards.base import Item
 from rlhf.types import Score
 
 TAG = re.compile(r"</?think>")
+NO_TAG = r"(?:(?!</?(?:judge|think)>).)*"
+JUDGED = re.compile(
+    rf"<judge>(?P<judge>{NO_TAG})</judge>\s*<think>(?P<think>{NO_TAG})</think>(?P<answer>{NO_TAG})", re.DOTALL
+)
 
 
 def think(item: Item) -> Score:
     r"""1.0 for the asked form, else 0.0. Thinking: one <think>…</think> with words in it opens the completion, one
     boxed answer ends it. Not thinking: no think tag, and a boxed answer at the end."""
     fault = _fault(item.completion.strip(), item.prompt.think)
+    return Score("scored", 0.0 if fault else 1.0, note=fault)
+
+
+def judge_think(item: Item) -> Score:
+    r"""1.0 for SAIL-RL's form (arXiv:2511.02280), else 0.0: <judge>…</judge><think>…</think> and an answer that ends in
+    a box. The judgement has words; the chain may be empty, where the model answers at once."""
+    parts = JUDGED.fullmatch(item.completion.strip())
+    if parts is None:
+        return Score("scored", 0.0, note="not <judge>…</judge><think>…</think> and an answer, once each")
+    if not parts["judge"].strip():
+        return Score("scored", 0.0, note="an empty judgement")
+    fault = _answer_fault(parts["answer"].strip())
     return Score("scored", 0.0 if fault else 1.0, note=fault)
 
 

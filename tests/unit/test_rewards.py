@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import random
+import re
 import threading
 import time
 from importlib.metadata import EntryPoint
@@ -371,3 +372,21 @@ def test_mixture_is_a_weighted_mean_and_keeps_failures():
     for weights in ({"answer": 1.0}, {"answer": 0.0, "form": 0.0}):
         with pytest.raises(ValueError, match=r"same names|sum to more than 0"):
             combine(parts, weights)
+
+
+def test_the_last_box_is_that_of_a_slow_search():
+    """For every box, from the last, count braces until its own is closed."""
+
+    def slow(text: str) -> tuple[str, int] | None:
+        for start in reversed([match.end() for match in re.finditer(r"\\boxed\s*\{", text)]):
+            depth = 1
+            for place in range(start, len(text)):
+                depth += {"{": 1, "}": -1}.get(text[place], 0)
+                if depth == 0:
+                    return text[start:place].strip(), place + 1
+        return None
+
+    rng = random.Random(0)
+    for _ in range(2000):
+        text = "".join(rng.choices(["\\boxed{", "\\boxed {", "{", "}", "}", "a", " "], k=rng.randint(0, 12)))
+        assert answer.last_boxed(text) == slow(text), text

@@ -1,0 +1,132 @@
+"""Is the number right? With a tolerance, in whatever unit, counted, or read off a chart."""
+
+from __future__ import annotations
+
+import math
+import re
+from fractions import Fraction
+from functools import cache
+from typing import Any
+
+from rewards.answer import final_answer
+from rewards.base import Item
+from rlhf.types import Score
+
+PERCENT = "%"
+LONGEST = 200  # characters of an answer that is parsed at all
+NUMBER = re.compile(r"[-+−]?(?:\d{1,3}(?:,\d{3})+|\d{1,30})?(?:\.\d{1,30})?(?:[eE][-+]?\d{1,3})?(?:\s*/\s*\d{1,30})?")
+WORDS = [
+    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
+    *("eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"),
+]
+CHINESE = dict(zip("零一二三四五六七八九十", range(11), strict=True)) | {"两": 2}
+
+
+def close(item: Item, relative: float = 1e-3, absolute: float = 0.0) -> Score:
+    """1.0 where the final answer is the row's `answer` within a tolerance, else 0.0. Units are converted (pint): "1.5
+    km" is "1500 m"; where only one of them has a unit it is taken to be the same. "12 %" is 0.12 and 12."""
+    said, truth = final_answer(item.completion), str(item.columns["answer"])
+    wanted, found = measured(truth), measured(said)
+    if wanted is None:
+        return Score("failed", note=f"the row's answer {truth!r} is no number; use another reward for it")
+    if found is None:
+        return Score("scored", 0.0, note=f"{said!r:.80} is no number")
+    right = any(
+        math.isclose(one, other, rel_tol=relative, abs_tol=absolute) for one, other in _comparable(found, wanted)
+    )
+    return Score("scored", float(right), note=f"{said!r:.80}, right is {truth!r}")
+
+
+def relaxed(item: Item, tolerance: float = 0.05) -> Score:
+    """ChartQA's relaxed accuracy (arXiv:2203.10244): a number may be off by 5 %, other answers are compared as text
+    without case and spacing; a list has as many elements, each right."""
+    said, truth = final_answer(item.completion), str(item.columns["answer"])
+    theirs, ours = ([part.strip() for part in re.split(r"[,;]\s+|\|", text)] for text in (said, truth))
+    right = len(theirs) == len(ours) and all(map(lambda a, b: _near(a, b, tolerance), theirs, ours))
+    return Score("scored", float(right), note=f"{said!r:.80}, right is {truth!r}")
+
+
+def count(item: Item, slack: int = 0) -> Score:
+    """1.0 where the last whole number of the final answer, in digits or words (English to twenty, Chinese to ten), is
+    at most `slack` from the row's `answer`, else 0.0."""
+    truth = int(item.columns["answer"])
+    found = _counted(final_answer(item.completion))
+    right = found is not None and abs(found - truth) <= slack
+    return Score("scored", float(right), note=f"{found}, right is {truth}")
+
+
+def plain(text: str) -> float | None:
+    """The number a text is, all of it: 1,234.5, 3/4, 2e-3, 12 %, −5; None for anything else."""
+    text = text.strip().strip("$").rstrip(".").strip()
+    percent = text.endswith(PERCENT)
+    text = text.rstrip("%\\ ").replace("−", "-")
+    if len(text) > LONGEST or not text or NUMBER.fullmatch(text) is None:
+        return None
+    try:
+        value = float(Fraction("".join(text.replace(",", "").split())))
+    except (ValueError, ZeroDivisionError, OverflowError):
+        return None
+    return value / 100 if percent else value
+
+
+def measured(text: str) -> tuple[float, Any] | None:
+    """Number and unit (None where there is none) that a text is; None for anything else."""
+    if (value := plain(text)) is not None:
+        return value, PERCENT if text.strip().rstrip(".").endswith(PERCENT) else None
+    text = text.strip().strip("$").rstrip(".").replace("−", "-")
+    head = NUMBER.match(text)
+    if head is None or not head[0] or len(text) > LONGEST:
+        return None
+    value, unit = plain(head[0]), text[head.end() :].strip().replace("\\,", "").replace("^", "**")
+    # only words, powers and slashes: nothing that pint would have to compute
+    if value is None or re.fullmatch(r"[A-Za-zµ°Ω]+(\*\*-?\d)?([ */·][A-Za-zµ°Ω]+(\*\*-?\d)?){0,4}", unit) is None:
+        return None
+    return value, _unit(unit.replace("°C", "degC").replace("°F", "degF").replace("·", "*"))
+
+
+def _comparable(found: tuple[float, Any], wanted: tuple[float, Any]) -> list[tuple[float, float]]:
+    """The pairs of numbers of which one must agree."""
+    (one, unit), (other, theirs) = found, wanted
+    if unit is None or theirs is None:
+        # of 12 % the value is 0.12
+        each = [value * 100 if isinstance(kind, str) and kind == PERCENT else value for value, kind in (found, wanted)]
+        return [(one, other), (each[0], each[1])]
+    if isinstance(unit, str) or isinstance(theirs, str):
+        return [(one, other)] if isinstance(unit, str) and unit == theirs else []
+    if unit.dimensionality != theirs.dimensionality:
+        return []
+    return [(_registry().Quantity(one, unit).to(theirs).magnitude, other)]
+
+
+@cache
+def _registry() -> Any:
+    import pint
+
+    return pint.UnitRegistry()
+
+
+@cache
+def _unit(text: str) -> Any:
+    """pint's unit, or the word itself where it knows none: apples."""
+    import pint
+
+    try:
+        return _registry().Unit(text)
+    except (pint.UndefinedUnitError, pint.DefinitionSyntaxError, ValueError, TypeError, AttributeError):
+        return text.casefold()
+
+
+def _near(said: str, truth: str, tolerance: float) -> bool:
+    one, other = plain(said), plain(truth)
+    if one is None or other is None:
+        return " ".join(said.casefold().split()) == " ".join(truth.casefold().split())
+    return math.isclose(one, other, rel_tol=0.0, abs_tol=tolerance * abs(other))
+
+
+def _counted(text: str) -> int | None:
+    pattern = rf"\d{{1,9}}|\b(?:{'|'.join(WORDS)})\b|[{''.join(CHINESE)}]"
+    found = re.findall(pattern, text.casefold())
+    if not found:
+        return None
+    last = found[-1]
+    return int(last) if last.isdecimal() else CHINESE[last] if last in CHINESE else WORDS.index(last)
