@@ -16,7 +16,6 @@ import json
 import mmap
 import os
 import resource
-import select
 import signal
 import socket
 import struct
@@ -26,7 +25,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -82,8 +81,7 @@ class Printed:
 
     def _drain(self) -> None:
         while True:
-            ready, _, _ = select.select([self._pipe, self._stop], [], [])
-            if self._stop in ready:
+            if self._stop in wait([self._pipe, self._stop]):
                 return
             found = os.read(self._pipe, 1 << 16)
             if not found:
@@ -109,12 +107,9 @@ class Isolated:
         self.restarts = 0
         self._nursery: tuple[subprocess.Popen[bytes], socket.socket] | None = None
         self._worker: Worker | None = None
-        self._place = mmap.mmap(self._shared(), PLACE.size)
-
-    def _shared(self) -> int:
         self._memory = os.memfd_create("place")
         os.ftruncate(self._memory, PLACE.size)
-        return self._memory
+        self._place = mmap.mmap(self._memory, PLACE.size)
 
     def __enter__(self) -> Isolated:
         return self
@@ -134,19 +129,19 @@ class Isolated:
 
     def _some(self, call: tuple[str, str], items: Sequence[Item]) -> list[Score]:
         """Scores of the first of these, one at least, from one run of a worker."""
+        if self._worker is not None and wait([self._worker.watch], 0):  # of what an earlier call left behind
+            self._lose()
         worker = self._worker or self._start()
         self._place[:] = PLACE.pack(RESOLVING)
         try:
             worker.line.send((*call, list(items)))
             outcome = self._heard(worker)
-        except (BrokenPipeError, ConnectionResetError):  # it died of what an earlier call left behind
+        except (BrokenPipeError, ConnectionResetError):
             outcome = DIED
         if not isinstance(outcome, Score):
             return outcome
         place, printed = self._turn(), worker.printed.text()
-        self._worker = None
-        worker.end()
-        self.restarts += 1
+        self._lose()
         said = f"\nit printed: {printed}" if printed else ""
         if place == RESOLVING:
             raise RewardError(f"reward {call[0]!r}: as its module was imported, {outcome.note}{said}")
@@ -162,8 +157,8 @@ class Isolated:
         while True:
             most = START if place == RESOLVING else self.limits.seconds
             left = begun + most - time.monotonic()
-            ready, _, _ = select.select([worker.line.fileno(), worker.watch], [], [], max(left, 0.0))
-            if worker.line.fileno() in ready:
+            ready = wait([worker.line, worker.watch], max(left, 0.0))
+            if worker.line in ready:
                 try:
                     scores, error = worker.line.recv()
                 except (EOFError, ConnectionResetError):
@@ -181,6 +176,12 @@ class Isolated:
                 return Score("timed_out", note=f"it took more than {most:g} s")
             # others have had their turn meanwhile; this one's began at some time since it was looked at last
             place, begun = now, time.monotonic()
+
+    def _lose(self) -> None:
+        assert self._worker is not None
+        self._worker.end()
+        self._worker = None
+        self.restarts += 1
 
     def _turn(self) -> int:
         return int(PLACE.unpack(self._place[:])[0])
@@ -228,6 +229,8 @@ class Isolated:
             process.kill()
             process.wait()
         self._worker = self._nursery = None
+        self._place.close()
+        os.close(self._memory)
 
 
 # -- the nursery and its workers

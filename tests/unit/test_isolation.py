@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,6 +57,9 @@ def deed(item: Item) -> float | None:
             return 0.5
         case "start":
             subprocess.Popen(["sleep", "600"])
+            return 0.5
+        case "die later":
+            threading.Timer(0.2, os._exit, [5]).start()
             return 0.5
         case "nan":
             return float("nan")
@@ -162,6 +167,13 @@ def test_options(process: Isolated) -> None:
         process.score(f"{HERE}no", [item("x")])
 
 
+def test_who_dies_between_calls_is_replaced(process: Isolated) -> None:
+    assert process.score(f"{HERE}deed", [item("die later")])[0].value == 0.5
+    assert process._worker is not None
+    assert select.select([process._worker.watch], [], [], 20.0)[0]
+    assert process.score(f"{HERE}deed", [item("fine")])[0].value == 1.0
+
+
 def test_nothing_is_left(tmp_path: Path) -> None:
     """Also where the caller is killed in the middle of a call that hangs."""
     script = (
@@ -178,8 +190,6 @@ def test_nothing_is_left(tmp_path: Path) -> None:
     caller.kill()
     caller.wait(timeout=30)
     caller.stdout.close()
-    import select
-
     left, deadline = set(watched), time.monotonic() + 30
     while left and time.monotonic() < deadline:
         left -= set(select.select(list(left), [], [], 1.0)[0])
