@@ -37,7 +37,7 @@ PRELOADED = ("rewards.base", "rewards.answer")  # by the nursery: the latter bri
 KEPT = 2000  # characters of what a worker printed, for the note of a sample that ended it
 START = 60.0  # seconds a nursery, or a function's module, may take to import
 PLACE = struct.Struct("q")  # of the item whose turn it is, in shared memory
-ALL, RESOLVING = -1, -2  # instead: all have theirs at once; the function is still being imported
+ALL, RESOLVING, SENT = -1, -2, -3  # instead: all at once; the function is being imported; the items are on their way
 DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 
 
@@ -60,6 +60,7 @@ class Worker:
     watch: int  # a process file descriptor: readable once the worker is dead
     line: Connection
     printed: Printed
+    calls: int = 0  # that it has answered
 
     def end(self) -> None:
         """Kill it with all that it started."""
@@ -132,16 +133,21 @@ class Isolated:
         if self._worker is not None and wait([self._worker.watch], 0):  # of what an earlier call left behind
             self._lose()
         worker = self._worker or self._start()
-        self._place[:] = PLACE.pack(RESOLVING)
+        self._place[:] = PLACE.pack(SENT)
         try:
             worker.line.send((*call, list(items)))
             outcome = self._heard(worker)
         except (BrokenPipeError, ConnectionResetError):
             outcome = DIED
         if not isinstance(outcome, Score):
+            worker.calls += 1
             return outcome
         place, printed = self._turn(), worker.printed.text()
         self._lose()
+        if place == SENT and worker.calls:  # nobody's turn had come: it died of what earlier calls left behind
+            return self._some(call, items)
+        if place == SENT:  # a fresh one has only what it was sent
+            place = ALL if len(items) > 1 else 0
         said = f"\nit printed: {printed}" if printed else ""
         if place == RESOLVING:
             raise RewardError(f"reward {call[0]!r}: as its module was imported, {outcome.note}{said}")
@@ -153,9 +159,9 @@ class Isolated:
 
     def _heard(self, worker: Worker) -> list[Score] | Score:
         """What the worker answers; or, as the Score of the item whose turn it is, why it does not."""
-        place, begun = RESOLVING, time.monotonic()
+        place, begun = SENT, time.monotonic()
         while True:
-            most = START if place == RESOLVING else self.limits.seconds
+            most = START if place in (SENT, RESOLVING) else self.limits.seconds
             left = begun + most - time.monotonic()
             ready = wait([worker.line, worker.watch], max(left, 0.0))
             if worker.line in ready:
@@ -187,6 +193,9 @@ class Isolated:
         return int(PLACE.unpack(self._place[:])[0])
 
     def _start(self) -> Worker:
+        if self._nursery is not None and self._nursery[0].poll() is not None:  # somebody ended it
+            self._nursery[1].close()
+            self._nursery = None
         if self._nursery is None:
             ours, theirs = socket.socketpair()
             command = [sys.executable, "-m", "rewards.isolation", str(theirs.fileno()), str(self.limits.memory_gib)]
@@ -197,7 +206,13 @@ class Isolated:
             process = subprocess.Popen(
                 command,
                 pass_fds=[theirs.fileno()],
-                env={**os.environ, **threads, "PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"},
+                env={
+                    **os.environ,
+                    **threads,
+                    "PYTHONPATH": os.pathsep.join(paths),
+                    "PYTHONSAFEPATH": "1",
+                    "PYTHONUNBUFFERED": "1",  # what is printed before a process ends is to be seen
+                },
                 stdin=subprocess.DEVNULL,
             )
             theirs.close()
@@ -292,6 +307,7 @@ def _answer(line: Connection, place: mmap.mmap) -> None:
         scores, error = list[Score](), None
         try:
             if (name, options) not in rewards:
+                now(RESOLVING)
                 rewards[name, options] = resolve(name, json.loads(options))
             now(0)
             line.send((None, None))
@@ -301,6 +317,8 @@ def _answer(line: Connection, place: mmap.mmap) -> None:
         now(ALL)
         _end_children()
         line.send((scores, error))
+        if any("MemoryError" in score.note for score in scores):
+            os._exit(0)  # what it has kept, the next call would lack
 
 
 def _end_children() -> None:

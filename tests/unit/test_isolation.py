@@ -28,6 +28,14 @@ def item(completion: str, **columns: object) -> Item:
     return Item(Prompt("s/0", "s", "what?", (1,), (), True, columns), completion, (1, 2), True)
 
 
+HOARD: list[bytearray] = []
+
+
+def keep(item: Item) -> float:
+    HOARD.append(bytearray(40 << 20))
+    return 1.0
+
+
 def deed(item: Item) -> float | None:
     match item.completion:
         case "raise":
@@ -172,6 +180,30 @@ def test_who_dies_between_calls_is_replaced(process: Isolated) -> None:
     assert process._worker is not None
     assert select.select([process._worker.watch], [], [], 20.0)[0]
     assert process.score(f"{HERE}deed", [item("fine")])[0].value == 1.0
+
+
+def test_memory_that_one_keeps_is_not_missed_by_the_next() -> None:
+    with Isolated(Limits(20.0, 0.1)) as process:
+        scores = process.score(f"{HERE}keep", [item("x")] * 4)
+        assert "failed" in {score.outcome for score in scores}
+        assert process.score(f"{HERE}keep", [item("x")])[0].value == 1.0
+
+
+def test_an_item_too_large_for_its_worker_is_its_own_failure() -> None:
+    with Isolated(Limits(20.0, 0.05)) as process:
+        small = [item("fine")] * 2
+        assert [score.value for score in process.score(f"{HERE}deed", small)] == [1.0] * 2
+        scores = process.score(f"{HERE}deed", [item("fine"), item("x" * (120 << 20)), item("fine")])
+        assert [score.outcome for score in scores] == ["scored", "failed", "scored"]
+
+
+def test_a_nursery_that_ended_is_replaced() -> None:
+    with Isolated(Limits(20.0)) as process:
+        assert process.score(f"{HERE}deed", [item("fine")])[0].value == 1.0
+        assert process._nursery is not None
+        process._nursery[0].kill()
+        process._nursery[0].wait(timeout=20)
+        assert process.score(f"{HERE}deed", [item("fine")])[0].value == 1.0
 
 
 def test_nothing_is_left(tmp_path: Path) -> None:
