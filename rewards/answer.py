@@ -36,18 +36,19 @@ def boxed(item: Item) -> Score:
 
 
 def final_answer(text: str) -> str:
-    r"""What a completion says in the end: its last \boxed{…}; else what follows its last </think>, or an "answer:" in
-    that; else all of it."""
-    if (found := last_boxed(text)) is not None:
+    r"""What a completion says in the end, without Markdown around it: the last \boxed{…} after its last </think>, or of
+    all; else what follows that </think>, or an "answer:" in it; else all of it."""
+    after = text.rpartition("</think>")[2]
+    if (found := last_boxed(after) or last_boxed(text)) is not None:
         return found[0]
-    text = text.rpartition("</think>")[2]
+    text = after
     tagged = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
     if tagged:
         return str(tagged[-1]).strip()
     said = re.split(
         r"answer(?: is)?\s*[:：]\s*|answer is\s|答案(?:是|为)?\s*[:：]\s*|答案(?:是|为)", text, flags=re.IGNORECASE
     )[-1]
-    return said.strip()
+    return said.strip().strip("*_").strip()
 
 
 def last_boxed(text: str) -> tuple[str, int] | None:

@@ -10,7 +10,9 @@ from rewards.base import Item
 from rlhf.types import Score
 
 GRID = 999
-NUMBERS = re.compile(r"(?<![\d.])-?\d{1,6}(?:\.\d{1,6})?(?![\d.])")
+NUMBER = r"-?\d{1,6}(?:\.\d{1,6})?"
+NUMBERS = re.compile(rf"(?<![\w.]){NUMBER}(?!\w|\.\d)")
+BETWEEN = r"[\s,()\[\]]{1,8}"
 
 
 def iou(item: Item, at: float | None = None) -> Score:
@@ -49,8 +51,9 @@ def _area(box: Sequence[float]) -> float:
 
 def _first(item: Item, count: int) -> tuple[float, ...] | None:
     text = final_answer(item.completion)
-    marked = re.search(r"<(box|point)>(.{0,200}?)</\1>", text)
-    values = tuple(map(float, NUMBERS.findall(marked[2] if marked else text)[:count]))
+    # Qwen-VL's [x, y, x, y], and (x,y),(x,y), before any numbers that a label may hold
+    together = re.search(rf"[\[(]\s{{0,8}}{NUMBER}(?:{BETWEEN}{NUMBER}){{{count - 1}}}\s{{0,8}}[\])]", text)
+    values = tuple(map(float, NUMBERS.findall(together[0] if together else text)[:count]))
     return values if len(values) == count and all(0 <= value <= GRID for value in values) else None
 
 

@@ -49,7 +49,7 @@ def relaxed(item: Item, tolerance: float = 0.05) -> Score:
 def count(item: Item, slack: int = 0) -> Score:
     """1.0 where the last whole number of the final answer, in digits or words (English to twenty, Chinese to ten), is
     at most `slack` from the row's `answer`, else 0.0."""
-    truth = int(item.columns["answer"])
+    truth = int(float(item.columns["answer"]))
     found = _counted(final_answer(item.completion))
     right = found is not None and abs(found - truth) <= slack
     return Score("scored", float(right), note=f"{found}, right is {truth}")
@@ -124,9 +124,15 @@ def _near(said: str, truth: str, tolerance: float) -> bool:
 
 
 def _counted(text: str) -> int | None:
-    pattern = rf"\d{{1,9}}|\b(?:{'|'.join(WORDS)})\b|[{''.join(CHINESE)}]"
-    found = re.findall(pattern, text.casefold())
+    # whole runs: what is not understood is None, not the end of it
+    pattern = rf"[-+−]?\d[\d,]*(?:\.\d+)?|(?<!-)\b(?:{'|'.join(WORDS)})\b(?!-)|[{''.join(CHINESE)}百千万]+"
+    found = re.findall(pattern, text[-LONGEST:].casefold())
     if not found:
         return None
-    last = found[-1]
-    return int(last) if last.isdecimal() else CHINESE[last] if last in CHINESE else WORDS.index(last)
+    last = found[-1].rstrip(",")
+    if last in WORDS:
+        return WORDS.index(last)
+    if not last[-1].isdecimal():
+        return CHINESE.get(last)
+    value = plain(last)
+    return int(value) if value is not None and value == int(value) else None

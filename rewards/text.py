@@ -41,14 +41,18 @@ def equal(item: Item, ordered: bool = True) -> Score:
 def choice(item: Item) -> Score:
     """1.0 where the final answer chooses the row's `answer`, a letter ("B", "(b)", "B. a cat", "选B"), else 0.0. With
     a column `choices` (a list, A the first) the words of the choice are as good as its letter. Two choices are none."""
-    said, truth = final_answer(item.completion).strip(), str(item.columns["answer"]).strip().upper()
+    said, truth = final_answer(item.completion).strip(), str(item.columns["answer"])
     choices = [normal(str(one)) for one in item.columns.get("choices") or ()]
     letters = "".join(chr(ord("A") + place) for place in range(len(choices))) or "ABCDEFGHIJ"
+    truth = letters[choices.index(normal(truth))] if normal(truth) in choices else truth.strip(" ().[]:").upper()
+    if len(truth) != 1 or truth not in letters:
+        return Score("failed", note=f"the row's answer {truth!r} is none of the choices {letters}")
     if normal(said) in choices:
         found = {letters[choices.index(normal(said))]}
     else:
-        marked = re.match(rf"[\s(\[（]*([{letters}{letters.lower()}])(?:[\s)\].:：）,，]|$)", said)
-        loose = re.findall(rf"(?<![A-Za-z])([{letters}])(?![A-Za-z'’])", said[:LONGEST])
+        marked = re.match(rf"[\s(\[（]*([{letters}{letters.lower()}])\s*(?:[)\].:：）,，]|$)", said)
+        # "I" and "A dog" are words
+        loose = re.findall(rf"(?<![A-Za-z])(?!I\b|A\s+(?!or\b|and\b)[a-z])([{letters}])(?![A-Za-z'’])", said[:LONGEST])
         found = {marked[1].upper()} if marked and len({*loose}) < 2 else {*loose}
     right = found == {truth}
     return Score("scored", float(right), note=f"chose {', '.join(sorted(found)) or 'nothing'}, right is {truth}")

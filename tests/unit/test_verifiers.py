@@ -28,6 +28,9 @@ def item(completion: str, question: str = "what?", **columns: object) -> Item:
         ("the answer is a cat", "a cat"),
         ("答案是：猫", "猫"),
         ("8", "8"),
+        ("**Answer:** 5", "5"),
+        ("**Answer: 5**", "5"),
+        ("<think>\\boxed{3}</think> so \\boxed{5}", "5"),
         ("", ""),
     ],
 )
@@ -89,7 +92,10 @@ def test_charts(said: str, answer: str, right: float) -> None:
 
 @pytest.mark.parametrize(
     ("said", "right"),
-    [("there are three", 1.0), ("3", 1.0), ("two, no, three", 1.0), ("三", 1.0), ("four", 0.0), ("none", 0.0)],
+    [
+        *[("there are three", 1.0), ("3", 1.0), ("two, no, three", 1.0), ("三", 1.0), ("four", 0.0), ("none", 0.0)],
+        *[("3.0", 1.0), ("1,003", 0.0), ("十三", 0.0), ("twenty-three", 0.0), ("-3", 0.0), ("3.5", 0.0)],
+    ],
 )
 def test_counting(said: str, right: float) -> None:
     assert number.count(item(said, answer=3)).value == right
@@ -100,6 +106,14 @@ def test_boxes() -> None:
     box = [100, 100, 300, 300]
     assert grounding.iou(item("it is at [100, 100, 300, 300].", box=box)).value == 1.0
     assert grounding.iou(item("<ref>2 cats</ref><box>(200,100),(400,300)</box>", box=box)).value == pytest.approx(1 / 3)
+    for said in (
+        '```json\n{"bbox_2d": [100, 100, 300, 300], "label": "2"}\n```',
+        "Object 1: [100,100,300,300]",
+        "100, 100, 300, 300.",
+        "(100,100),(300,300)",
+    ):
+        assert grounding.iou(item(said, box=box)).value == 1.0, said
+    assert grounding.point(item('{"point_2d": [200, 300]}', box=box)).value == 1.0
     for said in ("[300, 300, 100, 100]", "[100, 100, 300]", "[100, 100, 1300, 300]", "there", "[500, 500, 600, 600]"):
         assert grounding.iou(item(said, box=box)).value == 0.0
     assert grounding.iou(item("[100, 100, 300, 200]", box=box), at=0.5).value == 1.0
@@ -154,13 +168,23 @@ def test_equal_words(said: str, answer: object, right: float) -> None:
         ("The answer is B", True),
         ("A", False),
         ("A or B", False),
-        ("A cat, so B?", False),
+        ("A cat? no, B", True),
         ("", False),
         ("BAD", False),
+        ("I choose B", True),
+        ("B: I think", True),
+        ("**B**", True),
+        ("A dog is shown", False),
     ],
 )
 def test_choices(said: str, chosen: bool) -> None:
     assert text.choice(item(said, answer="B", choices=["a cat", "a dog", "a cow"])).value == float(chosen)
+
+
+def test_what_a_row_says_is_right_must_be_a_choice() -> None:
+    for truth in ("(B)", "B.", "b", "a dog"):
+        assert text.choice(item("B", answer=truth, choices=["a cat", "a dog"])).value == 1.0
+    assert text.choice(item("B", answer="D", choices=["a cat", "a dog"])).outcome == "failed"
 
 
 def test_likeness_of_read_text() -> None:
@@ -215,7 +239,7 @@ def test_the_form_of_judged_thinking(completion: str, right: float) -> None:
 def test_hostile_completions_take_no_time() -> None:
     """Nothing here looks at a character more than a few times."""
     hostile = ["9" * 200_000, "a " * 100_000, "(" * 100_000, "<think>" * 30_000, "\\boxed{" * 30_000, "1,2;" * 50_000]
-    rows = {"answer": "8", "box": [0, 0, 9, 9], "schema": {"type": "object"}}
+    rows = {"answer": "8", "choices": list("12345678"), "box": [0, 0, 9, 9], "schema": {"type": "object"}}
     functions = [number.close, number.relaxed, number.count, grounding.iou, grounding.point, text.equal, text.choice]
     functions += [text.anls, text.language, text.repetition, text.schema, form.judge_think, form.think]
     begun = time.process_time()
