@@ -35,11 +35,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return status
     except (RecipeError, PlanError) as error:
         return _fail(error, UNUSABLE)
-    except BrokenPipeError:  # the reader of a long output has seen enough
+    except BrokenPipeError:
+        if not _unread():
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
         return _fail(f"interrupted; {CONTINUES}", INTERRUPTED)
+
+
+def _unread() -> bool:
+    """Whether the reader of what is printed has seen enough, and gone."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return True
+    return False
 
 
 def _parser() -> argparse.ArgumentParser:
