@@ -125,7 +125,10 @@ class Isolated:
 
     def score(self, function: str, items: Sequence[Item], options: Mapping[str, Any] | None = None) -> list[Score]:
         """One Score an item, in order. Raises RewardError for a function that cannot be used."""
-        call = function, json.dumps(dict(options or {}), sort_keys=True)
+        try:
+            call = function, json.dumps(dict(options or {}), sort_keys=True)
+        except TypeError as error:
+            raise RewardError(f"reward {function!r}: options {options}: {error}; write it as text") from error
         scores = list[Score]()
         while len(scores) < len(items):
             scores += self._some(call, items[len(scores) :])

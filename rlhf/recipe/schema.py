@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import date, datetime, time
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, model_validator
@@ -270,6 +271,9 @@ class Reward(Table):
             raise ValueError("`only_if` saves asking a judge; for a function take a `product` with that other part")
         if self.options and self.function is None:
             raise ValueError("`options` are keyword arguments of a `function`; a judge has its settings in [judging]")
+        for key, value in self.options.items():
+            if isinstance(value, date | time | datetime):
+                raise ValueError(f"options.{key} = {value} is a {type(value).__name__}; write it as text")  # noqa: TRY004
         if self.product is not None and (len(set(self.product)) < 2 or self.when is not None):
             raise ValueError("a `product` names two other parts or more, and is there where one of them is (`when`)")
         if self.clip is not None and self.clip[0] >= self.clip[1]:
