@@ -260,8 +260,8 @@ def _score(said: Any) -> Score:
         if said.value is None or not math.isfinite(said.value):
             return Score("failed", note=f"a Score of outcome scored with value {said.value}")
         # anew: an object of the function's own would mean nothing to whoever reads it
-        parts = {str(name): float(value) for name, value in said.parts.items()}
-        return _finite(Score("scored", float(said.value), parts, str(said.note)))
+        kept = {str(name): float(value) for name, value in said.parts.items()}
+        return _finite(Score("scored", float(said.value), kept, str(said.note)))
     if said is None:
         return Score("failed", note="the reward returned None")
     parts: dict[str, float] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
+from collections.abc import Callable
 from fractions import Fraction
 from functools import cache
 from typing import Any
@@ -14,8 +15,9 @@ from rewards.base import Item
 from rlhf.types import Score
 
 PERCENT = "%"
+SUPERSCRIPT = str.maketrans("⁺⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "+-0123456789")
 # how LaTeX and typography write what pint and Python read
-WRITTEN = [
+WRITTEN: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(r"\\(?:text|mathrm|mbox|operatorname)\s*\{([^{}]*)\}"), r"\1"),
     (re.compile(r"\\[dt]?frac\s*\{(-?\d+)\}\s*\{(\d+)\}"), r"\1/\2"),
     (re.compile(r"\^\s*\{?\s*\\circ\s*\}?|\\degree\b"), "°"),
@@ -28,7 +30,6 @@ WRITTEN = [
     (re.compile(r"[−–](?=\d)"), "-"),
     (re.compile(r"([⁺⁻]?)([⁰¹²³⁴⁵⁶⁷⁸⁹]+)"), lambda found: "^" + found[0].translate(SUPERSCRIPT)),
 ]
-SUPERSCRIPT = str.maketrans("⁺⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "+-0123456789")
 LONGEST = 200  # characters of an answer that is parsed at all
 NUMBER = re.compile(r"[-+−]?(?:\d{1,3}(?:,\d{3})+|\d{1,30})?(?:\.\d{1,30})?(?:[eE][-+]?\d{1,3})?(?:\s*/\s*\d{1,30})?")
 WORDS = [
