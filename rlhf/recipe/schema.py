@@ -53,8 +53,9 @@ class Upcycle(Table):
 
 
 class Lora(Table):
-    """Low-rank adapters through peft; the artifact is in peft's format. `whole`: globs over parameters that train as
-    they are beside the adapters, a connector, say; then the artifact is the whole model, its adapters folded in."""
+    """Low-rank adapters on the decoder's layers of these names, through peft; the artifact is in peft's format.
+    `whole`: globs over parameters that train as they are beside the adapters, a connector, say; then the artifact is
+    the whole model, its adapters folded in."""
 
     rank: PositiveInt = 8
     alpha: Positive = 16.0
