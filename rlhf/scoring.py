@@ -1,4 +1,5 @@
-"""From rollouts to scores: the parts of a reward, each from a function or a judge, combined into one Score."""
+"""From rollouts to scores: the parts of a reward, each from a function, a judge or a reward model, combined into one
+Score."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rewards import judge as judging
 from rewards.mixture import combine
+from rlhf.preference import sigmoid
 from rlhf.recipe import Judging, Reward
 from rlhf.roles import Engine, Rewards
 from rlhf.types import Group, Sampling, Score
@@ -54,6 +56,9 @@ async def score(
         if reward.judge is not None:
             right = columns[reward.only_if] if reward.only_if is not None else None
             columns[name] = await judges[reward.judge].score(groups, right)
+        elif reward.scalar is not None:
+            found = await rewards.scalar(reward.scalar, groups)
+            columns[name] = [list(map(squashed, row)) for row in found] if reward.sigmoid else found
         else:
             assert reward.function is not None
             columns[name] = await rewards.score(reward.function, groups, reward.options)
@@ -71,6 +76,11 @@ async def score(
         )
         for g, group in enumerate(groups)
     ]
+
+
+def squashed(score: Score) -> Score:
+    """The score with σ of its value, where it has one."""
+    return score if score.value is None else dataclasses.replace(score, value=sigmoid(score.value))
 
 
 async def verified(function: str, groups: Sequence[Group], rewards: Rewards) -> list[list[Score]]:
