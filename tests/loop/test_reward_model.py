@@ -65,7 +65,7 @@ def test_a_policy_learns_from_a_reward_model_that_is_nobodys_default(finished: P
 def test_another_reward_model_is_another_policy(finished: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
-    again = run(ranked("stages.ranked.center = 0.0"), folder)
+    again = run(ranked("stages.ranked.lr = 2e-3"), folder)
     assert [spec.scalar for spec in again.trainer.begun] == [True, False]
 
 

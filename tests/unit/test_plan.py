@@ -597,10 +597,8 @@ RANKED = (
 
 
 def test_a_reward_model_is_a_process_of_its_own_and_nobodys_default() -> None:
-    without, made = (
-        plan(*RANKED, "stages.practice.rewards = {liked = {function = 'rewards.answer:boxed'}}"),
-        plan(*RANKED),
-    )
+    verified = "stages.practice.rewards = {liked = {remove = true}, right = {function = 'rewards.answer:boxed'}}"
+    without, made = plan(*RANKED, verified), plan(*RANKED)
     stages = {stage.name: stage for stage in made.stages}
     assert [stages[name].start for name in ("ranked", "again", "practice")] == ["improve", "ranked", "improve"]
     assert (stages["ranked"].rows_per_update, stages["ranked"].optimizer_steps) == (64, 10)
