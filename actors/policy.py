@@ -19,7 +19,7 @@ from rlhf.algorithms.divergence import DIVERGENCES
 from rlhf.algorithms.logprobs import likeliest, logprobs_of
 from rlhf.algorithms.losses import OBJECTIVES, Tokens, policy_loss
 from rlhf.batching import Tensors, collate
-from rlhf.routing import Usage, lowest_margins, routers
+from rlhf.routing import Routing, Usage, lowest_margins, routers
 from rlhf.types import Batch, Fit, Loss, StepStats, TrainSpec
 
 
@@ -109,7 +109,7 @@ class Policy(Learner):
         return differences, usage
 
     def balanced(
-        self, loss: Tensor, routed: Mapping[str, Any], tensors: Tensors, batch: Batch, usage: Usage | None
+        self, loss: Tensor, routed: dict[str, Routing], tensors: Tensors, batch: Batch, usage: Usage | None
     ) -> tuple[Tensor, Usage | None]:
         """A micro-batch's loss with what uneven use of experts costs, and the use of the batch so far with its own;
         both as they were for a dense model, of which nothing is `routed`."""

@@ -249,7 +249,7 @@ class Curriculum:
     async def _begin_rl(self, stage: Rl) -> Mapping[str, float]:
         return await self.begin(stage) if stage.learn else {}
 
-    async def begin(self, stage: Sft | Pairs | Rl, model: Path | None = None) -> Mapping[str, float]:
+    async def begin(self, stage: Sft | Preference | RewardModel | Rl, model: Path | None = None) -> Mapping[str, float]:
         """Give the trainer the stage, beginning from its parent's model unless from another, with the probes every
         later publish and export is proven on; none for a reward model, which gives tokens no probabilities."""
         self.held = None
@@ -475,7 +475,9 @@ class Curriculum:
         )
 
 
-def train_spec(recipe: Recipe, stage: Sft | Pairs | Rl, model: Path, masked: tuple[int, ...]) -> TrainSpec:
+def train_spec(
+    recipe: Recipe, stage: Sft | Preference | RewardModel | Rl, model: Path, masked: tuple[int, ...]
+) -> TrainSpec:
     """What the trainer needs to know of a stage. The clip belongs to the algorithm unless the recipe gives one."""
     balance: dict[str, Any] = {key: getattr(stage, key) for key in ("router_aux", "router_count", "router_layers")}
     if isinstance(stage, Rl):

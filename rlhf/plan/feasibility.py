@@ -222,9 +222,9 @@ def _links(recipe: Recipe, stage: Stage, earlier: list[Stage]) -> Iterator[str]:
     named = [(f"parts.{slot}.artifact", part.artifact) for slot, part in taken]
     named += [("of", name) for name in stage.of] if isinstance(stage, Merge) else []
     learned = [other.name for other in earlier if isinstance(other, RewardModel)]
-    for name in stage.scalars:
-        if name not in learned:
-            yield f"scalar = {name!r} is no earlier reward_model stage; {nearest(name, learned)}"
+    for scalar in stage.scalars:
+        if scalar not in learned:
+            yield f"scalar = {scalar!r} is no earlier reward_model stage; {nearest(scalar, learned)}"
     # what measures or trains a reward model further may start from one
     begun = stage.start in learned and (isinstance(stage, RewardModel) or stage.evaluate == "pairs")
     start = None if begun else stage.start

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from rlhf.recipe import Recipe
+from rlhf.curriculum import train_spec
+from rlhf.recipe import Recipe, RewardModel
 from rlhf.stage import GateError
-from tests.loop.cast import FakeTrainer
+from tests.loop.cast import FakeCast, FakeTrainer
 from tests.loop.test_curriculum import recipe, run, summary
 
 PAIRS = "evaluate = 'pairs', eval_data = 'pairs-heldout'"
@@ -32,13 +34,14 @@ def ranked(*overrides: str) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("ranked") / "run"
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, FakeCast]:
+    folder = tmp_path_factory.mktemp("ranked") / "run"
+    return folder, run(ranked(), folder)
 
 
-def test_a_policy_learns_from_a_reward_model_that_is_nobodys_default(finished: Path) -> None:
-    cast = run(ranked(), finished)
-    stages = {stage["name"]: stage for stage in summary(finished)["stages"]}
+def test_a_policy_learns_from_a_reward_model_that_is_nobodys_default(finished: tuple[Path, FakeCast]) -> None:
+    folder, cast = finished
+    stages = {stage["name"]: stage for stage in summary(folder)["stages"]}
     assert all(stage["status"] == "done" for stage in stages.values())
     for name in ("ranked", "again"):
         found = stages[name]["metrics"]
@@ -53,20 +56,38 @@ def test_a_policy_learns_from_a_reward_model_that_is_nobodys_default(finished: P
     begun = [(Path(spec.model).parent.name, spec.scalar) for spec in cast.trainer.begun]
     assert begun == [("run", False), ("01-language", False), ("02-long-cot", True), ("02-long-cot", False)]
     scalar = cast.trainer.begun[2]
-    assert dict(scalar.train) == {"*": 1e-3, "lm_head.*": 1e-3}
+    assert dict(scalar.train) == {"*": 1e-3}
     assert not scalar.reference
-    folder = finished / "stages" / "03-ranked" / "artifact"
     assert cast.rewards.asked
-    assert set(cast.rewards.asked) == {("ranked", folder)}
+    assert set(cast.rewards.asked) == {("ranked", folder / "stages" / "03-ranked" / "artifact")}
     assert cast.rewards.scoring == {}
     assert stages["rl-ranked"]["metrics"]["rl.reward"] < -1  # short replies, as that model likes them, but some tokens
 
 
-def test_another_reward_model_is_another_policy(finished: Path, tmp_path: Path) -> None:
+def test_another_reward_model_is_another_policy(finished: tuple[Path, FakeCast], tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    shutil.copytree(finished, folder)
+    shutil.copytree(finished[0], folder)
     again = run(ranked("stages.ranked.lr = 2e-3"), folder)
     assert [spec.scalar for spec in again.trainer.begun] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("changes", "train"),
+    [
+        ({"train": {"connector.*": 1e-4, "language_model.*": 2e-4}}, {"lm_head.*": 2e-4}),
+        ({"train": {"language_model.*": 2e-4, "lm_head.*": 1e-3}}, {"lm_head.*": 1e-3}),
+        ({"train": {"l*": 2e-4}}, {}),
+        ({"lora": {}}, {}),
+    ],
+)
+def test_the_head_always_learns(
+    finished: tuple[Path, FakeCast], changes: dict[str, Any], train: dict[str, float]
+) -> None:
+    wanted = ranked()
+    stage = RewardModel.model_validate(wanted.stages[2].model_dump(exclude={"lr", "train", "clip_grad"}) | changes)
+    spec = train_spec(wanted, stage, finished[0] / "model", ())
+    assert dict(spec.train) == dict(stage.train or {"*": stage.lr}) | train
+    assert spec.whole == (("lm_head.*",) if "lora" in changes else ())
 
 
 def test_a_reward_model_that_tells_nothing_misses_its_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -551,16 +551,16 @@ class Scoring:
         return [[Score("scored", 0.5)] for _ in groups]
 
 
-def scored_by(*workers: str) -> tuple[list[list[list[Score]]], int]:
-    """Two calls at once of a reward model whose processes do this, one after the other."""
+def scored_by(*workers: str, calls: int = 2) -> tuple[list[list[list[Score]]], int]:
+    """Calls at once of a reward model whose processes do this, one after the other."""
     coming = map(Scoring, workers)
 
     async def go() -> tuple[list[list[list[Score]]], int]:
         scalar = ScalarHandle("ranked", lambda: next(coming), Deadlines(generate=0.05), next(coming))
         handle = RewardsHandle(lambda index: None, Deadlines(), [], {"ranked": scalar})
         groups = [Group(prompt, (1,), ()) for prompt in prompts(2)]
-        calls = (handle.scalar("ranked", groups[:count]) for count in (1, 2))
-        return list(await asyncio.wait_for(asyncio.gather(*calls), 10)), scalar.restarts
+        asked = (handle.scalar("ranked", groups[: count + 1]) for count in range(calls))
+        return list(await asyncio.wait_for(asyncio.gather(*asked), 10)), scalar.restarts
 
     return asyncio.run(go())
 
@@ -574,7 +574,7 @@ def test_a_reward_model_that_is_lost_is_started_again_and_asked_again(workers: l
 
 def test_a_reward_model_that_is_always_lost_ends_the_run() -> None:
     with pytest.raises(RuntimeError, match="reward model 'ranked' was lost three times over one call"):
-        scored_by("die", "hang", "die", "good")
+        scored_by("die", "hang", "die", "good", calls=1)
 
 
 def test_only_what_has_probes_leaves_their_scores(tmp_path: Path) -> None:
