@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from actors.learner import Learner, Totals
+from actors.scalar import one_output
 from rlhf.algorithms.values import explained, value_loss
 from rlhf.batching import Tensors, collate
 from rlhf.types import Batch, Loss, TrainSpec
@@ -27,13 +28,7 @@ class Critic(Learner):
         super().__init__(deepspeed, own, rank, world_size, device)
 
     def shaped(self, model: nn.Module) -> nn.Module:
-        text = model.config.get_text_config()  # type: ignore[operator,union-attr]
-        head = nn.Linear(text.hidden_size, 1).to(next(model.parameters()).dtype)
-        nn.init.zeros_(head.weight)
-        nn.init.zeros_(head.bias)
-        model.set_output_embeddings(head)  # type: ignore[operator]
-        if model.get_output_embeddings() is not head:  # type: ignore[operator]
-            raise ValueError(f"{self.spec.model} is a {type(model).__name__}, whose head cannot be a critic's")
+        one_output(model, bias=True)
         return model
 
     def step(self, batch: Batch) -> dict[str, float]:

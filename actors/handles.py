@@ -366,6 +366,9 @@ class TrainerHandle:
     async def values(self, batch: Batch, alone: bool = True) -> Mapping[str, tuple[float, ...]]:
         return await self._by_key("values", batch, alone)
 
+    async def rewards(self, batch: Batch) -> Mapping[str, float]:
+        return await self._by_key("rewards", batch)
+
     async def publish(self, engine: EngineHandle, version: int) -> float:  # type: ignore[override]
         started = time.perf_counter()
         await engine.load(partial(self._published, engine.name, version))
@@ -436,7 +439,8 @@ class TrainerHandle:
 
     async def export(self, folder: Path) -> None:
         await self._all("export", "save", str(folder))
-        write_probes(folder, self.probes, (await self._all("probe", "sync", self.probes))[0])
+        if self.probes:
+            write_probes(folder, self.probes, (await self._all("probe", "sync", self.probes))[0])
 
     async def agree(self, engine: EngineHandle) -> Agreement:
         """How far the engine's live log-probs are from the trainer's on the probes; of several workers, the worst."""
@@ -522,12 +526,53 @@ def _failures(calls: Sequence[asyncio.Future[Any]]) -> list[BaseException]:
 
 
 @dataclass
+class ScalarHandle:
+    """A reward model in a process of its own. One that died or hangs is started again from its artifact, and asked
+    again."""
+
+    name: str
+    start: Callable[[], Any]
+    deadlines: Deadlines
+    worker: Any
+    restarts: int = 0
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)  # a deadline must not count the time of other calls
+
+    async def ready(self) -> None:
+        what = f"reward model {self.name!r} starting"
+        await within(self.deadlines.start, "start", what, self.worker.__ray_ready__.remote())
+
+    async def score(self, groups: Sequence[Group]) -> list[list[Score]]:
+        """Raises RuntimeError when it is lost three times over one call."""
+        what = f"reward model {self.name!r} scoring {len(groups)} groups"
+        async with self.turn:
+            for attempt in itertools.count():
+                try:
+                    call = self.worker.score.remote(groups)
+                    scores: list[list[Score]] = await within(self.deadlines.generate, "generate", what, call)
+                    return scores
+                except LOST as error:
+                    if attempt == 2:
+                        raise RuntimeError(
+                            f"reward model {self.name!r} was lost three times over one call, last: {reason(error)}"
+                        ) from error
+                    await self._restart()
+        raise AssertionError("unreachable")
+
+    async def _restart(self) -> None:
+        self.restarts += 1
+        ray.kill(self.worker)  # it may hang, and hold its memory
+        self.worker = self.start()
+        await self.ready()
+
+
+@dataclass
 class RewardsHandle:
-    """Reward workers, each with a process that runs the functions; see `rewards.isolation`."""
+    """Reward workers, each with a process that runs the functions (`rewards.isolation`), and reward models."""
 
     start: Callable[[int], Any]
     deadlines: Deadlines
     workers: list[Any] = field(default_factory=list)
+    scalars: dict[str, ScalarHandle] = field(default_factory=dict)  # those that are scoring
     locks: defaultdict[int, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
 
     async def score(
@@ -544,6 +589,9 @@ class RewardsHandle:
             scores[worker :: len(self.workers)] = results
         flat = itertools.chain.from_iterable(scores)
         return [[next(flat) for _ in group.rollouts] for group in groups]
+
+    async def scalar(self, model: str, groups: Sequence[Group]) -> list[list[Score]]:
+        return await self.scalars[model].score(groups)
 
     async def _work(
         self, worker: int, function: str, queue: list[list[Item]], options: Mapping[str, Any]

@@ -12,7 +12,7 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,11 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.artifacts import read_weights
 from actors.device import Copies, Line, SentBucket, listen
-from actors.handles import CALLS, EngineHandle, RewardsHandle, TrainerHandle, reason, within
+from actors.handles import CALLS, EngineHandle, RewardsHandle, ScalarHandle, TrainerHandle, reason, within
 from actors.huggingface import HuggingFaceWorker
 from actors.reward import RewardWorker
 from actors.rollout import EngineSettings, RolloutWorker
+from actors.scorer import Scorer, ScorerSettings
 from actors.shared import Owner
 from actors.trainer import TrainerRank
 from actors.vllm_worker import VllmWorker
@@ -35,6 +36,7 @@ from rlhf.architecture import GIB, base_of, from_folder
 from rlhf.models import architecture_as_saved, load_processor, masked_ids
 from rlhf.plan import Cluster, Plan
 from rlhf.recipe import Implementation, Recipe
+from rlhf.stage import packs
 from rlhf.types import Publication
 
 BUCKET_BYTES = 64 * 2**20
@@ -205,6 +207,18 @@ class Placement:
         limits = Limits(self.recipe.deadlines.reward, self.recipe.resources.reward_memory_gib)
         return ray.remote(RewardWorker).options(**self.options("reward", index)).remote(limits)
 
+    def scalar(self, index: int, folder: Path) -> Any:
+        """Start a reward model from its artifact."""
+        resources = self.recipe.resources
+        settings = ScorerSettings(
+            precision=resources.precision,
+            token_budget=resources.token_budget,
+            packed=packs(self.recipe, folder),
+            threads=resources.rollout_threads,
+            device=resources.device,
+        )
+        return ray.remote(Scorer).options(**self.options("scalar", index)).remote(str(folder), settings)
+
     async def trainer(self) -> list[Any]:
         """Start all trainer ranks, to be joined in one process group."""
         resources, deadlines = self.recipe.resources, self.recipe.deadlines
@@ -253,6 +267,21 @@ class Cast:
         yield engines
         for engine in engines.values():
             await engine.sleep()
+
+    @contextlib.asynccontextmanager
+    async def scoring(self, models: Mapping[str, Path]) -> AsyncIterator[None]:
+        """A process for each reward model, ended with the context: the next stage's are others."""
+        deadlines, scalars = self.placement.recipe.deadlines, self.rewards.scalars
+        try:
+            for index, (name, folder) in enumerate(models.items()):
+                start = partial(self.placement.scalar, index, folder)
+                scalars[name] = ScalarHandle(name, start, deadlines, start())
+            await asyncio.gather(*(scalar.ready() for scalar in scalars.values()))
+            yield
+        finally:
+            for scalar in scalars.values():
+                ray.kill(scalar.worker)
+            scalars.clear()
 
     async def _engine(self, role: str, folder: Path, busy: list[EngineHandle]) -> EngineHandle:
         kind = architecture_as_saved(folder).digest

@@ -20,7 +20,7 @@ from rlhf.algorithms.divergence import DIVERGENCES
 from rlhf.algorithms.logprobs import likeliest, logprobs_of
 from rlhf.algorithms.losses import OBJECTIVES, Tokens, policy_loss
 from rlhf.batching import Tensors, collate
-from rlhf.routing import Usage, lowest_margins, routers
+from rlhf.routing import Routing, Usage, lowest_margins, routers
 from rlhf.types import Batch, Fit, Loss, StepStats, TrainSpec
 
 
@@ -70,7 +70,6 @@ class Policy(Learner):
         none unless `fresh`; and what this rank's tokens make of a mixture's experts."""
         loss_spec = self.spec.loss
         rows = batch.micro_batches[self.rank]
-        length = sum(len(s.token_ids) for mine in batch.micro_batches for part in mine for s in part if s.weight > 0)
         differences, usage = list[Tensor](), None
         self.engine.train()
         for index, samples in enumerate(rows):
@@ -92,12 +91,7 @@ class Policy(Learner):
                 reference=self._reference_logprobs(tensors) if loss_spec.kl is not None else None,
             )
             loss, metrics = policy_loss(counted, loss_spec)
-            if routed:
-                used = Usage.of(routed, tensors, self.processor.image_token_id)
-                if loss_spec.router_aux and self._shares is not None:
-                    times = len(routed) if loss_spec.router_layers == "sum" else 1
-                    loss = loss + loss_spec.router_aux * times * used.imbalance(self._shares, length)
-                usage = used.detach() if usage is None else usage + used.detach()
+            loss, usage = self.balanced(loss, routed, tensors, batch, usage)
             # every rank must run backward through the whole model, also for a dummy row without a completion
             loss = loss + 0.0 * out.logits.sum() if not bool(tensors.completion.any()) else loss
             if self.target is not None:
@@ -114,6 +108,22 @@ class Policy(Learner):
                 differences.append(torch.stack((gap[sampled], tied[sampled])))
             self.backward(loss, samples, totals, last=index == len(rows) - 1)
         return differences, usage
+
+    def balanced(
+        self, loss: Tensor, routed: dict[str, Routing], tensors: Tensors, batch: Batch, usage: Usage | None
+    ) -> tuple[Tensor, Usage | None]:
+        """A micro-batch's loss with what uneven use of experts costs, and the use of the batch so far with its own;
+        both as they were for a dense model, of which nothing is `routed`."""
+        if not routed:
+            return loss, usage
+        spec, used = self.spec.loss, Usage.of(routed, tensors, self.processor.image_token_id)
+        if spec.router_aux and self._shares is not None:
+            length = sum(
+                len(s.token_ids) for mine in batch.micro_batches for part in mine for s in part if s.weight > 0
+            )
+            times = len(routed) if spec.router_layers == "sum" else 1
+            loss = loss + spec.router_aux * times * used.imbalance(self._shares, length)
+        return loss, used.detach() if usage is None else usage + used.detach()
 
     def divergences(self, batch: Batch, estimator: str) -> dict[str, float]:
         found: dict[str, float] = {}

@@ -25,6 +25,7 @@ from actors.aligner import Aligner
 from actors.critic import Critic
 from actors.learner import TrainInfo
 from actors.policy import Policy
+from actors.reward_model import RewardModel
 from actors.shared import Bucket
 from rlhf.types import Batch, Fit, Probe, ProbeScores, StepStats, TrainSpec
 
@@ -48,7 +49,7 @@ class TrainerRank:
         """Load spec.model and make it ready to train. Raises ValueError for globs that match nothing, and for an
         upcycling or reset the model does not support."""
         self.end()
-        kind = Aligner if spec.objectives else Policy
+        kind = RewardModel if spec.scalar else Aligner if spec.objectives else Policy
         self._stage = kind(self._deepspeed, spec, self.rank, self.world_size, self.device)
         if spec.critic is not None:
             self._critic = Critic(self._deepspeed, spec, self.rank, self.world_size, self.device)
@@ -85,6 +86,12 @@ class TrainerRank:
             raise RuntimeError("this stage has no critic: its spec has critic = None")
         with self._threaded(alone):
             return self._critic.values(batch)
+
+    def rewards(self, batch: Batch) -> dict[str, float]:
+        """Of this rank's samples, by key: what the reward model says of the reply. Needs a spec with `scalar`."""
+        if not isinstance(self._begun, RewardModel):
+            raise RuntimeError("this stage trains no reward model: its spec has scalar = False")  # noqa: TRY004 - state
+        return self._begun.rewards(batch)
 
     def probe(self, probes: Sequence[Probe], alone: bool = True) -> ProbeScores:
         """The trainer's log-probabilities on fixed sequences; `alone` as for `step`."""
@@ -133,7 +140,7 @@ class TrainerRank:
 
     def export(self, folder: str | Path) -> None:
         """Write the model and its processor as a Hugging Face folder; with LoRA the adapter alone, in peft's format,
-        naming its base."""
+        naming its base; a reward model whole, its head in a file of its own (`actors.scalar`)."""
         self._begun.export(Path(folder))
 
     def end(self) -> None:

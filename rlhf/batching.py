@@ -273,11 +273,21 @@ class Tensors:
         """Which positions of the model's input need logits [kept], at least one, and for every completion token, in
         the order of `completion`'s Trues, which of those logits predicts it, rows end to end."""
         where = self.completion.nonzero()  # [tokens, 2]
-        row, position = where[:, 0], where[:, 1]
+        kept, column = self._kept(where[:, 0], where[:, 1])
+        return (kept if len(kept) else kept.new_zeros(1)), column
+
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """The same of every row's last token: which positions of the model's input [kept], and for each of the B rows
+        which of what the model gives there, rows end to end, is of its last token."""
+        last = self.attention_mask.sum(1) - 1
+        return self._kept(torch.arange(len(last), device=last.device), last)
+
+    def _kept(self, row: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Of places in rows: the positions of the model's input where they are, each once, and for every place which of
+        these is its, rows end to end."""
         if self.packing is not None:
             position, row = self.packing.places[row, position], torch.zeros_like(row)
         kept, column = position.unique(return_inverse=True)
-        kept = kept if len(kept) else kept.new_zeros(1)
         return kept, row * len(kept) + column
 
     def in_rows(self, values: Tensor, fill: float = 0.0) -> Tensor:

@@ -25,6 +25,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +45,19 @@ from rlhf.recipe import (
     Gate,
     Merge,
     Optimised,
+    Pairs,
     Part,
     Preference,
     Rebuild,
     Recipe,
+    RewardModel,
     Rl,
     Sft,
     Stage,
     Synthesize,
     makes_model,
 )
+from rlhf.reward_model import as_ranked
 from rlhf.roles import ActorLostError, Actors, Engine
 from rlhf.scoring import Judge
 from rlhf.stage import Context, GateError, derive, packs
@@ -64,6 +68,7 @@ from rlhf.types import Correction, Loss, Media, Sample, TrainSpec
 NUM_PROBES, PROBE_LENGTH = 12, 48
 PROBE_ROWS = 1000  # of a source, in which to look for pictures
 RENEWALS = 2  # times one stage may lose the trainer
+HEAD, HEAD_WEIGHT = "lm_head.*", "lm_head.weight"  # of a reward model, as `train` names it
 ANSWERS = "answers.json"  # mode → question → share of right samples, for paired differences between stages
 
 
@@ -192,14 +197,18 @@ class Curriculum:
         artifact = context.folder / "artifact"
         if artifact.exists():
             return dict(read_json(context.folder / "made.json") or {})
-        if isinstance(stage, Sft | Preference):
+        if isinstance(stage, Sft | Pairs):
             facts = await self.begin(stage)
             metrics = await offline.run(stage, context)
         elif isinstance(stage, Rl):
             judges = {name: self.artifact(name) for name in stage.judges}
             models = judges if stage.replay is not None else {"policy": context.model, **judges}
+            scalars = {name: self.artifact(name) for name in stage.scalars}
             # at once: a process that starts has one core busy, with imports
-            async with beside(self._begin_rl(stage), self.actors.serving(models)) as (facts, engines):
+            async with (
+                self.actors.scoring(scalars),
+                beside(self._begin_rl(stage), self.actors.serving(models)) as (facts, engines),
+            ):
                 loop = online.run if stage.learn else replay.gather
                 metrics = await loop(stage, context, engines.get("policy"), self._judges(engines, judges))
             if not stage.learn:
@@ -240,9 +249,9 @@ class Curriculum:
     async def _begin_rl(self, stage: Rl) -> Mapping[str, float]:
         return await self.begin(stage) if stage.learn else {}
 
-    async def begin(self, stage: Sft | Preference | Rl, model: Path | None = None) -> Mapping[str, float]:
+    async def begin(self, stage: Sft | Preference | RewardModel | Rl, model: Path | None = None) -> Mapping[str, float]:
         """Give the trainer the stage, beginning from its parent's model unless from another, with the probes every
-        later publish and export is proven on."""
+        later publish and export is proven on; none for a reward model, which gives tokens no probabilities."""
         self.held = None
         model = self.model_before(stage) if model is None else model
         processor = load_processor(model)
@@ -252,6 +261,7 @@ class Curriculum:
             len(processor.tokenizer), processor.image_token_id, self._pictures(), NUM_PROBES, PROBE_LENGTH, seed, masked
         )
         spec = train_spec(self.recipe, stage, model, masked)
+        probes = [] if isinstance(stage, RewardModel) else probes
         for name, count in stage.calibrating.items():
             spec = dataclasses.replace(spec, calibration=tuple(self._samples(name, count, processor)))
         return await self.actors.trainer.begin(spec, probes)
@@ -273,7 +283,10 @@ class Curriculum:
         if stage.evaluate == "none":
             return evaluation.Report({})
         artifact = context.folder / "artifact"
-        model = artifact if makes_model(stage) else context.model
+        model = artifact if makes_model(stage) or isinstance(stage, RewardModel) else context.model
+        if stage.evaluate == "pairs":
+            assert stage.eval_data is not None
+            return evaluation.Report(await self._preferred(stage.eval_data, context, model, stage))
         if stage.evaluate == "loss":
             assert stage.eval_data is not None
             return evaluation.Report(await self._fit_of(stage.eval_data, context, model, stage))
@@ -296,15 +309,33 @@ class Curriculum:
     async def _fit_of(self, source: str, context: Context, model: Path, stage: Stage | None = None) -> dict[str, float]:
         """How well a model fits the first rows of a source, by the trainer; with the memory of the `stage` that made
         it."""
-        if self.held != model:
-            trains = {"train": stage.train, "lora": stage.lora} if isinstance(stage, Optimised) else {}
-            looks = {"name": "measured", "kind": "sft", "data": {source: 1.0}, "steps": 1, "batch_size": 1}
-            await self.begin(Sft.model_validate(looks | trains), model)
-            self.held = model
+        await self._look(Sft, source, model, stage)
         samples = self._samples(source, self.recipe.evaluation.prompts, context.processor)
         rows = self.rows(source)
         kinds = {sample.key: str(rows.bare(place).get("category") or "") for place, sample in enumerate(samples)}
         return evaluation.fitted(await self.actors.trainer.losses(context.batch(samples)), kinds)
+
+    async def _preferred(self, source: str, context: Context, model: Path, stage: Stage) -> dict[str, float]:
+        """How well a reward model tells the chosen replies of a source's first pairs, by the trainer."""
+        await self._look(RewardModel, source, model, stage)
+        rows, settings = self.rows(source), self.recipe.evaluation
+        samples, kinds = list[Sample](), dict[str, str]()
+        for index in range(min(settings.prompts, len(rows))):
+            pair = as_ranked(rows[index], source, index, context.processor, self.recipe.chat)
+            kinds[pair[0].key] = str(rows.bare(index).get("corruption") or "")
+            samples += pair
+        said = await self.actors.trainer.rewards(context.batch(samples))
+        return evaluation.preferred(samples, said, kinds, settings.bootstrap)
+
+    async def _look(self, kind: type[Sft | RewardModel], source: str, model: Path, stage: Stage | None) -> None:
+        """Give the trainer a model to look at, unless it has it; with the memory of the `stage` that made it."""
+        if self.held == model:
+            return
+        trained = {"train": stage.train, "lora": stage.lora} if isinstance(stage, Optimised) else {}
+        named = "sft" if kind is Sft else "reward_model"
+        looks = {"name": "measured", "kind": named, "data": {source: 1.0}, "steps": 1, "batch_size": 1}
+        await self.begin(kind.model_validate(looks | trained), model)
+        self.held = model
 
     def _samples(self, name: str, count: int, processor: Any) -> list[Sample]:
         """The first `count` rows of a source, as a trainer takes them."""
@@ -377,6 +408,7 @@ class Curriculum:
         parent = self.recipe.parent_of(stage)
         judging = self.recipe.judging.model_dump(mode="json")
         judges = {name: [self.results[name]["artifact"]["digest"], judging] for name in stage.judges}
+        scalars = {name: self.results[name]["artifact"]["digest"] for name in stage.scalars}
         shared = self._shared() | {"precision": self.recipe.resources.precision}
         config = stage.model_dump(mode="json", exclude={"gates", "budget_minutes", "checkpoint_every"})
         measure = [config.pop(name, None) for name in ("evaluate", "eval_data", "temperatures")]
@@ -396,6 +428,7 @@ class Curriculum:
             "recipe_digest": _digest(
                 {"stage": config, "shared": shared, "judges": judges, "code": _code(functions_of(stage))}
                 | ({"parts": taken} if taken else {})
+                | ({"scalars": scalars} if scalars else {})
                 | ({"record": digest(Path(stage.replay))} if isinstance(stage, Rl) and stage.replay else {})
             ),
             "data_digest": _digest({name: self.rows(name).digest for name in trained_on(stage)}),
@@ -442,7 +475,9 @@ class Curriculum:
         )
 
 
-def train_spec(recipe: Recipe, stage: Sft | Preference | Rl, model: Path, masked: tuple[int, ...]) -> TrainSpec:
+def train_spec(
+    recipe: Recipe, stage: Sft | Preference | RewardModel | Rl, model: Path, masked: tuple[int, ...]
+) -> TrainSpec:
     """What the trainer needs to know of a stage. The clip belongs to the algorithm unless the recipe gives one."""
     balance: dict[str, Any] = {key: getattr(stage, key) for key in ("router_aux", "router_count", "router_layers")}
     if isinstance(stage, Rl):
@@ -465,19 +500,19 @@ def train_spec(recipe: Recipe, stage: Sft | Preference | Rl, model: Path, masked
             **balance,
         )
         updates, upcycle = stage.updates_per_step, None
-    elif isinstance(stage, Preference):
+    elif isinstance(stage, Pairs):
         loss, updates, upcycle = Loss(kind="reinforce", normalise="row", **balance), 1, None
     else:
         loss = Loss(kind="nll", normalise=stage.normalise, **balance)
         updates = 1
         made = stage.upcycle
         upcycle = (made.num_experts, made.top_k, made.layers) if made else None
-    resources = recipe.resources
+    resources, scalar, train = recipe.resources, isinstance(stage, RewardModel), stage.train or {"*": stage.lr}
     return TrainSpec(
         model=str(model),
         seed=derive(recipe.seed, stage.name, "trainer") % 2**31,
         loss=loss,
-        train=stage.train or {"*": stage.lr},
+        train=_with_head(train) if scalar else train,
         steps=stage.steps * updates,
         schedule=stage.schedule,
         warmup=stage.warmup,
@@ -491,7 +526,7 @@ def train_spec(recipe: Recipe, stage: Sft | Preference | Rl, model: Path, masked
         upcycle=upcycle,
         lora=(stage.lora.rank, stage.lora.alpha, tuple(stage.lora.target_modules)) if stage.lora else None,
         rows_of=tuple(stage.rows_of),
-        whole=tuple(stage.lora.whole) if stage.lora else (),
+        whole=(*stage.lora.whole, *([HEAD] if scalar else [])) if stage.lora else (),
         muon=(stage.muon.ratio, stage.muon.momentum) if stage.muon else None,
         objectives={str(name): weight for name, weight in stage.objectives.items()} if isinstance(stage, Sft) else {},
         signals=stage.signals if isinstance(stage, Sft) else 0.0,
@@ -500,7 +535,14 @@ def train_spec(recipe: Recipe, stage: Sft | Preference | Rl, model: Path, masked
         packed=packs(recipe, model),
         reference=isinstance(stage, Preference) or (isinstance(stage, Rl) and stage.kl is not None),
         critic=stage.foretelling.lr if isinstance(stage, Rl) and stage.foretelling else None,
+        scalar=scalar,
     )
+
+
+def _with_head(train: Mapping[str, float]) -> dict[str, float]:
+    """What trains of a reward model: its head, too, at the highest rate unless a glob gives it one."""
+    named = any(fnmatchcase(HEAD_WEIGHT, glob) for glob in train)
+    return dict(train) if named else {**train, HEAD: max(train.values())}
 
 
 def facts_of(folder: Path) -> list[tuple[str, int, int]]:

@@ -1,5 +1,5 @@
 """What a model can do: accuracy with and without thinking on the same held-out questions, a choice among candidates,
-and a judge's quality.
+and the quality of a judge and of a reward model.
 
 Accuracy is avg@k: the mean over k samples at a temperature; pass@k and greedy stand beside it. Intervals are 95 %
 bootstrap intervals over questions; a difference to an earlier stage is paired on the questions.
@@ -19,17 +19,20 @@ import numpy as np
 
 from rewards.format import has_think_block
 from rewards.judge import verdict
-from rlhf.data.formatting import as_prompt, reply_ids
+from rlhf.data.formatting import CHOSEN, REJECTED, as_prompt, reply_ids
 from rlhf.data.rows import DataError, Rows
+from rlhf.preference import sigmoid
 from rlhf.recipe import Evaluation
+from rlhf.reward_model import Pair
 from rlhf.roles import Engine
 from rlhf.scoring import verified
 from rlhf.stage import Context, derive
 from rlhf.tracking import record_image
-from rlhf.types import Fit, Group, Probe, Prompt, Sampling, Score
+from rlhf.types import Fit, Group, Probe, Prompt, Sample, Sampling, Score
 
 FORMAT = "rewards.format:think"
 PLAIN = 2000  # characters of a column that is kept beside a rollout
+BINS = 10  # of a reward model's confidence, between ½ and 1
 
 Answers = Mapping[str, Mapping[str, float]]  # mode → question key → share of right samples
 
@@ -140,6 +143,39 @@ def fitted(found: Mapping[str, Fit], kinds: Mapping[str, str]) -> dict[str, floa
         "eval.tokens": float(tokens),
         "eval.exact": float(np.mean([fit.exact for fit in found.values()])),
         **exact,
+    }
+
+
+def preferred(
+    samples: Sequence[Sample], said: Mapping[str, float], kinds: Mapping[str, str], resamples: int
+) -> dict[str, float]:
+    """How well a reward model tells the chosen reply of held-out pairs: reward_model.accuracy with its 95 % interval,
+    the share it prefers, also by the `kinds` of rejected replies, which are by the chosen samples' keys; .margin, by
+    how much on average; .loss without margins and center; .confidence, the mean of σ(|Δ|), beside which accuracy shows
+    too much of it or too little; .calibration, how far both lie apart on average over BINS of confidence (expected
+    calibration error, arXiv:1706.04599); and the mean rewards of both kinds."""
+    keys = [sample.key for sample in samples if sample.key.endswith(CHOSEN)]
+    pairs = [Pair(said[key], said[key.removesuffix(CHOSEN) + REJECTED]) for key in keys]
+    right = np.array([float(pair.preferred > 0) for pair in pairs])
+    sure = np.array([sigmoid(abs(pair.preferred)) for pair in pairs])
+    low, high = bootstrap(right, resamples)
+    by_kind = defaultdict[str, list[float]](list)
+    for key, one in zip(keys, right, strict=True):
+        by_kind[kinds[key]].append(float(one))
+    bins = np.minimum((sure - 0.5) * 2 * BINS, BINS - 1).astype(int)
+    apart = [abs(float((right - sure)[bins == each].sum())) for each in range(BINS)]
+    return {
+        "reward_model.accuracy": float(right.mean()),
+        "reward_model.accuracy.low": low,
+        "reward_model.accuracy.high": high,
+        "reward_model.margin": float(np.mean([pair.preferred for pair in pairs])),
+        "reward_model.loss": float(np.mean([pair.loss(0.0) for pair in pairs])),
+        "reward_model.confidence": float(sure.mean()),
+        "reward_model.calibration": sum(apart) / len(pairs),
+        "reward_model.chosen": float(np.mean([pair.chosen for pair in pairs])),
+        "reward_model.rejected": float(np.mean([pair.rejected for pair in pairs])),
+        "reward_model.rows": float(len(pairs)),
+        **{f"reward_model.accuracy.{kind}": float(np.mean(row)) for kind, row in sorted(by_kind.items()) if kind},
     }
 
 

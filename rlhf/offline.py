@@ -1,4 +1,4 @@
-"""The loop of stages that learn from rows: SFT, bridge pretraining, judge training, preferences."""
+"""The loop of stages that learn from rows: SFT, bridge pretraining, judge training, preferences, reward models."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from rlhf import preference, reward_model
 from rlhf.checkpoint import latest, resume, save
 from rlhf.data.formatting import as_pair, as_sample
 from rlhf.data.stream import Draw
-from rlhf.preference import weigh
-from rlhf.recipe import Preference, Sft
+from rlhf.recipe import Pairs, Preference, RewardModel, Sft
 from rlhf.roles import Trainer
 from rlhf.search import RateSearch, Verdict
 from rlhf.stage import Context
@@ -23,7 +23,7 @@ from rlhf.types import Batch, Sample
 STEP = ("tokens", "lr", "grad_norm", "entropy")
 
 
-async def run(stage: Sft | Preference, context: Context) -> dict[str, float]:
+async def run(stage: Sft | Pairs, context: Context) -> dict[str, float]:
     """Train for `stage.steps` optimizer steps, from the latest checkpoint if there is one."""
     trainer, stream = context.actors.trainer, context.stream(stage)
     checkpoints = context.folder / "checkpoints"
@@ -69,13 +69,16 @@ async def run(stage: Sft | Preference, context: Context) -> dict[str, float]:
     return {f"train.{name}": value for name, value in last.items()}
 
 
-async def _learn(stage: Sft | Preference, trainer: Trainer, batch: Batch) -> Mapping[str, float]:
+async def _learn(stage: Sft | Pairs, trainer: Trainer, batch: Batch) -> Mapping[str, float]:
     """One optimizer step; its metrics."""
-    if isinstance(stage, Sft):
+    if isinstance(stage, Preference):
+        weighed, pairs = await preference.weigh(stage, trainer, batch)
+    elif isinstance(stage, RewardModel):
+        weighed, pairs = await reward_model.weigh(stage, trainer, batch)
+    else:
         return (await trainer.step(batch)).metrics
-    weighed, pairs = await weigh(stage, trainer, batch)
     metrics = (await trainer.step(weighed)).metrics
-    # of the weighted likelihood itself only what says how the step went
+    # of the weighted sum itself only what says how the step went
     return {name: value for name, value in metrics.items() if name in STEP or name.startswith("router")} | pairs
 
 
@@ -91,12 +94,14 @@ def weighed(
     return [replace(s, weight=weights[m] * total / own[m]) for s, m in zip(samples, sources, strict=True)]
 
 
-def _next_batch(stage: Sft | Preference, context: Context, stream: Draw, step: int) -> tuple[Batch, Mapping[str, Any]]:
+def _next_batch(stage: Sft | Pairs, context: Context, stream: Draw, step: int) -> tuple[Batch, Mapping[str, Any]]:
     """One batch, and the stream's position after it (the stream itself may already be ahead)."""
     drawn, chat, samples = stream.take(stage.batch_size), context.recipe.chat, list[Sample]()
     for source, index, row in drawn:
         if isinstance(stage, Preference):
             samples += as_pair(row, source, index, context.processor, chat)
+        elif isinstance(stage, RewardModel):
+            samples += reward_model.as_ranked(row, source, index, context.processor, chat)
         else:
             samples.append(as_sample(row, source, index, context.processor, None, chat))
     if isinstance(stage, Sft) and stage.mix == "loss":

@@ -80,6 +80,10 @@ class Trainer(Protocol):
         """What the critic says before each completion token of a sample, by sample key."""
         ...
 
+    async def rewards(self, batch: Batch) -> Mapping[str, float]:
+        """What the reward model that trains says of each sample's reply, by sample key; no gradient."""
+        ...
+
     async def publish(self, engine: Any, version: int) -> float:
         """Send the weights to an engine of the same cast, which then samples from them as `version`; returns the
         seconds it took."""
@@ -95,18 +99,23 @@ class Trainer(Protocol):
     async def restore(self, folder: Path) -> None: ...
 
     async def export(self, folder: Path) -> None:
-        """Write the model as a Hugging Face folder (peft's format with LoRA) with its probe scores."""
+        """Write the model as a Hugging Face folder (peft's format with LoRA), with the scores of its probes."""
         ...
 
 
 class Rewards(Protocol):
-    """Reward functions in processes of their own."""
+    """Reward functions and reward models in processes of their own."""
 
     async def score(
         self, function: str, groups: Sequence[Group], options: Mapping[str, Any] | None = None
     ) -> list[list[Score]]:
         """One Score a rollout, for each group, of the function with these options (`rewards.base.resolve`). A crash or
         a missed deadline costs its own sample only."""
+        ...
+
+    async def scalar(self, model: str, groups: Sequence[Group]) -> list[list[Score]]:
+        """One Score a rollout, for each group, of a reward model that is `scoring`; the same whatever groups are asked
+        about beside it."""
         ...
 
 
@@ -122,6 +131,10 @@ class Actors(Protocol):
     def serving(self, models: Mapping[str, Path]) -> AbstractAsyncContextManager[Mapping[str, Engine]]:
         """Engines for these models (role → artifact folder) while the context lasts; an engine of the same
         architecture is reused with new weights, proven against the artifact's probe scores."""
+        ...
+
+    def scoring(self, models: Mapping[str, Path]) -> AbstractAsyncContextManager[None]:
+        """Reward models for these artifacts (name → folder) while the context lasts, for `rewards.scalar` to ask."""
         ...
 
     async def renew_trainer(self) -> None:

@@ -1,4 +1,5 @@
-"""From rollouts to scores: the parts of a reward, each from a function or a judge, combined into one Score."""
+"""From rollouts to scores: the parts of a reward, each from a function, a judge or a reward model, combined into one
+Score."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rewards import judge as judging
 from rewards.mixture import clipped, combine, holds, product
+from rlhf.preference import sigmoid
 from rlhf.recipe import Judging, Reward, Rl
 from rlhf.roles import Engine, Rewards
 from rlhf.types import Group, Sampling, Score
@@ -59,6 +61,9 @@ async def score(groups: Sequence[Group], stage: Rl, rewards: Rewards, judges: Ma
             first = columns[part.only_if] if part.only_if is not None else {}
             right = [first.get(g, [RIGHT] * len(groups[g].rollouts)) for g in places]
             found = await judges[part.judge].score(chosen, right)
+        elif part.scalar is not None:
+            found = await rewards.scalar(part.scalar, chosen)
+            found = [list(map(squashed, row)) for row in found] if part.sigmoid else found
         else:
             assert part.function is not None
             found = await rewards.score(part.function, chosen, part.options)
@@ -93,6 +98,11 @@ def _applies(name: str, part: Reward, group: Group) -> bool:
         return part.when is None or holds(part.when, group.prompt)
     except ValueError as error:
         raise ValueError(f"rewards.{name}: {error}") from error
+
+
+def squashed(score: Score) -> Score:
+    """The score with σ of its value, where it has one."""
+    return score if score.value is None else dataclasses.replace(score, value=sigmoid(score.value))
 
 
 async def verified(function: str, groups: Sequence[Group], rewards: Rewards) -> list[list[Score]]:

@@ -1,5 +1,5 @@
-"""Data made with a model: the difficulty filter before an RL stage, rejection sampling after it (SAIL-VL2 §5), and
-critiques of a policy's own chains for its judge to learn from."""
+"""Data made with a model: the difficulty filter before an RL stage, rejection sampling after it (SAIL-VL2 §5), and of a
+policy's own chains pairs of a right and a wrong one for its reward model, and critiques for its judge to learn from."""
 
 from __future__ import annotations
 
@@ -50,6 +50,8 @@ async def run(
                     kept += _by_difficulty(stage, row, scored[g])
                 elif stage.method == "rejection":
                     kept += _accepted(stage, row, sampled[g], scored[g], judged[g] if judged else None)
+                elif stage.method == "pairs":
+                    kept += _paired(stage, row, sampled[g], scored[g])
                 else:
                     kept += _criticised(stage, row, sampled[g], said[g], context.tokenizer)
             answers += scored
@@ -101,13 +103,23 @@ def _accepted(
         if answers[i].value == 1.0 and rollout.finish == "stop" and (verdicts is None or verdicts[i].value == 1.0)
     ]
     unique = list({rollout.text: rollout for rollout in good}.values())[: stage.per_prompt]
-    # as it was asked: earlier turns stay, a last one of the assistant's was not shown
+    return [_answered(row, rollout.text) for rollout in unique]
+
+
+def _answered(row: dict[str, Any], reply: str) -> dict[str, Any]:
+    """The row with a reply as it was asked: earlier turns stay, a last one of the assistant's was not shown."""
     messages = row["messages"]
     question = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-    return [
-        row | {"messages": [*question, {"role": "assistant", "content": rollout.text}], "think": True}
-        for rollout in unique
-    ]
+    return row | {"messages": [*question, {"role": "assistant", "content": reply}], "think": True}
+
+
+def _paired(stage: Synthesize, row: dict[str, Any], group: Group, answers: list[Score]) -> list[dict[str, Any]]:
+    """No reply is in two pairs; one that was cut off is in none."""
+    rated = zip(group.rollouts, answers, strict=True)
+    whole = {one.text: score.value == 1.0 for one, score in rated if one.finish == "stop"}
+    right, wrong = ([text for text, good in whole.items() if good is wanted] for wanted in (True, False))
+    pairs = list(zip(right, wrong, strict=False))[: stage.per_prompt]
+    return [_answered(row, chosen) | {"rejected": rejected, "corruption": "own"} for chosen, rejected in pairs]
 
 
 def _criticised(

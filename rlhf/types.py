@@ -141,6 +141,7 @@ class Sample:
     returns        [T] what a critic should have said before each; empty without one
     skipped        [start, end) of tokens after the prompt that are read, not learned: what a user says between replies
     signal         what the answer's signal tokens are to say, in words; "" where it has none
+    margin         of a pair's replies: by how much a reward model should prefer the chosen one
     """
 
     key: str
@@ -155,6 +156,7 @@ class Sample:
     returns: tuple[float, ...] = ()
     skipped: tuple[tuple[int, int], ...] = ()
     signal: str = ""
+    margin: float = 0.0
 
     @property
     def num_completion(self) -> int:
@@ -305,6 +307,7 @@ class TrainSpec:
     objectives  of a stage that teaches the connector alone, and their weights: `rlhf.bridge.alignment`
     signals  weight of what signal tokens say beside their captions (`actors.signals`); 0: they say nothing
     critic   the learning rate of a second model, begun from `model`, that foretells the rewards; None: there is none
+    scalar   one output in place of the language head: a reward model, not a policy
     """
 
     model: str
@@ -334,3 +337,4 @@ class TrainSpec:
     critic: float | None = None
     objectives: Mapping[str, float] = field(default_factory=dict)
     signals: float = 0.0
+    scalar: bool = False

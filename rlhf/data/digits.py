@@ -93,7 +93,7 @@ def build(table: str, rows: int, split: str, seed: int, options: Mapping[str, An
     perception  read and count, direct
     direct      every category, direct
     chains      every category, thinking
-    pairs       the same, beside a corrupted chain as the `rejected` reply
+    pairs       the same, beside a corrupted chain as the `rejected` reply, and its kind of `corruption`
     prompts     every category, no answer (for reinforcement learning)
     judge       a reply to be judged beside the image: half sound, half corrupted; the answer is yes or no
     judge_text  the same, the digits given in the text
@@ -283,8 +283,8 @@ def _chain_row(rng: random.Random, options: Options, split: str, _turn: int) -> 
 def _pair_row(rng: random.Random, options: Options, split: str, _turn: int) -> Row:
     puzzle = draw_puzzle(rng, options, split)
     row = row_of(puzzle, puzzle.question, _sound_chain(puzzle, rng), True, _picture(puzzle, rng, options, split))
-    _, spoilt = corrupt(Chain(puzzle.category, puzzle.digits, puzzle.target), rng)
-    return {**row, "rejected": write_chain(spoilt, rng)}
+    kind, spoilt = corrupt(Chain(puzzle.category, puzzle.digits, puzzle.target), rng)
+    return {**row, "rejected": write_chain(spoilt, rng), "corruption": kind}
 
 
 def _prompt_row(rng: random.Random, options: Options, split: str, _turn: int) -> Row:

@@ -9,11 +9,11 @@ from rlhf.architecture import Architecture, algorithm_of, architecture_of
 from rlhf.plan import feasibility
 from rlhf.plan.cluster import Cluster
 from rlhf.plan.engines import engine_uses
-from rlhf.plan.placement import actors_of, awake_of, memory_of, tenants_of, too_large
+from rlhf.plan.placement import actors_of, awake_of, memory_of, scalars_of, tenants_of, too_large
 from rlhf.plan.refusals import crowded_cores, misplaced, unfit_stages
 from rlhf.plan.types import EngineUse, Plan, PlanError, StagePlan, Transport
 from rlhf.plan.verdicts import Verdict, chosen
-from rlhf.recipe import Evaluate, Merge, Preference, Rebuild, Recipe, Rl, Sft, Stage, Synthesize
+from rlhf.recipe import Evaluate, Merge, Pairs, Rebuild, Recipe, Rl, Sft, Stage, Synthesize
 
 
 def make_plan(recipe: Recipe, cluster: Cluster | None = None, verdicts: Sequence[Verdict] = ()) -> Plan:
@@ -30,16 +30,16 @@ def make_plan(recipe: Recipe, cluster: Cluster | None = None, verdicts: Sequence
     implementation = chosen(recipe.model.implementation, served[0], verdicts)
     uses = engine_uses(recipe, architectures, implementation, verdicts)
     stages = tuple(_stage(recipe, stage, architectures[stage.name], uses[stage.name]) for stage in recipe.stages)
-    engines = sum(stage.cold_starts for stage in stages)
-    tenants = tenants_of(recipe, cluster, engines)
+    engines, scalars = sum(stage.cold_starts for stage in stages), scalars_of(recipe)
+    tenants = tenants_of(recipe, cluster, engines, scalars)
     transport = _transport(recipe, cluster, tenants > 1)
     memory = memory_of(recipe, stages, tenants, transport in ("ipc", "nccl"))
-    _refuse(too_large(recipe, cluster, tenants, awake_of(stages, tenants), memory))
+    _refuse(too_large(recipe, cluster, tenants, awake_of(stages, tenants), min(scalars, max(tenants - 1, 0)), memory))
     resources = recipe.resources
     return Plan(
         recipe=recipe.name,
         cluster=cluster,
-        actors=actors_of(recipe, cluster, engines, tenants, memory),
+        actors=actors_of(recipe, cluster, engines, scalars, tenants, memory),
         stages=stages,
         world_size=resources.trainer_ranks,
         transport=transport,
@@ -117,7 +117,7 @@ def _stage(recipe: Recipe, stage: Stage, architecture: Architecture, engines: tu
     steps = rows = rollouts_per_step = rollouts = 0
     if isinstance(stage, Sft):
         steps, rows = stage.steps, stage.batch_size
-    elif isinstance(stage, Preference):
+    elif isinstance(stage, Pairs):
         steps, rows = stage.steps, 2 * stage.batch_size
     elif isinstance(stage, Rl):
         rollouts_per_step = stage.prompts_per_step * stage.group_size

@@ -18,16 +18,18 @@ from rlhf.recipe import (
     Evaluate,
     Merge,
     Optimised,
+    Pairs,
     Part,
-    Preference,
     Rebuild,
     Recipe,
+    RewardModel,
     Rl,
     Sft,
     Source,
     Stage,
     Synthesize,
     makes_model,
+    trains,
 )
 
 ROW_FILES = (".parquet", ".jsonl", ".json")
@@ -192,7 +194,7 @@ def _stage(recipe: Recipe, stage: Stage) -> Iterator[str]:
     yield from _data(recipe, stage, earlier)
     if stage.evaluate == "none" and stage.kind == "evaluate":
         yield 'it measures nothing; set evaluate = "modes"'
-    if isinstance(stage, Sft | Preference):
+    if isinstance(stage, Sft | Pairs):
         yield from _batch(recipe, stage)
     if isinstance(stage, Sft) and stage.upcycle is not None and stage.lora is not None:
         yield "upcycle makes experts that a LoRA adapter would leave frozen copies of one another; use one of the two"
@@ -219,12 +221,24 @@ def _links(recipe: Recipe, stage: Stage, earlier: list[Stage]) -> Iterator[str]:
     taken = stage.parts.items() if isinstance(stage, Rebuild) else ()
     named = [(f"parts.{slot}.artifact", part.artifact) for slot, part in taken]
     named += [("of", name) for name in stage.of] if isinstance(stage, Merge) else []
-    for role, name in (("start", stage.start), *(("judge", judge) for judge in stage.judges), *named):
+    learned = [other.name for other in earlier if isinstance(other, RewardModel)]
+    for scalar in stage.scalars:
+        if scalar not in learned:
+            yield f"scalar = {scalar!r} is no earlier reward_model stage; {nearest(scalar, learned)}"
+    # what measures or trains a reward model further may start from one
+    begun = stage.start in learned and (isinstance(stage, RewardModel) or stage.evaluate == "pairs")
+    start = None if begun else stage.start
+    for role, name in (("start", start), *(("judge", judge) for judge in stage.judges), *named):
         if name is None or name in made:
             continue
-        if name not in kinds:
+        if name in learned:
+            yield (
+                f"{role} = {name!r} is a reward_model stage, whose artifact scores replies and gives none; name a "
+                "stage that trains a policy"
+            )
+        elif name not in kinds:
             yield f"{role} = {name!r} is no stage; {nearest(name, made)}"
-        elif kinds[name] not in ("sft", "preference", "rl", "rebuild", "merge"):
+        elif kinds[name] not in ("sft", "preference", "reward_model", "rl", "rebuild", "merge"):
             yield f"{role} = {name!r} is a {kinds[name]} stage, which makes no model; name a stage that trains"
         elif any(name == other.name and not makes_model(other) for other in earlier):
             yield f"{role} = {name!r} only samples (learn = false), and leaves no model; name another"
@@ -260,31 +274,45 @@ def _data(recipe: Recipe, stage: Stage, earlier: list[Stage]) -> Iterator[str]:
         drawn.get(name, name) for name in stage.data
     }:
         yield f"it trains on {stage.eval_data!r}, which it is measured on; use another source for one of the two"
-    if (
-        stage.evaluate == "loss"
-        and not isinstance(stage, Evaluate)
-        and not (isinstance(stage, Optimised) and makes_model(stage))
-    ):
+    if stage.evaluate == "loss" and not isinstance(stage, Evaluate) and not trains(stage):
         yield 'evaluate = "loss" needs the trainer, which this stage does not use; move it to an evaluate stage'
-    if stage.evaluate in ("judge", "loss", "rank") and stage.eval_data is None:
+    yield from _measure(recipe, stage)
+    if stage.evaluate in ("judge", "loss", "rank", "pairs") and stage.eval_data is None:
         yield f'evaluate = "{stage.evaluate}" needs eval_data: the source to measure on'
 
 
-def _batch(recipe: Recipe, stage: Sft | Preference) -> Iterator[str]:
+def _measure(recipe: Recipe, stage: Stage) -> Iterator[str]:
+    """A reward model is measured on pairs, and nothing else is."""
+    scores = isinstance(stage, RewardModel) or any(
+        isinstance(other, RewardModel) and other.name == stage.start for other in recipe.stages
+    )
+    if scores and stage.evaluate not in ("pairs", "none"):
+        yield (
+            f'evaluate = "{stage.evaluate}" asks a policy, and this is a reward model, which says no words; set '
+            'evaluate = "pairs" and eval_data'
+        )
+    if not scores and stage.evaluate == "pairs":
+        yield (
+            'evaluate = "pairs" measures a reward model; use it in a reward_model stage, or in an evaluate stage that '
+            "starts from one"
+        )
+
+
+def _batch(recipe: Recipe, stage: Sft | Pairs) -> Iterator[str]:
     if isinstance(stage, Sft) and stage.mix == "loss" and stage.batch_size % len(stage.data):
         yield (
             f"batch_size = {stage.batch_size} cannot hold as many rows of each of {len(stage.data)} sources, as mix = "
             '"loss" wants; make it a multiple'
         )
     ranks = recipe.resources.trainer_ranks
-    rows = stage.batch_size * (2 if isinstance(stage, Preference) else 1)
+    rows = stage.batch_size * (2 if isinstance(stage, Pairs) else 1)
     if rows < ranks:
         yield f"batch_size = {stage.batch_size} gives some of {ranks} trainer ranks no row; use at least {ranks}"
 
 
 def _synthesize(stage: Synthesize) -> Iterator[str]:
-    if stage.method == "difficulty" and stage.judge:
-        yield 'a difficulty filter asks no judge; leave `judge` out, or use method = "rejection"'
+    if stage.method in ("difficulty", "pairs") and stage.judge:
+        yield f'method = "{stage.method}" asks no judge; leave `judge` out, or use method = "rejection"'
     if stage.method == "critique" and stage.critic is None:
         yield 'method = "critique" needs a critic: a reward function whose note is what the judge should say'
     if stage.method != "critique" and stage.critic is not None:
@@ -340,7 +368,7 @@ def _rl(recipe: Recipe, stage: Rl) -> Iterator[str]:
                 "stage's `record` named, and lower `steps` to what it holds"
             )
     if not stage.rewards:
-        yield "rewards is empty: there is nothing to learn from; add [stages.rewards.NAME] with a function or a judge"
+        yield "rewards is empty: nothing to learn from; add [stages.rewards.NAME] with a function, judge or scalar"
     for name, part in stage.rewards.items():
         first = stage.rewards.get(part.only_if) if part.only_if is not None else None
         if part.only_if is not None and (first is None or first.only_if or first.product):
@@ -414,6 +442,10 @@ METRICS = {
     "eval.think.": (*MODES, *GAINS, "soundness", "right_but_unsound"),
     "eval.direct.": (*MODES, *GAINS),
     "eval.extra.": ("accuracy",),
+    "reward_model.": (
+        *("accuracy", "accuracy.low", "accuracy.high", "margin", "loss", "confidence", "calibration"),
+        *("chosen", "rejected", "rows"),
+    ),
     "judge.": ("precision", "recall", "kappa", "accuracy", "failed", "rows"),
     "synthesis.": ("prompts", "accuracy", "none_right", "all_right", "kept"),
     "model.": ("parameters", "trainable"),
@@ -424,7 +456,7 @@ METRICS = {
     "merge.": ("loss", "barrier"),
 }
 OPEN = re.compile(
-    r"eval\.(think|direct)\.(accuracy\..+|pass@\d+)|eval\.exact\..+|judge\.specificity\..+|merge\.loss\..+"
+    r"eval\.(think|direct)\.(accuracy\..+|pass@\d+)|eval\.exact\..+|judge\.specificity\..+|reward_model\.accuracy\..+|merge\.loss\..+"
 )
 AT_TEMPERATURE = re.compile(r"eval\.think\.accuracy(?:\.best|@([\d.]+))")
 
@@ -442,15 +474,16 @@ def _gate(recipe: Recipe, stage: Stage, metric: str) -> Iterator[str]:
         "eval.loss": (stage.evaluate == "loss", 'set evaluate = "loss" and eval_data'),
         "eval.exact": (stage.evaluate == "loss", 'set evaluate = "loss" and eval_data'),
         "eval.rank.": (stage.evaluate == "rank", 'set evaluate = "rank" and eval_data'),
+        "reward_model.": (stage.evaluate == "pairs", 'set evaluate = "pairs" and eval_data'),
         "judge.": (stage.evaluate == "judge", 'set evaluate = "judge" and eval_data'),
         "synthesis.": (stage.kind == "synthesize", "move it to a synthesize stage"),
         "rebuild.": (stage.kind == "rebuild", "move it to a rebuild stage"),
         "merge.": (stage.kind == "merge", "move it to a merge stage"),
-        "train.": (isinstance(stage, Sft | Preference), "move it to an sft or preference stage"),
+        "train.": (isinstance(stage, Sft | Pairs), "move it to a stage that learns from rows"),
         "rl.": (stage.kind == "rl", "move it to an rl stage"),
         "logprob_gap.": (stage.kind == "rl" and learns, "move it to an rl stage that learns"),
         "sync": (learns and samples, "move it to an rl stage that samples and learns"),
-        "model.": (learns, "move it to an sft, preference or rl stage that learns"),
+        "model.": (learns or trains(stage), "move it to a stage that learns"),
     }
     prefix = next((known for known in makers if metric.startswith(known)), None)
     if prefix is None:

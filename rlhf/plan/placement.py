@@ -8,19 +8,25 @@ from collections.abc import Iterator, Sequence
 from rlhf.architecture import GIB, activation_bytes, optimizer_bytes, weight_bytes
 from rlhf.plan.cluster import Cluster
 from rlhf.plan.types import ActorPlan, Memory, StagePlan
-from rlhf.recipe import Evaluate, Merge, Optimised, Preference, Recipe, Rl, Stage, makes_model
+from rlhf.recipe import Evaluate, Merge, Optimised, Preference, Recipe, Rl, Stage, trains
 
 # Measured on CPU, resident and proportional (PSS), before any weights: two engines and a trainer came to 4.4 GiB.
 ENGINE_GIB, TRAINER_GIB, REWARD_GIB, DRIVER_GIB, RAY_GIB = 1.3, 1.0, 0.3, 0.6, 0.5
+SCALAR_GIB = TRAINER_GIB  # it opens a model as a trainer does
 
 
-def tenants_of(recipe: Recipe, cluster: Cluster, engines: int) -> int:
-    """How many processes hold one GPU together: trainer ranks and all `engines` of the curriculum, over the GPUs there
-    are. 0 on a CPU."""
+def scalars_of(recipe: Recipe) -> int:
+    """How many reward models score at once, at most: as many processes are kept room for."""
+    return max(len(stage.scalars) for stage in recipe.stages)
+
+
+def tenants_of(recipe: Recipe, cluster: Cluster, engines: int, scalars: int) -> int:
+    """How many processes hold one GPU together: trainer ranks, reward models and all `engines` of the curriculum, over
+    the GPUs there are. 0 on a CPU."""
     r = recipe.resources
     if r.device == "cpu":
         return 0
-    return math.ceil((r.trainer_ranks + engines * r.tensor_parallel) / cluster.gpus)
+    return math.ceil((r.trainer_ranks + engines * r.tensor_parallel + scalars) / cluster.gpus)
 
 
 def awake_of(stages: Sequence[StagePlan], tenants: int) -> int:
@@ -51,10 +57,23 @@ def memory_of(recipe: Recipe, stages: Sequence[StagePlan], tenants: int, copied:
     published = max(weights.values(), default=0.0) * r.tensor_parallel * 4 / width
     base = DRIVER_GIB + RAY_GIB + r.reward_workers * REWARD_GIB
     base += r.trainer_ranks * TRAINER_GIB + processes * ENGINE_GIB * r.tensor_parallel
-    on_host = r.trainer_ranks * trainer + engines if r.device == "cpu" else r.trainer_ranks * offloaded
+    scalars, scalar = scalars_of(recipe), _scalar_bytes(recipe, stages) / GIB
+    base += scalars * SCALAR_GIB
+    on_host = r.trainer_ranks * offloaded
+    if r.device == "cpu":
+        on_host = r.trainer_ranks * trainer + engines + scalars * scalar
     if copied:  # GPU to GPU, beside the rank's own
-        return Memory(base + asleep + on_host, trainer + published, engine)
-    return Memory(base + asleep + published + on_host, trainer, engine)
+        return Memory(base + asleep + on_host, trainer + published, engine, scalar)
+    return Memory(base + asleep + published + on_host, trainer, engine, scalar)
+
+
+def _scalar_bytes(recipe: Recipe, stages: Sequence[StagePlan]) -> int:
+    """Of the largest reward model that scores: its weights, and what a forward holds of a token budget, which is less
+    than backward keeps of it when it computes layers anew."""
+    r, named = recipe.resources, {name for stage in recipe.stages for name in stage.scalars}
+    width = 4 if r.precision == "float32" else 2
+    found = [stage.architecture for stage in stages if stage.name in named]
+    return max((width * (a.parameters or 0) + activation_bytes(a, r.token_budget, True) for a in found), default=0)
 
 
 def _trainer_bytes(recipe: Recipe, plan: StagePlan) -> int:
@@ -94,10 +113,10 @@ def _stage_of(recipe: Recipe, plan: StagePlan) -> Stage:
 def _parameters(recipe: Recipe, plan: StagePlan) -> tuple[int, int]:
     """(held, trained) by the trainer in a stage; none where it does nothing or the model's size is not known."""
     stage, parameters = _stage_of(recipe, plan), plan.architecture.parameters
-    measures = isinstance(stage, Merge) or (isinstance(stage, Evaluate) and stage.evaluate == "loss")
+    measures = isinstance(stage, Merge) or (isinstance(stage, Evaluate) and stage.evaluate in ("loss", "pairs"))
     if measures and parameters is not None:  # looked at, as a stage that would train it
         return parameters, parameters
-    if not isinstance(stage, Optimised) or not makes_model(stage) or parameters is None:
+    if not isinstance(stage, Optimised) or not trains(stage) or parameters is None:
         return 0, 0
     adapters = None if stage.lora is None else plan.architecture.lora_parameters(stage.lora)
     if adapters is None:
@@ -106,8 +125,10 @@ def _parameters(recipe: Recipe, plan: StagePlan) -> tuple[int, int]:
     return parameters + adapters, adapters + (parameters if stage.lora is not None and stage.lora.whole else 0)
 
 
-def too_large(recipe: Recipe, cluster: Cluster, tenants: int, awake: int, memory: Memory) -> Iterator[str]:
-    """Problems of fitting it into the memory there is."""
+def too_large(
+    recipe: Recipe, cluster: Cluster, tenants: int, awake: int, scalars: int, memory: Memory
+) -> Iterator[str]:
+    """Problems of fitting it into the memory there is, `scalars` reward models on a shared GPU, which never sleep."""
     r = recipe.resources
     advice = "lower resources.kv_cache_gib, token_budget or the number of workers"
     if memory.together > r.memory_gib:
@@ -136,11 +157,13 @@ def too_large(recipe: Recipe, cluster: Cluster, tenants: int, awake: int, memory
             f'{r.trainer_ranks} rank(s) for {cluster.gpus} GPU(s), {tenants} process(es) on each; use "auto"'
         )
     if r.device == "cuda" and cluster.gpu_memory_gib is not None:
-        together = f"a trainer rank and {awake} engine(s) awake on one GPU"
+        scoring = f", {scalars} reward model(s)" if scalars else ""
+        together = f"a trainer rank{scoring} and {awake} engine(s) awake on one GPU"
         for who, needed in (
             ("a trainer rank", memory.trainer),
             ("an engine", memory.engine),
-            *([(together, memory.trainer + awake * memory.engine)] if tenants > 1 else []),
+            ("a reward model", memory.scalar),
+            *([(together, memory.trainer + scalars * memory.scalar + awake * memory.engine)] if tenants > 1 else []),
         ):
             if needed > cluster.gpu_memory_gib:
                 yield (
@@ -149,16 +172,22 @@ def too_large(recipe: Recipe, cluster: Cluster, tenants: int, awake: int, memory
                 )
 
 
-def actors_of(recipe: Recipe, cluster: Cluster, engines: int, tenants: int, memory: Memory) -> tuple[ActorPlan, ...]:
-    """The processes of the whole curriculum, with `engines` engines among them and `tenants` on each GPU."""
+def actors_of(
+    recipe: Recipe, cluster: Cluster, engines: int, scalars: int, tenants: int, memory: Memory
+) -> tuple[ActorPlan, ...]:
+    """The processes of the whole curriculum, with `engines` engines and room for `scalars` reward models among them and
+    `tenants` on each GPU."""
     r, cuda = recipe.resources, recipe.resources.device == "cuda"
     counts = {"trainer": r.trainer_ranks, "rollout": engines, "reward": r.reward_workers}
-    total = sum(counts.values())
+    total = sum(counts.values()) + scalars
     # phases mostly alternate: shares only have to add up to the machine, or Ray would not place the actors
     share = min(1.0, math.floor(100 * cluster.cpus / total) / 100)
     part = math.floor(100 / max(tenants, 1)) / 100 if cuda else 0.0
+    # as many threads as the engine of a judge in its place would have
+    scalar = ActorPlan("scalar", scalars, share, r.rollout_threads, part, SCALAR_GIB + memory.scalar)
     return (
         ActorPlan("trainer", counts["trainer"], share, r.trainer_threads, part, TRAINER_GIB + memory.trainer),
         ActorPlan("rollout", engines, share, r.rollout_threads, part * r.tensor_parallel, ENGINE_GIB + memory.engine),
         ActorPlan("reward", counts["reward"], share, 1, 0, REWARD_GIB),
+        *([scalar] if scalars else []),
     )

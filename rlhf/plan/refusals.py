@@ -124,7 +124,7 @@ def crowded_cores(recipe: Recipe, cluster: Cluster) -> Iterator[str]:
         if stage.replay is not None or not stage.learn:  # one of the two stands still
             continue
         trainer = r.trainer_ranks * r.trainer_threads_beside
-        engines = (r.rollout_workers + len(stage.judges)) * r.rollout_threads
+        engines = (r.rollout_workers + len(stage.judges) + len(stage.scalars)) * r.rollout_threads
         # processes of one thread share a core by turns; a team of threads waits for its slowest
         if trainer + engines > cluster.cpus and max(r.trainer_threads_beside, r.rollout_threads) > 1:
             yield (

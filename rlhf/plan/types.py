@@ -32,12 +32,13 @@ class ActorPlan:
 
 @dataclass(frozen=True)
 class Memory:
-    """GiB at the peak. together: all processes, in host memory; trainer and engine: the weights, states and caches of
-    one rank and of one engine, in host memory on a CPU and in GPU memory on CUDA."""
+    """GiB at the peak. together: all processes, in host memory; trainer, engine and scalar: the weights, states and
+    caches of one rank, of one engine and of one reward model, in host memory on a CPU and in GPU memory on CUDA."""
 
     together: float
     trainer: float
     engine: float
+    scalar: float = 0.0
 
 
 @dataclass(frozen=True)

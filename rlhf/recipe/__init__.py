@@ -24,12 +24,14 @@ from rlhf.recipe.schema import (
     Merge,
     Model,
     Optimised,
+    Pairs,
     Part,
     Preference,
     Rebuild,
     Recipe,
     Resources,
     Reward,
+    RewardModel,
     Rl,
     Search,
     Sft,
@@ -42,6 +44,7 @@ from rlhf.recipe.schema import (
     Tracking,
     Upcycle,
     makes_model,
+    trains,
 )
 
 __all__ = [
@@ -58,6 +61,7 @@ __all__ = [
     "Merge",
     "Model",
     "Optimised",
+    "Pairs",
     "Part",
     "Preference",
     "Rebuild",
@@ -65,6 +69,7 @@ __all__ = [
     "RecipeError",
     "Resources",
     "Reward",
+    "RewardModel",
     "Rl",
     "Search",
     "Sft",
@@ -78,5 +83,6 @@ __all__ = [
     "Upcycle",
     "load",
     "makes_model",
+    "trains",
     "validate",
 ]

@@ -10,11 +10,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from rlhf.recipe.schema import Evaluate, Merge, Preference, Rebuild, Recipe, Rl, Sft, Synthesize, Table
+from rlhf.recipe.schema import Evaluate, Merge, Preference, Rebuild, Recipe, RewardModel, Rl, Sft, Synthesize, Table
 
 KINDS: dict[str, type[Table]] = {
     "sft": Sft,
     "preference": Preference,
+    "reward_model": RewardModel,
     "rl": Rl,
     "rebuild": Rebuild,
     "merge": Merge,

@@ -244,9 +244,10 @@ class Gate(Table):
 
 
 class Reward(Table):
-    """One part of a reward, exactly one of three: a `function` ("module:function", "path/file.py:function", or the name
+    """One part of a reward, exactly one of four: a `function` ("module:function", "path/file.py:function", or the name
     under which an installed package offers one) with `options` as its keyword arguments; a `judge`, the artifact of an
-    earlier stage served by a rollout worker of its own; or a `product` of other parts.
+    earlier stage served by a rollout worker of its own; a `scalar`, what an earlier reward_model stage learned, as it
+    is, or with `sigmoid` between 0 and 1; or a `product` of other parts.
 
     weight   in the mean over all parts; 1 unless given, but none for a factor of a product, which counts through it
     only_if  a judge is asked only about rollouts to which that other part gave 1; the rest get 0 from it, since a chain
@@ -258,6 +259,8 @@ class Reward(Table):
     function: str | None = None
     options: dict[str, Any] = {}
     judge: Name | None = None
+    scalar: Name | None = None
+    sigmoid: bool = False
     product: list[Name] | None = None
     weight: Positive | None = None
     only_if: Name | None = None
@@ -266,10 +269,12 @@ class Reward(Table):
 
     @model_validator(mode="after")
     def _one_kind(self) -> Reward:
-        if sum(kind is not None for kind in (self.function, self.judge, self.product)) != 1:
-            raise ValueError("give exactly one of `function`, `judge` and `product`")
+        if sum(kind is not None for kind in (self.function, self.judge, self.scalar, self.product)) != 1:
+            raise ValueError("give exactly one of `function`, `judge`, `scalar` and `product`")
         if self.only_if is not None and self.judge is None:
-            raise ValueError("`only_if` saves asking a judge; for a function take a `product` with that other part")
+            raise ValueError("`only_if` saves asking a judge; for others take a `product` with that other part")
+        if self.sigmoid and self.scalar is None:
+            raise ValueError("`sigmoid` puts a `scalar` between 0 and 1; functions and judges say what they mean")
         if self.options and self.function is None:
             raise ValueError("`options` are keyword arguments of a `function`; a judge has its settings in [judging]")
         for key, value in self.options.items():
@@ -286,19 +291,25 @@ class StageBase(Table):
     """What every stage has. `start` names the stage whose artifact it continues (default: the latest that made a
     model, or `[model]`). `evaluate`: the questions of [evaluation] in both modes, a judge's precision and recall on
     `eval_data`, only the held-out "loss" on `eval_data` and what greedy decoding would give, a choice by likelihood
-    among the candidates of each row of `eval_data` ("rank"), or nothing. With "modes", `eval_data` adds questions asked
-    directly (eval.extra.accuracy)."""
+    among the candidates of each row of `eval_data` ("rank"), how often a reward model prefers the chosen reply of each
+    row of `eval_data` ("pairs"), or nothing. With "modes", `eval_data` adds questions asked directly
+    (eval.extra.accuracy)."""
 
     name: Name
     start: Name | None = None
     gates: list[Gate] = []
     budget_minutes: Positive | None = None
-    evaluate: Literal["modes", "judge", "loss", "rank", "none"] = "none"
+    evaluate: Literal["modes", "judge", "loss", "rank", "pairs", "none"] = "none"
     eval_data: Name | None = None
 
     @property
     def judges(self) -> tuple[str, ...]:
         """The stages whose models judge this one's rollouts, in order, each once."""
+        return ()
+
+    @property
+    def scalars(self) -> tuple[str, ...]:
+        """The stages whose reward models score this one's rollouts, in order, each once."""
         return ()
 
 
@@ -324,8 +335,8 @@ class Draws(StageBase):
     def _has_losses(self) -> Draws:
         if self.mix == "loss" and not isinstance(self, Sft):
             raise ValueError('mix = "loss" weighs the losses of an sft stage; take "weights" here')
-        if self.alike is not None and not isinstance(self, Sft | Preference):
-            raise ValueError("`alike` is for the batches of an sft or a preference stage; remove it here")
+        if self.alike is not None and not isinstance(self, Sft | Pairs):
+            raise ValueError("`alike` is for the batches of stages that learn from rows; remove it here")
         if self.alike is not None and self.mix == "loss":
             raise ValueError(
                 'mix = "loss" has rows of every source in a step, and `alike` of one kind: take one of them'
@@ -427,15 +438,40 @@ class Sft(Optimised):
         return {} if self.upcycle is None or probed is None else {probed: self.upcycle.rows}
 
 
-class Preference(Optimised):
-    """Direct preference optimisation (DPO) on rows with a chosen and a rejected reply: `batch_size` pairs a step.
-    `beta` is how dear it is to leave the model that the stage starts from, the reference (with `lora` the base,
-    adapters off); `smoothing` the share of pairs thought to be labelled the wrong way round."""
+class Pairs(Optimised):
+    """A stage that learns from rows with a chosen and a rejected reply: `batch_size` pairs a step."""
+
+    batch_size: PositiveInt
+
+
+class Preference(Pairs):
+    """Direct preference optimisation (DPO). `beta` is how dear it is to leave the model that the stage starts from, the
+    reference (with `lora` the base, adapters off); `smoothing` the share of pairs thought to be labelled the wrong way
+    round."""
 
     kind: Literal["preference"]
-    batch_size: PositiveInt
     beta: Positive = 0.1
     smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+
+
+class RewardModel(Pairs):
+    """A reward model (Bradley–Terry) for an rl stage to name as a `scalar`: the model that the stage starts from, with
+    one output in place of its language head, learns to say more at the end of a chosen reply than of the rejected one,
+    and more by the row's column `margin` where it has one. `center` weighs the square of what it says of both together,
+    which holds rewards around 0. The head learns at the rate of the glob of `train` that names it, else at the highest.
+    What it leaves is no policy: only rl stages, and stages that measure or train it further, can name it."""
+
+    kind: Literal["reward_model"]
+    center: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+
+    @model_validator(mode="after")
+    def _learns_whole_tables(self) -> RewardModel:
+        if self.rows_of:
+            raise ValueError(
+                "`rows_of` says which tokens' rows of embeddings and head train, and the head of a reward model has "
+                "one row, for none of them: remove it"
+            )
+        return self
 
 
 class Correction(Table):
@@ -560,6 +596,12 @@ class Rl(Optimised):
             for name, part in self.rewards.items()
         }
 
+    @property
+    def scalars(self) -> tuple[str, ...]:
+        if self.replay is not None:
+            return ()
+        return tuple(dict.fromkeys(part.scalar for part in self.rewards.values() if part.scalar))
+
     @model_validator(mode="after")
     def _one_half_or_both(self) -> Rl:
         if self.replay is not None and (self.record is not None or not self.learn):
@@ -598,11 +640,13 @@ class Synthesize(Draws):
     """Make data with a model. method "difficulty": ask `samples` times, keep prompts by how many answers were right
     (`drop` maps a category to the counts that go: "none_right", "all_right"; "*" for any other).
     method "rejection": keep rollouts whose answer is right and, with `judge`, whose chain is judged sound.
+    method "pairs": a right reply of the policy's own beside a wrong one to the same question, the `rejected` one, up to
+    `per_prompt` such pairs a question; their `corruption` is "own".
     method "critique": every rollout becomes a row for a judge to learn from or to be measured on. `critic`, a reward
     function, says whether it is sound, and in its Score's note what the judge should reply, ending in yes or no."""
 
     kind: Literal["synthesize"]
-    method: Literal["difficulty", "rejection", "critique"]
+    method: Literal["difficulty", "rejection", "pairs", "critique"]
     prompts: PositiveInt
     samples: PositiveInt = 4
     temperature: Positive = 1.0
@@ -705,11 +749,20 @@ class Merge(StageBase):
 
 
 def makes_model(stage: StageBase) -> bool:
-    """Whether the stage leaves a model that others may continue."""
-    return isinstance(stage, Optimised | Rebuild | Merge) and not (isinstance(stage, Rl) and not stage.learn)
+    """Whether the stage leaves a policy that others may continue."""
+    if isinstance(stage, RewardModel) or (isinstance(stage, Rl) and not stage.learn):
+        return False
+    return isinstance(stage, Optimised | Rebuild | Merge)
 
 
-Stage = Annotated[Sft | Preference | Rl | Rebuild | Merge | Synthesize | Evaluate, Field(discriminator="kind")]
+def trains(stage: StageBase) -> bool:
+    """Whether the trainer trains something in it: a policy, or a reward model."""
+    return isinstance(stage, Optimised) and (makes_model(stage) or isinstance(stage, RewardModel))
+
+
+Stage = Annotated[
+    Sft | Preference | RewardModel | Rl | Rebuild | Merge | Synthesize | Evaluate, Field(discriminator="kind")
+]
 
 
 class Recipe(Table):

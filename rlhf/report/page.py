@@ -161,6 +161,10 @@ def _tiles(run: RunView) -> str:
     if judged:  # the last one: a judge is first measured on made-up chains, then on a policy's own
         stage, precision = judged[-1]
         tiles.append((percent(precision), "judge precision", f"when it calls a chain sound ({escape(stage.name)})", ""))
+    ranked = [(stage, v) for stage in run.stages if (v := stage.metric("reward_model.accuracy")) is not None]
+    if ranked:  # as of a judge
+        stage, accuracy = ranked[-1]
+        tiles.append((percent(accuracy), "reward model", f"prefers the better reply ({escape(stage.name)})", ""))
     gates = [gate for stage in run.stages for gate in stage.gates]
     if gates:
         tiles.append((f"{sum(bool(gate.get('passed')) for gate in gates)}/{len(gates)}", "gates passed", "", ""))

@@ -15,6 +15,7 @@ Record = Mapping[str, Any]
 KINDS = {
     "sft": "learns from worked examples",
     "preference": "learns which of two answers is better",
+    "reward_model": "learns to score answers as people would",
     "rl": "practises and is rewarded",
     "rebuild": "gets other eyes or parts, and keeps what it knows",
     "merge": "becomes the average of several of its kind",

@@ -26,11 +26,11 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from rlhf import bridge
+from rlhf import bridge, reward_model
 from rlhf.batching import make_batch
 from rlhf.preference import weigh
-from rlhf.recipe import Preference
-from rlhf.types import Batch, Loss, Media, Sample, TrainSpec
+from rlhf.recipe import Preference, RewardModel
+from rlhf.types import Batch, Group, Loss, Media, Prompt, Rollout, Sample, TrainSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE = 240.0  # of a call; the first waits for the process to import its vendors
@@ -171,7 +171,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def save_bridge(folder: Path, moe: bool, **slots: Any) -> str:
+def save_bridge(folder: Path, moe: bool, tied: bool = True, **slots: Any) -> str:
     decoder: dict[str, Any] = {
         "type": "qwen3",
         "hidden_size": 32,
@@ -180,7 +180,7 @@ def save_bridge(folder: Path, moe: bool, **slots: Any) -> str:
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
         "head_dim": 16,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": tied,
     }
     if moe:
         decoder |= {
@@ -219,6 +219,11 @@ def save_bridge(folder: Path, moe: bool, **slots: Any) -> str:
 @pytest.fixture(scope="module")
 def sparse(tmp_path_factory):
     return save_bridge(tmp_path_factory.mktemp("sparse"), moe=True)
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory):
+    return save_bridge(tmp_path_factory.mktemp("untied"), moe=False, tied=False)
 
 
 @pytest.fixture(scope="module")
@@ -592,7 +597,15 @@ class Asked:
         self.ranks = ranks
 
     async def logprobs(self, batch: Batch) -> dict[str, Any]:
-        return {key: value for ok, part in self.ranks.all("logprobs", batch) for key, value in part.items() if ok}
+        return self._each("logprobs", batch)
+
+    async def rewards(self, batch: Batch) -> dict[str, float]:
+        return self._each("rewards", batch)
+
+    def _each(self, method: str, batch: Batch) -> dict[str, Any]:
+        answers = self.ranks.all(method, batch)
+        assert all(ok for ok, _ in answers), answers
+        return {key: value for _, part in answers for key, value in part.items()}
 
 
 def pairs(step: int) -> list[Sample]:
@@ -624,6 +637,64 @@ def test_preferences_are_learned_alike_on_two_ranks_and_one(one, two, dense, lor
         losses.append(found[0]["loss"])
     assert losses[0] == pytest.approx(math.log(2), abs=1e-5)  # the policy is its reference
     assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("model", "lora", "zero_stage"),
+    [("sparse", None, 0), ("untied", None, 3), ("sparse", None, 3), ("untied", (4, 8.0, ("q_proj", "v_proj")), 2)],
+)
+def test_a_reward_model_is_learned_alike_on_two_ranks_and_one_and_scores_as_it_did(
+    one, two, request, tmp_path, model, lora, zero_stage
+):
+    from actors.scorer import Scorer, ScorerSettings
+
+    begun = request.getfixturevalue(model)
+    stage = RewardModel(kind="reward_model", name="r", data={"rows": 1.0}, steps=8, batch_size=3, center=0.01)
+    rates = {"*": 1e-2, "lm_head.*": 3e-2}
+    loss = Loss("reinforce", normalise="row", router_aux=0.01 if model == "sparse" else 0.0)
+    more: dict[str, Any] = {"lora": lora, "whole": ("lm_head.*",) if lora else ()}
+    spec = spec_of(begun, loss=loss, train=rates, warmup=0.0, scalar=True, **more)
+    one.begin(dataclasses.replace(spec, zero_stage=0 if zero_stage == 0 else 2))
+    two.begin(dataclasses.replace(spec, zero_stage=zero_stage))
+    losses = []
+    for step in range(8):
+        found = []
+        for ranks, number in ((one, 1), (two, 2)):
+            batch = make_batch(pairs(step % 2), number, 64, step, packed=True)
+            weighed, metrics = asyncio.run(reward_model.weigh(stage, Asked(ranks), batch))
+            moved = ranks.step(weighed).metrics
+            assert math.isfinite(moved["grad_norm"])
+            found.append(metrics)
+        assert found[1] == pytest.approx(found[0], abs=1e-3), step
+        losses.append(found[0]["loss"])
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-6)  # it begins by saying 0
+    assert losses[-1] < 0.5 * losses[0]
+
+    two.export(tmp_path / "artifact")
+    last = make_batch(pairs(0), 2, 64, packed=True)
+    said = asyncio.run(Asked(two).rewards(last))
+    samples = [sample for mine in last.micro_batches for part in mine for sample in part]
+    scorer = Scorer(str(tmp_path / "artifact"), ScorerSettings("float32", 64, True, 1, "cpu"))
+    for sample in samples:
+        asked, reply = sample.token_ids[: sample.prompt_length], sample.token_ids[sample.prompt_length :]
+        prompt = Prompt(sample.key, "s", "?", (*([IMAGE] if sample.media else []), *asked[4 * len(sample.media) :]))
+        prompt = dataclasses.replace(prompt, media=sample.media)
+        ((score,),) = scorer.score([Group(prompt, asked, (Rollout(reply, (), (), "", "stop"),))])
+        assert score.value == pytest.approx(said[sample.key], abs=1e-5)
+    # the language head is the one it began with, and training goes on from the artifact
+    before, after = (bridge.load(folder)[0] for folder in (begun, tmp_path / "artifact"))
+    if model == "untied":
+        assert torch.equal(before.lm_head.weight, after.lm_head.weight)
+    one.begin(dataclasses.replace(spec, model=str(tmp_path / "artifact"), lora=None, whole=()))
+    again = asyncio.run(Asked(one).rewards(make_batch(pairs(0), 1, 64, packed=True)))
+    assert again == pytest.approx(said, abs=1e-5)
+
+
+def test_only_a_reward_model_is_asked_for_rewards(one, dense):
+    one.begin(spec_of(dense))
+    ok, message = one.all("rewards", make_batch(pairs(0), 1, 64, packed=True))[0]
+    assert not ok
+    assert "this stage trains no reward model" in message
 
 
 @pytest.mark.parametrize("lora", [None, (4, 8.0, ("q_proj", "v_proj"))])

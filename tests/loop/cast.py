@@ -131,6 +131,11 @@ class FakeTrainer:
         """Half a point before every token."""
         return {s.key: (0.5,) * s.num_completion for part in batch.micro_batches[0] for s in part}
 
+    async def rewards(self, batch: Batch) -> Mapping[str, float]:
+        """Prefers every chosen reply, by 2."""
+        rows = [sample for part in batch.micro_batches[0] for sample in part]
+        return {s.key: 1.0 if s.key.endswith("chosen") else -1.0 for s in rows}
+
     async def publish(self, engine: Any, version: int) -> float:
         engine.version = version
         return 0.01
@@ -153,7 +158,15 @@ class FakeTrainer:
 
 
 class FakeRewards:
-    """The real reward functions, called in this process."""
+    """The real reward functions, called in this process, and reward models that like short replies."""
+
+    def __init__(self) -> None:
+        self.scoring: dict[str, Path] = {}
+        self.asked: list[tuple[str, Path]] = []
+
+    async def scalar(self, model: str, groups: Sequence[Group]) -> list[list[Score]]:
+        self.asked.append((model, self.scoring[model]))
+        return [[Score("scored", -float(len(one.token_ids))) for one in group.rollouts] for group in groups]
 
     async def score(
         self, function: str, groups: Sequence[Group], options: Mapping[str, Any] | None = None
@@ -173,6 +186,12 @@ class FakeCast:
         self.rewards = FakeRewards()
         self.served: list[dict[str, Path]] = []
         self.renewals = 0
+
+    @contextlib.asynccontextmanager
+    async def scoring(self, models: Mapping[str, Path]) -> AsyncIterator[None]:
+        self.rewards.scoring = dict(models)
+        yield
+        self.rewards.scoring = {}
 
     async def renew_trainer(self) -> None:
         self.renewals += 1

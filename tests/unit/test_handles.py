@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import pytest
@@ -13,7 +14,7 @@ from ray.exceptions import RayActorError
 
 from actors import handles
 from actors.device import DeviceBucket
-from actors.handles import EngineHandle, Loads, RewardsHandle, TrainerHandle, reason
+from actors.handles import EngineHandle, Loads, RewardsHandle, ScalarHandle, TrainerHandle, reason
 from rewards.base import Item
 from rlhf.recipe import Deadlines
 from rlhf.roles import ActorLostError, SyncError
@@ -532,3 +533,72 @@ def test_a_reward_worker_that_is_lost_is_replaced_and_asked_once_more(
     (found,) = asyncio.run(go())
     assert [score.outcome for score in found] == [outcome] * 3
     assert all("reward worker 0" in score.note for score in found if outcome != "scored")
+
+
+class Scoring:
+    """A reward model that answers, or does what is told."""
+
+    def __init__(self, does: str) -> None:
+        self.does = does
+        self.score = Remote(self._score)
+        self.__ray_ready__ = Remote(self._ready)
+
+    async def _ready(self) -> None:
+        pass
+
+    async def _score(self, groups: list[Group]) -> list[list[Score]]:
+        if self.does == "hang":
+            await asyncio.Event().wait()
+        if self.does == "die":
+            raise RayActorError
+        return [[Score("scored", 0.5)] for _ in groups]
+
+
+def scored_by(*workers: str, calls: int = 2) -> tuple[list[list[list[Score]]], int]:
+    """Calls at once of a reward model whose processes do this, one after the other."""
+    coming = map(Scoring, workers)
+
+    async def go() -> tuple[list[list[list[Score]]], int]:
+        scalar = ScalarHandle("ranked", lambda: next(coming), Deadlines(generate=0.05), next(coming))
+        handle = RewardsHandle(lambda index: None, Deadlines(), [], {"ranked": scalar})
+        groups = [Group(prompt, (1,), ()) for prompt in prompts(2)]
+        asked = (handle.scalar("ranked", groups[: count + 1]) for count in range(calls))
+        return list(await asyncio.wait_for(asyncio.gather(*asked), 10)), scalar.restarts
+
+    return asyncio.run(go())
+
+
+@pytest.mark.parametrize("workers", [["good"], ["die", "good"], ["hang", "good"], ["die", "hang", "good"]])
+def test_a_reward_model_that_is_lost_is_started_again_and_asked_again(workers: list[str]) -> None:
+    found, restarts = scored_by(*workers)
+    assert found == [[[Score("scored", 0.5)]] * count for count in (1, 2)]
+    assert restarts == len(workers) - 1
+
+
+def test_a_reward_model_that_is_always_lost_ends_the_run() -> None:
+    with pytest.raises(RuntimeError, match="reward model 'ranked' was lost three times over one call"):
+        scored_by("die", "hang", "die", "good", calls=1)
+
+
+def test_only_what_has_probes_leaves_their_scores(tmp_path: Path) -> None:
+    class Exporting:
+        def __init__(self) -> None:
+            self.begin, self.export, self.probe = Remote(self._begin), Remote(self._export), Remote(self._probe)
+
+        async def _begin(self, spec: Any) -> Any:
+            return SimpleNamespace(num_parameters=1, num_trainable=1)
+
+        async def _export(self, folder: str) -> None:
+            pass
+
+        async def _probe(self, probes: Any) -> ProbeScores:
+            return ProbeScores(((1, 2),), ((-0.5,),))
+
+    async def go(probes: list[Probe]) -> bool:
+        trainer = TrainerHandle([Exporting()], Deadlines())
+        await trainer.begin(None, probes)  # type: ignore[arg-type]
+        await trainer.export(tmp_path)
+        return (tmp_path / "probe_scores.json").exists()
+
+    assert not asyncio.run(go([]))
+    assert asyncio.run(go([Probe((1, 2))]))

@@ -587,3 +587,76 @@ def test_records_and_replays_fit_together(tmp_path: Path) -> None:
                 f"{improve}.learn = false",
                 f"{improve}.gates = [{{metric = '{gate}', max = 1.0}}]",
             )
+
+
+RANKED = (
+    "data.pairs = {builder = 'digits', table = 'pairs'}",
+    "data.pairs-heldout = {builder = 'digits', table = 'pairs', split = 'heldout'}",
+    "stages.ranked = {kind = 'reward_model', data = {pairs = 1}, steps = 10, batch_size = 32}",
+    "stages.ranked = {evaluate = 'pairs', eval_data = 'pairs-heldout'}",
+    "stages.again = {kind = 'evaluate', start = 'ranked', evaluate = 'pairs', eval_data = 'pairs-heldout'}",
+    "stages.practice = {kind = 'rl', data = {train = 1}, steps = 10, prompts_per_step = 16}",
+    "stages.practice.rewards.liked = {scalar = 'ranked'}",
+)
+
+
+def test_a_reward_model_is_a_process_of_its_own_and_nobodys_default() -> None:
+    verified = "stages.practice.rewards = {liked = {remove = true}, right = {function = 'rewards.answer:boxed'}}"
+    without, made = plan(*RANKED, verified), plan(*RANKED)
+    stages = {stage.name: stage for stage in made.stages}
+    assert [stages[name].start for name in ("ranked", "again", "practice")] == ["improve", "ranked", "improve"]
+    assert (stages["ranked"].rows_per_update, stages["ranked"].optimizer_steps) == (64, 10)
+    assert stages["ranked"].engines == ()
+    actors = {actor.role: actor for actor in made.actors}
+    assert "scalar" not in {actor.role for actor in without.actors}
+    assert (actors["scalar"].count, actors["scalar"].threads, actors["scalar"].gpus) == (1, 1, 0)
+    assert actors["scalar"].cpus < next(actor.cpus for actor in without.actors if actor.role == "reward")
+    assert made.memory.together - without.memory.together == pytest.approx(actors["scalar"].memory_gib)
+    assert "scalar" in describe(made)
+    plan(*RANKED, "stages.ranked.gates = [{metric = 'reward_model.accuracy.wrong_digit', min = 0.5}]")
+    plan(
+        *RANKED,
+        "stages.more = {kind = 'reward_model', start = 'ranked', data = {pairs = 1}, steps = 1, batch_size = 4}",
+    )
+
+
+def test_a_reward_model_holds_a_gpu_with_the_others() -> None:
+    cluster = Cluster(16, 128, gpus=2, gpu_memory_gib=80)
+    made = plan(*RANKED, "resources.device = 'cuda'", cluster=cluster)
+    shares = {actor.role: actor.gpus for actor in made.actors if actor.count}
+    # a rank, two kinds of engines and a reward model on two GPUs
+    assert shares == {"trainer": 0.5, "rollout": 0.5, "reward": 0, "scalar": 0.5}
+    assert made.colocated
+    assert made.memory.scalar > 0
+    small = Cluster(16, 128, gpus=2, gpu_memory_gib=made.memory.trainer + made.memory.engine + 1e-3)
+    with pytest.raises(PlanError, match=r"a trainer rank, 1 reward model\(s\) and 1 engine\(s\) awake on one GPU"):
+        plan(*RANKED, "resources.device = 'cuda'", cluster=small)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("stages.practice.rewards.liked.scalar = 'judge'", "scalar = 'judge' is no earlier reward_model stage; "),
+        ("stages.practice.rewards.liked.scalar = 'rankde'", "did you mean 'ranked'"),
+        ("stages.practice.start = 'ranked'", "scores replies and gives none; name a stage that trains a policy"),
+        (
+            "stages.practice.rewards.liked = {remove = true}\nstages.practice.rewards.a.judge = 'ranked'",
+            "judge = 'ranked'",
+        ),
+        ("stages.ranked.evaluate = 'modes'", 'evaluate = "modes" asks a policy, and this is a reward model'),
+        ("stages.again.evaluate = 'loss'", 'evaluate = "loss" asks a policy, and this is a reward model'),
+        ("stages.align.evaluate = 'pairs'", 'evaluate = "pairs" measures a reward model; use it in'),
+        ("stages.ranked.eval_data = 'pairs'", "trains on 'pairs', which it is measured on"),
+        (
+            "stages.cot.gates = [{metric = 'reward_model.accuracy', min = 0.5}]",
+            'does not measure; set evaluate = "pairs" and eval_data',
+        ),
+        (
+            "stages.ranked.gates = [{metric = 'reward_model.acuracy', min = 0.5}]",
+            "did you mean 'reward_model.accuracy'",
+        ),
+    ],
+)
+def test_what_a_reward_model_is_not(override: str, words: str) -> None:
+    with pytest.raises(PlanError, match=re.escape(words)):
+        plan(*RANKED, *override.split("\n"))

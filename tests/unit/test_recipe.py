@@ -205,7 +205,7 @@ def test_a_key_of_another_system_is_known_by_its_name_here(base: Path, tmp_path:
 @pytest.mark.parametrize(
     ("kind", "lines", "says"),
     [
-        ("rl", "alike = 'modality'", "`alike` is for the batches of an sft or a preference stage"),
+        ("rl", "alike = 'modality'", "`alike` is for the batches of stages that learn from rows"),
         ("rl", "mix = 'loss'", 'mix = "loss" weighs the losses of an sft stage'),
         ("sft", "alike = 'modality'\nmix = 'loss'", "take one of them"),
     ],
