@@ -33,14 +33,14 @@ def inputs(
     """The share of the row's `tests` that the program passes: a list of {"input", "output"}, the text it reads and the
     text it must print. Lines are compared without the blanks and the empty lines that end them.
 
-    all_or_nothing: 1.0 where it passes all, else 0.0. cpu_seconds, memory_mib: of each test, which may take twice as
-    long by the clock. seconds: of all of them by the clock, after which no test is passed; keep it below the deadline
-    of rewards. at_once: how many tests run at a time. Raises KeyError when the row has no `tests`, ValueError for tests
+    all_or_nothing: 1.0 where it passes all, else 0.0. cpu_seconds, memory_mib: of each test. seconds: of all of them by
+    the clock, after which no test is passed; keep it below the deadline of rewards. at_once: how many tests run at a
+    time. Raises KeyError when the row has no `tests`, ValueError for tests
     of another form, SandboxError where there is no sandbox.
     """
     tests = item.columns["tests"]
     if not tests or not all(isinstance(test, dict) and {"input", "output"} <= test.keys() for test in tests):
-        raise ValueError(f'row {item.prompt.id}: tests must be a list of {{"input", "output"}}, not {_short(tests)}')
+        raise ValueError(f'row {item.prompt.key}: tests must be a list of {{"input", "output"}}, not {_short(tests)}')
     program = program_of(item.completion)
     if not program:
         return Score("scored", 0.0, note="no program")
@@ -53,7 +53,7 @@ def inputs(
         left = end - time.monotonic()
         if left <= 0:
             return LATE
-        limits = Limits(min(left, 2.0 * cpu_seconds), cpu_seconds, memory_mib)
+        limits = Limits(left, cpu_seconds, memory_mib)
         found = _compared(run(program, str(tests[place]["input"]), limits), str(tests[place]["output"]))
         if found:
             failed.append(place)
@@ -86,11 +86,11 @@ def asserts(
         try:
             ast.parse(test)
         except SyntaxError as error:
-            raise ValueError(f"row {item.prompt.id}: the test {_short(test)} is no Python: {error}") from error
+            raise ValueError(f"row {item.prompt.key}: the test {_short(test)} is no Python: {error}") from error
     program = program_of(item.completion)
     if not program:
         return Score("scored", 0.0, note="no program")
-    limits = Limits(min(seconds, 2.0 * cpu_seconds), cpu_seconds, memory_mib)
+    limits = Limits(seconds, cpu_seconds, memory_mib)
     one, other = socket.socketpair()
     entry = str(columns.get("entry_point") or "")
     sides = {one: f"serve({one.fileno()}, {program!r})", other: f"examine({other.fileno()}, {tests!r}, {entry!r})"}

@@ -209,13 +209,10 @@ def _watch(watched: _Watched, pipes: dict[str, BinaryIO], limits: Limits) -> str
                 if excess and not fault:
                     fault = f"it wrote more than {limits.output_kib} KiB"
                     watched.process.kill()
-                if (
-                    key.data == "status"
-                    and watched.first is None
-                    and (found := re.search(rb'"child-pid": (\d+)', heard))
-                ):
+                first = re.search(rb'"child-pid": (\d+)', heard) if key.data == "status" else None
+                if first and watched.first is None:
                     with contextlib.suppress(ProcessLookupError):
-                        watched.first = os.pidfd_open(int(found[1]))
+                        watched.first = os.pidfd_open(int(first[1]))
             if not fault and time.monotonic() >= deadline:
                 fault = f"it took more than {seconds:.3g} s"
                 watched.process.kill()
@@ -249,7 +246,8 @@ def _command(limits: Limits, code: int, rules: int, ready: int, status: int) -> 
         *("--perms", "0444", "--file", str(code), PROGRAM),
         *("--perms", "0777", "--size", str(limits.files_mib * mib), "--tmpfs", "/work", "--chdir", "/work"),
         *("--remount-ro", "/"),
-        *("--setenv", "LD_LIBRARY_PATH", "/lib"),
+        # an arena for each thread would use up the memory limit in addresses alone
+        *("--setenv", "LD_LIBRARY_PATH", "/lib", "--setenv", "MALLOC_ARENA_MAX", "1"),
         *("--seccomp", str(rules), "--json-status-fd", str(status)),
         # alone: no settings, no site-packages, nothing written; all text is UTF-8
         *("/python/bin/python", "-I", "-S", "-E", "-B", "-X", "utf8", "-c", LAUNCHER, *map(str, numbers)),

@@ -316,7 +316,7 @@ def test_no_program() -> None:
 
 
 def test_by_name_in_a_worker(tmp_path: Path) -> None:
-    right, wrong = "print(2 * int(input()))\ndef f(x): return 2 * x", "while True: pass"
+    right, wrong = "def f(x): return 2 * x\nif __name__ == '__main__': print(f(int(input())))", "while True: pass"
     rows = [item(program, tests=DOUBLE, asserts=["assert f(2) == 4"]) for program in (right, wrong, right)]
     with Isolated(Limits(20.0, 1.0)) as process:
         for name in ("rewards.code:inputs", "rewards.code:asserts"):

@@ -4,8 +4,8 @@ without it."""
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
-import random
 import shutil
 import socket
 import stat
@@ -32,12 +32,13 @@ OTHER = 65534  # nobody
 MIB = 1024 * 1024
 CALL = "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n"
 FOREVER = Limits(60.0, 60)
+SERIAL = itertools.count(600)
 
 
 def attempt(program: str, limits: Limits | None = None, **given: str) -> Outcome:
     """Run it, and see that nothing of it is left: its processes would have its memory limit, which no other has, as
     an argument."""
-    limits = replace(limits or Limits(), memory_mib=random.SystemRandom().randrange(128, 1024))
+    limits = replace(limits or Limits(), memory_mib=next(SERIAL))
     found = run(program, limits=limits, **given)
     assert processes(str(limits.memory_mib * MIB)) == []
     return found
@@ -297,7 +298,6 @@ for place, folders, files in os.walk('/'):
         "/python",
         "/python/bin",
         "/python/lib",
-        f"/python/lib/{version}",
         "/work",
     }
     packages = f"/python/lib/{version}/site-packages"
@@ -335,7 +335,7 @@ for one in ('link', 'up/passwd', '/work/../etc/passwd'):
   try: print(len(open(one).read()))
   except FileNotFoundError: pass"""
     assert attempt(link).output == ""
-    assert len(bare(link).split()) == 2
+    assert len(bare(link).split()) >= 2
     for name in ("link", "up"):
         (folder / name).unlink()
 
@@ -399,7 +399,7 @@ def test_no_network_outside(filtered: bool) -> None:
 
 
 def test_other_processes(filtered: bool) -> None:
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as victim:
+    with subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE) as victim:
         signalled = f"import os\nos.kill({victim.pid}, 0)\nprint('there')"
         assert "ProcessLookupError" in attempt(signalled).error
         assert bare(signalled) == "there\n"
