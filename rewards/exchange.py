@@ -6,7 +6,9 @@
 
 So tests judge in a process that the program never enters: it can end its own, print what it likes, patch `unittest` or
 return an object that says it equals everything, and has passed nothing. What stays the program's word: whether two
-objects of its own classes are equal, or in order.
+objects of its own classes are equal, or in order; what becomes of a list, dict or set that a test hands it; what its
+functions say where a test calls them to judge with (`assert valid(solve(x))`). Not possible: to make a subclass of the
+program's classes, or to hand it objects of the tests' own.
 """
 
 from __future__ import annotations
