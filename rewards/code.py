@@ -28,7 +28,7 @@ def inputs(
     seconds: float = 20.0,
     cpu_seconds: int = 6,
     memory_mib: int = 512,
-    at_once: int = 2,
+    at_once: int = 3,
 ) -> Score:
     """The share of the row's `tests` that the program passes: a list of {"input", "output"}, the text it reads and the
     text it must print. Lines are compared without the blanks and the empty lines that end them.

@@ -29,7 +29,9 @@ from fractions import Fraction
 from typing import Any
 
 MODULE = "solution"  # by which tests may import the program
-SEQUENCES: dict[str, type] = {kind.__name__: kind for kind in (list, tuple, set, frozenset, deque)}
+# of a class of the program's that extends one, the value itself
+SCALARS: dict[type, Callable[[Any], Any]] = {int: int.__int__, float: float.__float__, str: str.__str__}
+SEQUENCES: dict[str, Any] = {kind.__name__: kind for kind in (list, tuple, set, frozenset, deque)}
 SHOWN = 150  # characters of a value in a reason
 WRITTEN: dict[str, type] = {kind.__name__: kind for kind in (complex, Decimal, Fraction)}  # as text
 COMPARING = ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__")
@@ -184,7 +186,7 @@ class End:
     def encoded(self, value: Any) -> Any:
         if value is None or isinstance(value, bool):
             return value
-        for scalar, plain in ((int, int.__int__), (float, float.__float__), (str, str.__str__)):
+        for scalar, plain in SCALARS.items():
             if isinstance(value, scalar):
                 return plain(value)
         if isinstance(value, Far):
@@ -203,11 +205,11 @@ class End:
             if kind.__name__ in WRITTEN and isinstance(value, WRITTEN[kind.__name__]):
                 return [kind.__name__, str(value)]
         if isinstance(value, type):
-            if vars(builtins).get(value.__name__) is value:
+            bases = [one.__name__ for one in value.__mro__ if vars(builtins).get(one.__name__) is one]
+            if bases[0] == value.__name__:
                 return ["builtin", value.__name__]
             if issubclass(value, BaseException):
-                base = next(one for one in value.__mro__ if vars(builtins).get(one.__name__) is one)
-                return ["error", self._number(value), value.__name__, base.__name__]
+                return ["error", self._number(value), value.__name__, bases[0]]
         if not self._open_handed and not callable(value):
             raise TypeError(f"a test cannot hand a {kind.__name__} to the program, only data and functions")
         return ["mine", self._number(value)]
@@ -310,19 +312,14 @@ def examine(descriptor: int, tests: list[str], entry: str) -> None:
             is_test = isinstance(statement, ast.Assert)
             if setup and not is_test:
                 continue
-            fault = setup or _tried(lambda node=statement: _execute(node, space))  # type: ignore[misc]
+            fault = setup or _tried(_execute, statement, space)
             if is_test:
                 say([ast.unparse(statement), fault])
             else:
                 setup = fault
         for name in own:
             if name != "assert":
-                say(
-                    [
-                        name or "the test",
-                        setup or (_tried(lambda name=name: _called(name, space, entry)) if name else ""),
-                    ]
-                )  # type: ignore[misc]
+                say([name or "the test", setup or (_tried(_called, name, space, entry) if name else "")])
 
 
 def _counted(tree: ast.Module, entry: str) -> Iterator[str]:
@@ -370,10 +367,10 @@ def _called(name: str, space: dict[str, Any], entry: str) -> None:
         getattr(space[kind](), method)()
 
 
-def _tried(test: Callable[[], None]) -> str:
+def _tried(test: Callable[..., None], *given: Any) -> str:
     """Why it failed; "" where it did not."""
     try:
-        test()
+        test(*given)
     except BaseException as error:  # noqa: BLE001 - a test fails by any exception, exits too
         return f"{type(error).__name__}: {_text(error)}".removesuffix(": ")
     return ""

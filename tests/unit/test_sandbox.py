@@ -552,6 +552,11 @@ def test_all_of_this_as_another_user(tmp_path: Path) -> None:
             command += ["--ro-bind", str(place), str(place)]
     command += ["setpriv", "--reuid", str(OTHER), "--regid", str(OTHER), "--clear-groups", "--"]
     command += [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
-    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "HOME": "/", "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = {
+        "PATH": os.environ["PATH"],
+        "PYTHONPATH": str(ROOT),
+        "HOME": str(Path.home()),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
     done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
