@@ -6,13 +6,18 @@ import re
 
 TAGS = re.compile(r"</?think>")
 VERDICT = re.compile(r"\b(yes|no)\b", re.IGNORECASE)
+SOUND = "question: {question} reply: {completion} sound?"
 
 
 def judge_question(question: str, chain_text: str) -> str:
     """The words put to the judge beside the image: is every step of this reply right, and does its answer follow?
     `chain_text` is the whole completion; think tags are taken out, white space is squeezed."""
-    chain = " ".join(TAGS.sub(" ", chain_text).split())
-    return f"question: {question} reply: {chain} sound?"
+    return SOUND.format(question=question, completion=squeezed(chain_text))
+
+
+def squeezed(text: str) -> str:
+    """On one line, without think tags."""
+    return " ".join(TAGS.sub(" ", text).split())
 
 
 def parse_verdict(reply: str) -> bool | None:

@@ -10,7 +10,7 @@ from rlhf.plan import feasibility
 from rlhf.plan.cluster import Cluster
 from rlhf.plan.engines import engine_uses
 from rlhf.plan.placement import actors_of, awake_of, memory_of, tenants_of, too_large
-from rlhf.plan.refusals import crowded_cores, misplaced, unfit_stages
+from rlhf.plan.refusals import crowded_cores, misplaced, unenforced, unfit_stages
 from rlhf.plan.types import EngineUse, Plan, PlanError, StagePlan, Transport
 from rlhf.plan.verdicts import Verdict, chosen
 from rlhf.recipe import Evaluate, Merge, Preference, Rebuild, Recipe, Rl, Sft, Stage, Synthesize
@@ -28,6 +28,7 @@ def make_plan(recipe: Recipe, cluster: Cluster | None = None, verdicts: Sequence
     # one kind of engine for all stages: transformers serves what vLLM can, too
     served = sorted(architectures.values(), key=lambda architecture: architecture.served == "vllm")
     implementation = chosen(recipe.model.implementation, served[0], verdicts)
+    _refuse(unenforced(recipe, architectures, implementation))
     uses = engine_uses(recipe, architectures, implementation, verdicts)
     stages = tuple(_stage(recipe, stage, architectures[stage.name], uses[stage.name]) for stage in recipe.stages)
     engines = sum(stage.cold_starts for stage in stages)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import ast
 import difflib
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from rewards.base import file_of
+from rewards.templates import BUILT_IN, TemplateError, template_of
 from rlhf.algorithms.table import estimator_of, method_of
 from rlhf.bridge.decoders import own
 from rlhf.recipe import (
@@ -40,6 +42,7 @@ def problems(recipe: Recipe) -> Iterator[str]:
     yield from _model(recipe)
     yield from _sources(recipe)
     yield from _evaluation(recipe)
+    yield from _judges(recipe)
     for stage in recipe.stages:
         for problem in _stage(recipe, stage):
             yield f"stage {stage.name!r}: {problem}"
@@ -177,6 +180,37 @@ def _evaluation(recipe: Recipe) -> Iterator[str]:
             )
 
 
+def _judges(recipe: Recipe) -> Iterator[str]:
+    names = {stage.name for stage in recipe.stages}
+    used = {name for stage in recipe.stages for name in stage.judges}
+    for name, table in recipe.judges.items():
+        where = f"judges.{name}"
+        if name in names:
+            yield f"{where}: a stage has this name too, and `judge = {name!r}` could mean either; rename one"
+        if name in used and table.key_env is not None and not os.environ.get(table.key_env):
+            yield (
+                f"{where}.key_env = {table.key_env!r}: the environment has no such variable; set it to the key of "
+                f"{table.endpoint}"
+            )
+        try:
+            template = template_of(table.template)
+        except TemplateError as error:
+            yield f"{where}.template: {error}"
+            continue
+        if template.fields and (table.grammar != "booleans" or set(table.fields) - set(template.fields)):
+            wanted = ", ".join(f'"{field}"' for field in template.fields)
+            yield (
+                f'{where}.template = {table.template!r} asks for booleans: give grammar = "booleans" and fields = '
+                f"[{wanted}], or some of them"
+            )
+        if table.template == "sound" and (table.grammar != "yes_no" or table.image is False):
+            yield (
+                f'{where}.template = "sound" is for a judge trained to look and say yes or no: give another template '
+                f"({', '.join(one for one in BUILT_IN if one != 'sound')}, or a text file), or leave `grammar` and "
+                "`image` out"
+            )
+
+
 def _drawn(recipe: Recipe) -> dict[str, str]:
     """For each source the one whose rows it has."""
     return {name: source.like or name for name, source in recipe.data.items()}
@@ -219,11 +253,17 @@ def _links(recipe: Recipe, stage: Stage, earlier: list[Stage]) -> Iterator[str]:
     taken = stage.parts.items() if isinstance(stage, Rebuild) else ()
     named = [(f"parts.{slot}.artifact", part.artifact) for slot, part in taken]
     named += [("of", name) for name in stage.of] if isinstance(stage, Merge) else []
-    for role, name in (("start", stage.start), *(("judge", judge) for judge in stage.judges), *named):
+    for judge in stage.judges:
+        table = recipe.judges.get(judge)
+        named.append(("judge", judge) if table is None else (f"judges.{judge}.artifact", table.artifact))
+    for role, name in (("start", stage.start), *named):
         if name is None or name in made:
             continue
         if name not in kinds:
-            yield f"{role} = {name!r} is no stage; {nearest(name, made)}"
+            what, known = (
+                ("stage and no [judges] table", [*made, *recipe.judges]) if role == "judge" else ("stage", made)
+            )
+            yield f"{role} = {name!r} is no {what}; {nearest(name, known)}"
         elif kinds[name] not in ("sft", "preference", "rl", "rebuild", "merge"):
             yield f"{role} = {name!r} is a {kinds[name]} stage, which makes no model; name a stage that trains"
         elif any(name == other.name and not makes_model(other) for other in earlier):

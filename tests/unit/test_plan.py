@@ -271,7 +271,7 @@ REFUSALS = {
     "later judge": ("stages.filtered.judge = 'improve'", "judge = 'improve' comes later"),
     "unknown judge": (
         "stages.improve.rewards.think.judge = 'jugde'",
-        "judge = 'jugde' is no stage; did you mean 'judge'",
+        "judge = 'jugde' is no stage and no .judges. table; did you mean 'judge'",
     ),
     "rows before they exist": ("stages.align.data = {filtered = 1}", "made by a later stage; move stage 'filtered'"),
     "rows from itself": ("stages.filtered.data = {filtered = 1}", "cannot be its own input"),
