@@ -451,7 +451,7 @@ METRICS = {
     "eval.direct.": (*MODES, *GAINS),
     "eval.extra.": ("accuracy",),
     "judge.": ("precision", "recall", "kappa", "accuracy", "failed", "rows"),
-    "synthesis.": ("prompts", "accuracy", "none_right", "all_right", "kept"),
+    "synthesis.": ("prompts", "accuracy", "none_right", "all_right", "kept", "unjudged"),
     "model.": ("parameters", "trainable"),
     "eval.loss": ("",),
     "eval.exact": ("",),
@@ -460,7 +460,7 @@ METRICS = {
     "merge.": ("loss", "barrier"),
 }
 OPEN = re.compile(
-    r"eval\.(think|direct)\.(accuracy\..+|pass@\d+)|eval\.exact\..+|judge\.specificity\..+|merge\.loss\..+"
+    r"eval\.(think|direct)\.(accuracy\..+|pass@\d+)|eval\.exact\..+|judge\.(specificity|calibration)\..+|merge\.loss\..+"
 )
 AT_TEMPERATURE = re.compile(r"eval\.think\.accuracy(?:\.best|@([\d.]+))")
 

@@ -191,7 +191,7 @@ def test_a_judge_that_was_trained_may_say_it_anywhere() -> None:
     [
         ("1", 0.0), ("5", 1.0), ("It has 2 errors.\nScore: 3", 0.5), ("**4/5**", 0.75), ("4 out of 5.", 0.75),
         ("The final score is: 2", 0.25), ("4.5", None), ("-4", None), ("Score: -4", None), ("6", None), ("0", None),
-        ("4 (5 would be perfect)", None), ("3\nor so", None), ("", None), ("10/5", None), ("2 or 3", None), 
+        ("4 (5 would be perfect)", None), ("3\nor so", None), ("", None), ("10/5", None), ("2 or 3", None),
         ("45", None), ("4/10", None), ("score", None),
     ],
 )  # fmt: skip

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.cli import main
-from rlhf.trial import kappa
+from rewards.bias import kappa
 
 REWARD = """
 def right(item, worth=1.0):
