@@ -11,7 +11,7 @@ from typing import Any, Literal
 from rlhf.data.judging import parse_verdict
 from rlhf.types import Score
 
-LAST_WORD = re.compile(r"\b(yes|no)[\s*_.!`\"')\]]*$", re.IGNORECASE)
+LAST_WORD = re.compile(r"(?<!yes or )(?<!no or )\b(yes|no)[\s*_.!`\"')\]]*$", re.IGNORECASE)
 LEVELS = 5
 # the last line is the number and no other: "4", "Score: 4", "**4/5**", "4 out of 5."
 NAMED = r"(?:(?:the |my )?(?:final |overall )?(?:score|rating|grade|verdict)(?: is)?[\s*_:=]*)?"
@@ -50,7 +50,8 @@ class Grammar:
             return "yes|no"
         if self.kind == "score":
             return f"[1-{LEVELS}]"
-        return r"\{" + ", ".join(f'"{re.escape(name)}": (true|false)' for name in self.fields) + r"\}"
+        names = [name.replace(".", r"\.") for name in self.fields]  # not re.escape: engines know few escapes
+        return r"\{" + ", ".join(f'"{name}": (true|false)' for name in names) + r"\}"
 
     @property
     def schema(self) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def ask(
     show it a picture. Raises ValueError for a row without the `answer` that the template shows.
     """
     found = texts(items, question, tokenizer.get_added_vocab(), wanted)
-    return [None if prompt is None else _rendered(prompt, place, tokenizer) for place, prompt in enumerate(found)]
+    return [None if prompt is None else rendered(prompt, place, tokenizer) for place, prompt in enumerate(found)]
 
 
 def texts(
@@ -102,6 +102,18 @@ def texts(
         key, media = f"{item.prompt.key}/judge/{place}", item.prompt.media if question.template.image else ()
         found.append(Prompt(key, item.prompt.source, text, (), media, False, item.columns))
     return found
+
+
+def rendered(prompt: Prompt, place: int, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+    """A question in words with its ids; `place` is for messages."""
+    parts = [*({"type": "image"} for _ in prompt.media), {"type": "text", "text": prompt.question}]
+    row = {
+        **prompt.columns,
+        "messages": [{"role": "user", "content": parts}],
+        "images": list(prompt.media),
+    }
+    made = as_prompt(row, prompt.source, place, tokenizer, False, Chat())
+    return replace(prompt, token_ids=made.token_ids, media=made.media, columns=made.columns)
 
 
 def verdict(reply: Rollout, confidence: float = 0.0, grammar: Grammar = SOUND.grammar) -> Score:
@@ -149,17 +161,6 @@ def _reference(item: Item, question: Question) -> dict[str, str]:
             f"{item.prompt.key}: no column 'answer', which {question.template.name!r} shows the judge as {{reference}}"
         )
     return {"reference": str(item.columns["answer"])}
-
-
-def _rendered(prompt: Prompt, place: int, tokenizer: PreTrainedTokenizerBase) -> Prompt:
-    parts = [*({"type": "image"} for _ in prompt.media), {"type": "text", "text": prompt.question}]
-    row = {
-        **prompt.columns,
-        "messages": [{"role": "user", "content": parts}],
-        "images": list(prompt.media),
-    }
-    made = as_prompt(row, prompt.source, place, tokenizer, False, Chat())
-    return replace(prompt, token_ids=made.token_ids, media=made.media, columns=made.columns)
 
 
 def _harmless(text: str, marks: re.Pattern[str], foreign: bool) -> str:

@@ -17,7 +17,7 @@ from rewards.judge import SOUND, Question
 from rewards.mixture import combine
 from rlhf.recipe import Judging, Reward
 from rlhf.roles import Engine, Rewards
-from rlhf.types import Group, Prompt, Sampling, Score
+from rlhf.types import Group, Prompt, Rollout, Sampling, Score
 
 
 @dataclass(frozen=True)
@@ -56,20 +56,22 @@ class Judge:
             for g, (prompts, row) in enumerate(zip(asked, wanted, strict=True))
         ]
 
-    def _ask(self, group: Group, wanted: Sequence[bool] | None) -> list[Prompt | None]:
+    async def replies(self, prompts: Sequence[Prompt], regex: str | None = None) -> list[Rollout | Score]:
+        """What the model says to each question, in words and without ids, and its pictures, greedily; from an endpoint
+        also the Score of what failed. `rewards.bias.compared` asks so."""
         if isinstance(self.engine, Endpoint):
-            marks = self.tokenizer.get_added_vocab()
-            return judging.texts(group, self.question, marks, wanted, foreign=True)
-        return judging.ask(group, self.tokenizer, wanted, self.question)
+            return await self.engine.ask(prompts)
+        rendered = [judging.rendered(prompt, place, self.tokenizer) for place, prompt in enumerate(prompts)]
+        sampling = Sampling(temperature=0.0, max_tokens=self.settings.max_tokens, regex=regex)
+        return [group.rollouts[0] for group in await self.engine.generate(rendered, sampling)]
+
+    def _ask(self, group: Group, wanted: Sequence[bool] | None) -> list[Prompt | None]:
+        marks, foreign = self.tokenizer.get_added_vocab(), isinstance(self.engine, Endpoint)
+        return judging.texts(group, self.question, marks, wanted, foreign)
 
     async def _said(self, prompts: Sequence[Prompt]) -> list[Score]:
-        if isinstance(self.engine, Endpoint):
-            replies = await self.engine.ask(prompts)
-        else:
-            regex = self.question.grammar.regex if self.question.enforced else None
-            sampling = Sampling(temperature=0.0, max_tokens=self.settings.max_tokens, regex=regex)
-            replies = [group.rollouts[0] for group in await self.engine.generate(prompts, sampling)]
         confidence, grammar = self.settings.confidence, self.question.grammar
+        replies = await self.replies(prompts, grammar.regex if self.question.enforced else None)
         return [reply if isinstance(reply, Score) else judging.verdict(reply, confidence, grammar) for reply in replies]
 
     def _key_of(self, prompt: Prompt) -> str:

@@ -49,7 +49,7 @@ def make_plan(recipe: Recipe, cluster: Cluster | None = None, verdicts: Sequence
         memory=memory,
         memory_limit_gib=resources.memory_gib,
         budget_minutes=recipe.budget_minutes,
-        notes=tuple(_notes(stages)),
+        notes=tuple(_notes(recipe, stages)),
     )
 
 
@@ -164,7 +164,13 @@ def _rows(recipe: Recipe, name: str) -> int:
     return next(stage.most_rows for stage in recipe.stages if isinstance(stage, Synthesize) and stage.name == name)
 
 
-def _notes(stages: Sequence[StagePlan]) -> Iterator[str]:
+def _notes(recipe: Recipe, stages: Sequence[StagePlan]) -> Iterator[str]:
+    for stage, planned in zip(recipe.stages, stages, strict=True):
+        for name in stage.judges:
+            judge = recipe.judge(name)
+            if judge.endpoint is not None:
+                most = planned.rollouts if judge.budget is None else min(planned.rollouts, judge.budget)
+                yield f"stage {stage.name!r} asks {judge.model} at {judge.endpoint} about up to {most} rollouts ({name})"
     unknown = next((stage.architecture for stage in stages if stage.architecture.parameters is None), None)
     if unknown is not None:
         yield f"{unknown.name}: its size is not known before it is downloaded; the memory estimate leaves it out"

@@ -173,7 +173,8 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
     ("text", "value"),
     [
         ("yes", 1.0), ("No.", 0.0), ("It holds.\n\n**Yes**", 1.0), ("no fault, so yes", 1.0),
-        ("yes, there is no fault", None), ("yes or no?", None), ("", None), ("nope", None), ("yesno", None),
+        ("yes, there is no fault", None), ("yes or no?", None), ("", None),
+        ("I cannot say yes or no.", None), ("nope", None), ("yesno", None),
     ],
 )  # fmt: skip
 def test_yes_and_no(text: str, value: float | None) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.cli import main
 from rewards.bias import kappa
+from rlhf.cli import main
 
 REWARD = """
 def right(item, worth=1.0):
