@@ -53,6 +53,7 @@ class Endpoint:
         self._address = table.endpoint.rstrip("/") + "/chat/completions"
         self._key = os.environ.get(table.key_env, "") if table.key_env is not None else ""
         self._left = table.budget
+        self._refusal: EndpointError | None = None
         self._client: httpx.AsyncClient | None = None
         self._places = asyncio.Semaphore(table.concurrency)
 
@@ -85,6 +86,8 @@ class Endpoint:
 
     async def _call(self, prompt: Prompt) -> Rollout | Score:
         async with self._places:
+            if self._refusal is not None:
+                raise self._refusal
             if self._left == 0:
                 return Score("failed", note=f"not asked: the stage's budget of {self._table.budget} calls is spent")
             self._left = None if self._left is None else self._left - 1
@@ -99,6 +102,9 @@ class Endpoint:
                 try:
                     async with asyncio.timeout_at(end):
                         return await self._try(body)
+                except EndpointError as error:
+                    self._refusal = error
+                    raise
                 except TimeoutError:
                     return Score("timed_out", note=self._note("no reply", tries))
                 except _FailedError as failed:

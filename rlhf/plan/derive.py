@@ -170,7 +170,8 @@ def _notes(recipe: Recipe, stages: Sequence[StagePlan]) -> Iterator[str]:
             judge = recipe.judge(name)
             if judge.endpoint is not None:
                 most = planned.rollouts if judge.budget is None else min(planned.rollouts, judge.budget)
-                yield f"stage {stage.name!r} asks {judge.model} at {judge.endpoint} about up to {most} rollouts ({name})"
+                told = f"{judge.model} at {judge.endpoint}"
+                yield f"stage {stage.name!r}: judge {name!r} asks {told} about up to {most} rollouts"
     unknown = next((stage.architecture for stage in stages if stage.architecture.parameters is None), None)
     if unknown is not None:
         yield f"{unknown.name}: its size is not known before it is downloaded; the memory estimate leaves it out"

@@ -483,7 +483,7 @@ def test_judges_that_share_a_model_share_an_engine_and_endpoints_need_none() -> 
     assert made.cold_starts == plan().cold_starts
     made = plan(tables[2], "stages.improve.rewards.think.judge = 'outside'")
     assert [use.role for use in made.stages[-1].engines] == ["policy"]
-    assert "stage 'improve' asks m at https://x/v1 about up to 1280 rollouts (outside)" in made.notes
+    assert "stage 'improve': judge 'outside' asks m at https://x/v1 about up to 1280 rollouts" in made.notes
     made = plan(tables[2], "judges.outside.budget = 30", "stages.improve.rewards.think.judge = 'outside'")
     assert "up to 30 rollouts" in made.notes[0]
 
