@@ -24,6 +24,7 @@ from ray.exceptions import RayActorError
 
 from actors.artifacts import read_probes, write_probes
 from rewards.base import Item, items_of
+from rewards.isolation import START
 from rlhf.agreement import Agreement, compare, localise
 from rlhf.architecture import base_of
 from rlhf.recipe import Deadlines
@@ -552,7 +553,7 @@ class RewardsHandle:
     async def _chunk(self, worker: int, function: str, items: list[Item], options: Mapping[str, Any]) -> list[Score]:
         """Score a chunk. What a function does to its own process costs one sample (`rewards.isolation`); a worker that
         itself dies, or is silent for longer than all samples together may take, is replaced and asked once more."""
-        longest = self.deadlines.reward * (len(items) + 1) + self.deadlines.start
+        longest = (self.deadlines.reward + START) * (len(items) + 1) + self.deadlines.start
         for last in (False, True):
             # one chunk at a time: a deadline must not count the time another function takes, nor kill its process
             async with self.locks[worker]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,7 +47,7 @@ class Policy(Learner):
         return self.spec.lora is not None and not self.spec.whole
 
     def shaped(self, model: nn.Module) -> nn.Module:
-        return model if self.spec.lora is None else _adapt(model, self.spec)
+        return model if self.spec.lora is None else adapt(model, self.spec)
 
     def free(self) -> None:
         self.reference = None
@@ -300,12 +301,20 @@ def _chunks(
         yield chunk
 
 
-def _adapt(model: nn.Module, spec: TrainSpec) -> Any:
+def adapt(model: nn.Module, spec: TrainSpec) -> Any:
+    """The model with low-rank adapters on the decoder's layers of `spec.lora`'s names, and nowhere else: an encoder's
+    layers are often called the same. The decoder is the module `language_model`, or all of a model without one. Raises
+    ValueError where no layer has such a name."""
     from peft import LoraConfig, get_peft_model
 
     assert spec.lora is not None
     rank, alpha, targets = spec.lora
-    adapted = get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets)))
+    names = [name for name, _ in model.named_modules()]
+    decoder = next((f"{name}." for name in names if name.rpartition(".")[2] == "language_model"), "")
+    pattern = rf"{re.escape(decoder)}(.*\.)?({'|'.join(map(re.escape, targets))})"
+    if not any(re.fullmatch(pattern, name) for name in names):
+        raise ValueError(f"lora.target_modules = {list(targets)}: no layer of the decoder is called so")
+    adapted = get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=pattern))
     # the adapter names its base; a folder by its whole path, so that it opens from anywhere
     base = Path(spec.model)
     adapted.peft_config["default"].base_model_name_or_path = str(base.resolve()) if base.exists() else spec.model

@@ -255,9 +255,13 @@ def _taken(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str,
 
 def _score(said: Any) -> Score:
     if isinstance(said, Score):
-        if said.outcome == "scored" and (said.value is None or not math.isfinite(said.value)):
+        if said.outcome != "scored":
+            return Score("timed_out" if said.outcome == "timed_out" else "failed", note=str(said.note))
+        if said.value is None or not math.isfinite(said.value):
             return Score("failed", note=f"a Score of outcome scored with value {said.value}")
-        return said
+        # anew: an object of the function's own would mean nothing to whoever reads it
+        kept = {str(name): float(value) for name, value in said.parts.items()}
+        return _finite(Score("scored", float(said.value), kept, str(said.note)))
     if said is None:
         return Score("failed", note="the reward returned None")
     parts: dict[str, float] = {}
@@ -267,7 +271,12 @@ def _score(said: Any) -> Score:
     value = float(said)
     if not math.isfinite(value):
         return Score("failed", note=f"the reward returned {value}")
-    return Score("scored", value, parts)
+    return _finite(Score("scored", value, parts))
+
+
+def _finite(score: Score) -> Score:
+    wrong = next((f"{name} = {value}" for name, value in score.parts.items() if not math.isfinite(value)), None)
+    return score if wrong is None else Score("failed", note=f"the reward returned a part {wrong}")
 
 
 def _batch(reward: Reward, items: Sequence[Item]) -> list[Score]:
@@ -330,15 +339,19 @@ def _installed(name: str) -> tuple[Any, str]:
     entry = next(iter(found))
     try:
         return entry.load(), str(file_of(entry.value))
-    except (ImportError, AttributeError) as error:
-        raise RewardError(f"reward {name!r}: {entry.value} cannot be imported ({error})") from error
+    except Exception as error:
+        raise RewardError(
+            f"reward {name!r}: {entry.value} cannot be imported ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _import(name: str, module_name: str) -> ModuleType:
     try:
         return importlib.import_module(module_name)
-    except ImportError as error:
-        raise RewardError(f"reward {name!r}: {module_name} cannot be imported ({error})") from error
+    except Exception as error:
+        raise RewardError(
+            f"reward {name!r}: {module_name} cannot be imported ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _load_file(name: str, path: Path) -> ModuleType:

@@ -23,6 +23,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -38,7 +39,8 @@ KEPT = 2000  # characters of what a worker printed, for the note of a sample tha
 START = 60.0  # seconds a nursery, or a function's module, may take to import
 PLACE = struct.Struct("q")  # of the item whose turn it is, in shared memory
 ALL, RESOLVING, SENT = -1, -2, -3  # instead: all at once; the function is being imported; the items are on their way
-DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
+DEATH_SIGNAL, SUBREAPER = 1, 36  # PR_SET_PDEATHSIG; PR_SET_CHILD_SUBREAPER: orphans become its own children
+ROUNDS = 1000  # in which what a function started, and what that started, is killed
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Limits:
     memory_gib: float = 2.0
 
 
+OUT_OF_MEMORY = "MemoryError"  # in the traceback of an item that asked for more than it may have
 DIED = Score("failed", note="it ended its process")
 
 
@@ -62,13 +65,13 @@ class Worker:
     printed: Printed
     calls: int = 0  # that it has answered
 
-    def end(self) -> None:
-        """Kill it with all that it started."""
+    def end(self) -> str:
+        """Kill it; what it said at last. What it started becomes the nursery's, which kills that before the next."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         os.close(self.watch)
         self.line.close()
-        self.printed.close()
+        return self.printed.close()
 
 
 class Printed:
@@ -89,14 +92,14 @@ class Printed:
                 return
             self._end = (self._end + found)[-KEPT:]
 
-    def text(self) -> str:
-        return self._end.decode(errors="replace").strip()
-
-    def close(self) -> None:
+    def close(self) -> str:
+        """The end of all that was written, once nobody writes any more, or somebody has held the pipe for a while."""
+        self._thread.join(timeout=1)
         os.close(self._wake)
         self._thread.join(timeout=5)
         os.close(self._stop)
         os.close(self._pipe)
+        return self._end.decode(errors="replace").strip()
 
 
 class Isolated:
@@ -122,7 +125,10 @@ class Isolated:
 
     def score(self, function: str, items: Sequence[Item], options: Mapping[str, Any] | None = None) -> list[Score]:
         """One Score an item, in order. Raises RewardError for a function that cannot be used."""
-        call = function, json.dumps(dict(options or {}), sort_keys=True)
+        try:
+            call = function, json.dumps(dict(options or {}), sort_keys=True)
+        except TypeError as error:
+            raise RewardError(f"reward {function!r}: options {options}: {error}; write it as text") from error
         scores = list[Score]()
         while len(scores) < len(items):
             scores += self._some(call, items[len(scores) :])
@@ -139,11 +145,15 @@ class Isolated:
             outcome = self._heard(worker)
         except (BrokenPipeError, ConnectionResetError):
             outcome = DIED
+        except BlockingIOError:  # of the line's own deadline
+            outcome = Score("failed", note=f"its process has not taken what it was sent for {START:g} s")
         if not isinstance(outcome, Score):
             worker.calls += 1
-            return outcome
-        place, printed = self._turn(), worker.printed.text()
-        self._lose()
+            # such a worker ends itself; what follows would lack the memory that is lost
+            return outcome[
+                : 1 + next((i for i, score in enumerate(outcome) if OUT_OF_MEMORY in score.note), len(outcome))
+            ]
+        place, printed = self._turn(), self._lose()
         if place == SENT and worker.calls:  # nobody's turn had come: it died of what earlier calls left behind
             return self._some(call, items)
         if place == SENT:  # a fresh one has only what it was sent
@@ -183,67 +193,88 @@ class Isolated:
             # others have had their turn meanwhile; this one's began at some time since it was looked at last
             place, begun = now, time.monotonic()
 
-    def _lose(self) -> None:
+    def _lose(self) -> str:
         assert self._worker is not None
-        self._worker.end()
+        printed = self._worker.end()
         self._worker = None
         self.restarts += 1
+        return printed
 
     def _turn(self) -> int:
         return int(PLACE.unpack(self._place[:])[0])
 
     def _start(self) -> Worker:
-        if self._nursery is not None and self._nursery[0].poll() is not None:  # somebody ended it
-            self._nursery[1].close()
-            self._nursery = None
+        for last in (False, True):
+            process, ours = self._nursery = self._nursery or self._opened()
+            line, far_line = socket.socketpair()
+            out, far_out = os.pipe()
+            # whoever does not read must not hold up the caller for ever
+            line.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(START), 0))
+            try:
+                socket.send_fds(ours, [b"f"], [far_line.fileno(), far_out, self._memory])
+                said = ours.recv(16)
+                problem = f"ended with status {process.poll()}"
+            except TimeoutError:
+                said, problem = b"", f"has not answered for {START:g} s"
+            except (BrokenPipeError, ConnectionResetError):
+                said, problem = b"", f"ended with status {process.poll()}"
+            finally:
+                far_line.close()
+                os.close(far_out)
+            if said:
+                pid = int(said)
+                self._worker = Worker(pid, os.pidfd_open(pid), Connection(line.detach()), Printed(out))
+                return self._worker
+            line.close()
+            os.close(out)
+            self._shut()  # somebody may have ended it; a new one can be had
+            if last:
+                raise RuntimeError(f"the nursery of reward processes {problem}, twice; what it printed stands above")
+        raise AssertionError("unreachable")
+
+    def _opened(self) -> tuple[subprocess.Popen[bytes], socket.socket]:
+        """A nursery, and our end of its line."""
+        ours, theirs = socket.socketpair()
+        command = [sys.executable, "-m", "rewards.isolation", str(theirs.fileno()), str(self.limits.memory_gib)]
+        # whose `rewards` this is; a folder of that name where the command stands must not take its place
+        home = str(Path(__file__).parents[1])
+        paths = [home, *(path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path)]
+        threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+        process = subprocess.Popen(
+            command,
+            pass_fds=[theirs.fileno()],
+            env={
+                **os.environ,
+                **threads,
+                "PYTHONPATH": os.pathsep.join(paths),
+                "PYTHONSAFEPATH": "1",
+                "PYTHONUNBUFFERED": "1",  # what is printed before a process ends is to be seen
+            },
+            stdin=subprocess.DEVNULL,
+        )
+        theirs.close()
+        ours.settimeout(START)
+        return process, ours
+
+    def _shut(self) -> None:
+        """End the nursery, which ends what is left in it."""
         if self._nursery is None:
-            ours, theirs = socket.socketpair()
-            command = [sys.executable, "-m", "rewards.isolation", str(theirs.fileno()), str(self.limits.memory_gib)]
-            # whose `rewards` this is; a folder of that name where the command stands must not take its place
-            home = str(Path(__file__).parents[1])
-            paths = [home, *(path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path)]
-            threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-            process = subprocess.Popen(
-                command,
-                pass_fds=[theirs.fileno()],
-                env={
-                    **os.environ,
-                    **threads,
-                    "PYTHONPATH": os.pathsep.join(paths),
-                    "PYTHONSAFEPATH": "1",
-                    "PYTHONUNBUFFERED": "1",  # what is printed before a process ends is to be seen
-                },
-                stdin=subprocess.DEVNULL,
-            )
-            theirs.close()
-            ours.settimeout(START)
-            self._nursery = process, ours
-        _, ours = self._nursery
-        line, far_line = socket.socketpair()
-        out, far_out = os.pipe()
-        socket.send_fds(ours, [b"f"], [far_line.fileno(), far_out, self._memory])
-        far_line.close()
-        os.close(far_out)
+            return
+        process, ours = self._nursery
+        self._nursery = None
+        ours.close()
         try:
-            said = ours.recv(16)
-        except TimeoutError as error:
-            raise RuntimeError(f"the nursery of reward processes has not started after {START:g} s") from error
-        if not said:
-            raise RuntimeError(f"the nursery of reward processes ended with status {self._nursery[0].wait()}")
-        pid = int(said)
-        self._worker = Worker(pid, os.pidfd_open(pid), Connection(line.detach()), Printed(out))
-        return self._worker
+            process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
     def close(self) -> None:
         """End worker and nursery."""
         if self._worker is not None:
             self._worker.end()
-        if self._nursery is not None:
-            process, ours = self._nursery
-            ours.close()
-            process.kill()
-            process.wait()
-        self._worker = self._nursery = None
+            self._worker = None
+        self._shut()
         self._place.close()
         os.close(self._memory)
 
@@ -252,12 +283,15 @@ class Isolated:
 
 
 def nurse(line: socket.socket, memory_gib: float) -> None:
-    """Fork a worker for each message, until whoever sends them is gone."""
+    """Fork a worker for each message, until whoever sends them is gone. The worker before, and what it has left behind
+    in sessions of its own, is killed first."""
     for module in PRELOADED:
         importlib.import_module(module)
+    ctypes.CDLL(None).prctl(SUBREAPER, 1)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the dead
     while True:
         message, descriptors, _, _ = socket.recv_fds(line, 1, 3)
+        _end_children()
         if not message:
             return
         pid = os.fork()
@@ -275,7 +309,9 @@ def work(line: int, out: int, place: int, memory_gib: float) -> None:
     status = 1
     try:
         os.setsid()
-        ctypes.CDLL(None).prctl(DEATH_SIGNAL, signal.SIGKILL)
+        libc = ctypes.CDLL(None)
+        libc.prctl(DEATH_SIGNAL, signal.SIGKILL)
+        libc.prctl(SUBREAPER, 1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         os.dup2(out, 1)
         os.dup2(out, 2)
@@ -289,6 +325,8 @@ def work(line: int, out: int, place: int, memory_gib: float) -> None:
         status = 0
     except EOFError:
         status = 0
+    except BaseException:  # noqa: BLE001 - the last words of this process, for the note of its sample
+        traceback.print_exc()
     finally:
         os._exit(status)
 
@@ -317,18 +355,26 @@ def _answer(line: Connection, place: mmap.mmap) -> None:
         now(ALL)
         _end_children()
         line.send((scores, error))
-        if any("MemoryError" in score.note for score in scores):
+        if any(OUT_OF_MEMORY in score.note for score in scores):
             os._exit(0)  # what it has kept, the next call would lack
 
 
 def _end_children() -> None:
-    """Kill what a function started and left."""
-    with contextlib.suppress(OSError):
-        for pid in Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text().split():
+    """Kill what this process started and left, and what becomes its own as those die."""
+    children = Path(f"/proc/self/task/{threading.get_native_id()}/children")
+    for _ in range(ROUNDS):
+        try:
+            left = [int(pid) for pid in children.read_text().split()]
+        except OSError:  # a kernel that does not tell
+            return
+        if not left:
+            return
+        for pid in left:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(int(pid), signal.SIGKILL)
+                os.kill(pid, signal.SIGKILL)
+        for pid in left:
             with contextlib.suppress(ChildProcessError):
-                os.waitpid(int(pid), 0)
+                os.waitpid(pid, 0)
 
 
 def _data() -> int:

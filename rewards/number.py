@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
+from collections.abc import Callable
 from fractions import Fraction
 from functools import cache
 from typing import Any
@@ -13,6 +15,21 @@ from rewards.base import Item
 from rlhf.types import Score
 
 PERCENT = "%"
+SUPERSCRIPT = str.maketrans("⁺⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "+-0123456789")
+# how LaTeX and typography write what pint and Python read
+WRITTEN: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
+    (re.compile(r"\\(?:text|mathrm|mbox|operatorname)\s*\{([^{}]*)\}"), r"\1"),
+    (re.compile(r"\\[dt]?frac\s*\{(-?\d+)\}\s*\{(\d+)\}"), r"\1/\2"),
+    (re.compile(r"\^\s*\{?\s*\\circ\s*\}?|\\degree\b"), "°"),
+    (re.compile(r"\s*(?:\\times|×|\\cdot|·)\s*10\s*(?:\^|\*\*)\s*\{?\s*([-+−]?\d{1,3})\s*\}?"), r"e\1"),
+    (re.compile(r"\^\s*\{\s*(-?\d)\s*\}"), r"^\1"),
+    (re.compile(r"\\[,;:! ]|~|\\quad\b"), " "),
+    (re.compile(r"\\%|\bper ?cent\b", re.IGNORECASE), PERCENT),
+    (re.compile(r"\\mu\b|μ"), "µ"),
+    (re.compile(r"\\Omega\b|\u2126"), "Ω"),
+    (re.compile(r"[−–](?=\d)"), "-"),
+    (re.compile(r"([⁺⁻]?)([⁰¹²³⁴⁵⁶⁷⁸⁹]+)"), lambda found: "^" + found[0].translate(SUPERSCRIPT)),
+]
 LONGEST = 200  # characters of an answer that is parsed at all
 NUMBER = re.compile(r"[-+−]?(?:\d{1,3}(?:,\d{3})+|\d{1,30})?(?:\.\d{1,30})?(?:[eE][-+]?\d{1,3})?(?:\s*/\s*\d{1,30})?")
 WORDS = [
@@ -56,10 +73,10 @@ def count(item: Item, slack: int = 0) -> Score:
 
 
 def plain(text: str) -> float | None:
-    """The number a text is, all of it: 1,234.5, 3/4, 2e-3, 12 %, −5; None for anything else."""
-    text = text.strip().strip("$").rstrip(".").strip()
+    """The number a text is, all of it: 1,234.5, 3/4, 2e-3, 12 %, −5, 3 × 10^5; None for anything else."""
+    text = _tidy(text)
     percent = text.endswith(PERCENT)
-    text = text.rstrip("%\\ ").replace("−", "-")
+    text = text.rstrip("% ")
     if len(text) > LONGEST or not text or NUMBER.fullmatch(text) is None:
         return None
     try:
@@ -71,17 +88,26 @@ def plain(text: str) -> float | None:
 
 def measured(text: str) -> tuple[float, Any] | None:
     """Number and unit (None where there is none) that a text is; None for anything else."""
+    text = _tidy(text)
     if (value := plain(text)) is not None:
-        return value, PERCENT if text.strip().rstrip(".").endswith(PERCENT) else None
-    text = text.strip().strip("$").rstrip(".").replace("−", "-")
+        return value, PERCENT if text.endswith(PERCENT) else None
     head = NUMBER.match(text)
     if head is None or not head[0] or len(text) > LONGEST:
         return None
-    value, unit = plain(head[0]), text[head.end() :].strip().replace("\\,", "").replace("^", "**")
+    value, unit = plain(head[0]), text[head.end() :].strip().replace("^", "**")
     # only words, powers and slashes: nothing that pint would have to compute
     if value is None or re.fullmatch(r"[A-Za-zµ°Ω]+(\*\*-?\d)?([ */·][A-Za-zµ°Ω]+(\*\*-?\d)?){0,4}", unit) is None:
         return None
-    return value, _unit(unit.replace("°C", "degC").replace("°F", "degF").replace("·", "*"))
+    return value, _unit(unit.replace("°C", "degC").replace("°F", "degF").replace("°", "deg").replace("·", "*"))
+
+
+def _tidy(text: str) -> str:
+    """Without dollars, a full stop and LaTeX; what is longer than any answer stays as it is."""
+    text = text.strip().strip("$").strip()
+    if len(text) <= LONGEST:
+        for pattern, plainly in WRITTEN:
+            text = pattern.sub(plainly, text)
+    return text.strip().rstrip(".").strip()
 
 
 def _comparable(found: tuple[float, Any], wanted: tuple[float, Any]) -> list[tuple[float, float]]:
@@ -107,13 +133,16 @@ def _registry() -> Any:
 
 @cache
 def _unit(text: str) -> Any:
-    """pint's unit, or the word itself where it knows none: apples."""
+    """pint's unit, as it stands (mW is not MW) or else without capitals (Meters, KM); or the word itself where it knows
+    none: apples."""
     import pint
 
-    try:
-        return _registry().Unit(text)
-    except (pint.UndefinedUnitError, pint.DefinitionSyntaxError, ValueError, TypeError, AttributeError):
-        return text.casefold()
+    for written in (text, text.lower()):
+        with contextlib.suppress(
+            pint.UndefinedUnitError, pint.DefinitionSyntaxError, ValueError, TypeError, AttributeError
+        ):
+            return _registry().Unit(written)
+    return text.casefold()
 
 
 def _near(said: str, truth: str, tolerance: float) -> bool:

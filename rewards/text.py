@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jsonschema
+import regex
 from rapidfuzz.distance import Levenshtein
 
 from rewards.answer import final_answer
@@ -18,14 +19,25 @@ from rlhf.types import Score
 
 LONGEST = 20_000  # characters that are looked at
 CHINESE_MARKS = str.maketrans("，。；：！？（）【】、“”‘’", ",.;:!?()[],\"\"''")
-LETTERS = {
-    "en": re.compile(r"[A-Za-z]"),
-    "zh": re.compile(r"[\u3400-\u9fff]"),
-    "ja": re.compile(r"[\u3040-\u30ff]"),
-    "ko": re.compile(r"[\uac00-\ud7af]"),
-    "ru": re.compile(r"[\u0400-\u04ff]"),
-    "ar": re.compile(r"[\u0600-\u06ff]"),
+SCRIPTS = {
+    "en": "Latin",
+    "zh": "Han",
+    "ja": "Hiragana, Katakana, Han",
+    "ko": "Hangul",
+    "ru": "Cyrillic",
+    "ar": "Arabic",
+    "hi": "Devanagari",
+    "th": "Thai",
+    "he": "Hebrew",
+    "el": "Greek",
 }
+LETTERS = {
+    name: regex.compile("|".join(rf"\p{{Script={script}}}" for script in scripts.split(", ")))
+    for name, scripts in SCRIPTS.items()
+}
+LETTER, KANA = regex.compile(r"\p{L}"), regex.compile(r"\p{Script=Hiragana}|\p{Script=Katakana}")
+# is in no language: a boxed answer, commands of LaTeX, tags, and letters that stand alone, as variables do
+NO_WORDS = re.compile(r"\\boxed\s*\{[^{}]{0,40}\}|\\[A-Za-z]{1,20}|</?[a-z]{1,20}>|(?<![^\W\d_])[A-Za-z](?![^\W\d_])")
 
 
 def equal(item: Item, ordered: bool = True) -> Score:
@@ -71,19 +83,34 @@ def anls(item: Item, threshold: float = 0.5) -> Score:
 
 
 def language(item: Item, wanted: str | None = None, share: float = 0.9) -> Score:
-    """1.0 where at least this share of the completion's letters are of one script: of `wanted` (en, zh, ja, ko, ru,
-    ar), else of that which most of the question's letters have; else 0.0. Mathematics in $…$ and boxes is left out;
-    a completion without letters is in any language."""
-    asked = wanted or max(LETTERS, key=lambda name: len(LETTERS[name].findall(item.question[:LONGEST])))
+    """1.0 where at least this share of the completion's letters are of one script: of `wanted` (SCRIPTS), else of that
+    which most of the question's letters have; else 0.0. A short boxed answer, LaTeX's commands, tags and single letters
+    are left out; without other letters a completion is in any language, and so is the answer to such a question.
+    Japanese has kana: Chinese characters alone are Chinese."""
+    asked = wanted or _language(_words(item.question))
+    if asked is None:
+        return Score("scored", 1.0, note="the question has no letters")
     if asked not in LETTERS:
         raise ValueError(f"language {asked!r} is none of {', '.join(LETTERS)}")
-    text = re.sub(r"\$[^$]{0,2000}\$|\\[a-z]{1,20}(\{[^{}]{0,200}\})?|</?[a-z]{1,20}>", " ", item.completion[:LONGEST])
-    found = {name: len(pattern.findall(text)) for name, pattern in LETTERS.items()}
-    if asked == "ja":  # is written with Chinese characters too
-        found["ja"] += found.pop("zh")
-    total = sum(found.values())
-    part = found[asked] / total if total else 1.0
+    text = _words(item.completion)
+    total = len(LETTER.findall(text))
+    part = len(LETTERS[asked].findall(text)) / total if total else 1.0
+    if asked == "ja" and total and _language(text) == "zh":
+        part = 0.0
     return Score("scored", float(part >= share), note=f"{part:.2f} of its letters are {asked}")
+
+
+def _words(text: str) -> str:
+    return NO_WORDS.sub(" ", text[:LONGEST])
+
+
+def _language(text: str) -> str | None:
+    """That of most letters; None where there are none."""
+    found = {name: len(pattern.findall(text)) for name, pattern in LETTERS.items()}
+    if 20 * len(KANA.findall(text)) < found["ja"]:  # a kana or two are quoted
+        del found["ja"]
+    best = max(found, key=lambda name: found[name])
+    return best if found[best] else None
 
 
 def repetition(item: Item, words: int = 4) -> Score:
@@ -97,14 +124,16 @@ def repetition(item: Item, words: int = 4) -> Score:
 
 
 def schema(item: Item, of: Mapping[str, Any] | None = None) -> Score:
-    """1.0 where the final answer is JSON (a ```json block, or all of it) and fits the JSON schema `of`, or of the row's
-    column `schema`; else 0.0, with the fault as note."""
+    """1.0 where the final answer is JSON (a ```json block, or all after the chain) and fits the JSON schema `of`,
+    or that of the row's column `schema`; else 0.0, with the fault as note."""
     wanted = of if of is not None else item.columns["schema"]
     wanted = json.loads(wanted) if isinstance(wanted, str) else wanted
-    text = final_answer(item.completion)[:LONGEST]
-    block = re.search(r"```(?:json)?\s*(.*?)```", text, re.DOTALL)
+    after = item.completion.rpartition("</think>")[2].strip()[:LONGEST]
+    block = re.search(r"```(?:json)?\s*(.*?)```", after, re.DOTALL)
+    # what is JSON as it stands may hold "the answer is" in a text of its own
+    text = block[1] if block else after if after.startswith(("{", "[")) else final_answer(item.completion)[:LONGEST]
     try:
-        said = json.loads(block[1] if block else text)
+        said = json.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError: not JSON, or a number of too many digits
         return Score("scored", 0.0, note=f"not JSON: {error}")
     fault = next(jsonschema.validators.validator_for(wanted)(wanted).iter_errors(said), None)

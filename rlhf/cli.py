@@ -35,11 +35,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return status
     except (RecipeError, PlanError) as error:
         return _fail(error, UNUSABLE)
-    except BrokenPipeError:  # the reader of a long output has seen enough
+    except BrokenPipeError:
+        if not _unread():
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
         return _fail(f"interrupted; {CONTINUES}", INTERRUPTED)
+
+
+def _unread() -> bool:
+    """Whether the reader of what is printed has seen enough, and gone."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return True
+    return False
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -91,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     beside.add_argument("--against", metavar="FUNCTION", help="another reward to compare with")
     beside.add_argument("--truth", metavar="COLUMN", help="a column of numbers to compare with")
     test.add_argument("--deadline", type=float, default=30.0, help="seconds a call may take (default: 30)")
+    test.add_argument("--minutes", type=float, default=10.0, help="all of it may take (default: 10)")
     test.add_argument("--json", type=Path, help="where to write counts, values and seconds")
     test.add_argument("--html", type=Path, help="where to write all of it as a page")
     new = tried.add_parser("new", help="write a commented reward and its test to start from")
@@ -298,6 +310,9 @@ def reward_test_command(parsed: argparse.Namespace) -> int:
     import json
     import tomllib
 
+    from rich.console import Console
+    from rich.progress import Progress
+
     from rewards.base import RewardError
     from rewards.isolation import Limits
     from rlhf import trial
@@ -307,7 +322,18 @@ def reward_test_command(parsed: argparse.Namespace) -> int:
         options = tomllib.loads("\n".join(parsed.option))
         items = trial.answered(parsed.data) if parsed.data else trial.rolled_out(parsed.rollouts)
         limits = Limits(seconds=parsed.deadline)
-        found = trial.hold(parsed.function, items, options, limits, parsed.against, parsed.truth)
+        with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+            task = progress.add_task(parsed.function, total=len(items))
+            found = trial.hold(
+                parsed.function,
+                items,
+                options,
+                limits,
+                parsed.against,
+                parsed.truth,
+                parsed.minutes,
+                scored=lambda count: progress.advance(task, count),
+            )
     except tomllib.TOMLDecodeError as error:
         return _fail(f"--option: {error}; write it as TOML, such as 'tolerance = 0.1'", UNUSABLE)
     except (RewardError, DataError) as error:
@@ -323,10 +349,10 @@ def reward_test_command(parsed: argparse.Namespace) -> int:
 def reward_new_command(parsed: argparse.Namespace) -> int:
     from rlhf.trial import begin
 
-    if not parsed.name.isidentifier():
-        return _fail(f"{parsed.name!r} cannot be a function's name; take letters, digits and _", UNUSABLE)
     try:
         made = begin(parsed.name, Path())
+    except ValueError as error:
+        return _fail(error, UNUSABLE)
     except FileExistsError as error:
         return _fail(f"{error.filename} is there already; take another name", UNUSABLE)
     print("\n".join(map(str, made)))

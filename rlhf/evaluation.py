@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from rlhf.tracking import record_image
 from rlhf.types import Fit, Group, Probe, Prompt, Rollout, Sampling, Score
 
 FORMAT = "rewards.format:think"
+PLAIN = 2000  # characters of a column that is kept beside a rollout
 
 Answers = Mapping[str, Mapping[str, float]]  # mode → question key → share of right samples
 
@@ -247,13 +249,24 @@ def record(
         "think": prompt.think,
         "image": record_image(prompt.media[0].data, prompt.media[0].size) if prompt.media else None,
         "completion": sampled.text,
+        "tokens": len(sampled.token_ids),
+        "finish": sampled.finish,
         "answer": columns.get("answer"),
+        "columns": {name: value for name, value in columns.items() if _is_plain(value)},
         "parts": values,
         "outcome": score.outcome if score else (outcomes[0] if outcomes else "scored"),
         "value": score.value if score else None,
         "note": score.note if score else " ".join(part.note for part in parts.values() if part.note),
         "verdict": values.get(judge) if judge else None,
     }
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether JSON holds it as it is, in few words."""
+    try:
+        return len(json.dumps(value, allow_nan=False)) <= PLAIN
+    except (TypeError, ValueError):
+        return False
 
 
 async def _mode(

@@ -6,10 +6,13 @@ import base64
 import errno
 import html
 import json
+import keyword
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from rewards.isolation import Isolated, Limits
 from rlhf.data.rows import DataError, Row, media_of, read
 from rlhf.types import Prompt, Score
 
+CALL = 64  # items a call, as in a run
 TIMED = 200  # items asked one by one, to know how long each takes
 PROVOKED = 16  # items whose completions are changed
 BINS = 20
@@ -39,7 +43,7 @@ PROVOCATIONS: Mapping[str, Callable[[str], str]] = {
 class Trial:
     """What a reward made of items. seconds: of all of them, one after the other in groups; each: of the first TIMED,
     asked one by one; provoked: by provocation, the scores of changed completions, and `unchanged` of the same items;
-    other: what another reward, or a column, says of all items."""
+    other: what another reward, or a column, says of all items; left: how many more there were no time was for."""
 
     items: tuple[Item, ...]
     scores: tuple[Score, ...]
@@ -49,6 +53,7 @@ class Trial:
     provoked: Mapping[str, tuple[Score, ...]]
     other: tuple[float | None, ...] = ()
     against: str = ""
+    left: int = 0
 
     @property
     def values(self) -> list[float | None]:
@@ -97,11 +102,14 @@ def rolled_out(run: Path) -> list[Item]:
                 media = tuple(
                     media_of(base64.b64decode(one.partition(",")[2]), f"{file}:{number + 1}") for one in shown
                 )
-                columns = {key: value for key, value in kept.items() if key not in ("question", "completion", "image")}
+                columns = kept["columns"] | {key: kept[key] for key in ("answer", "category")}
                 prompt = Prompt(kept["key"], file.parent.name, kept["question"], (), media, kept["think"], columns)
-                items.append(Item(prompt, kept["completion"], _words(kept["completion"]), True))
+                tokens = tuple(range(kept["tokens"]))  # their number, which is what rewards ask for
+                items.append(Item(prompt, kept["completion"], tokens, kept["finish"] == "stop"))
             except (json.JSONDecodeError, KeyError, TypeError) as error:
                 raise DataError(f"{file}:{number + 1}: no rollout ({type(error).__name__}: {error})") from error
+    if not items:
+        raise DataError(f"{run}: its stages/*/rollouts.jsonl are empty; let it run until the first are written")
     return items
 
 
@@ -112,36 +120,55 @@ def hold(
     limits: Limits,
     against: str | None = None,
     truth: str | None = None,
+    minutes: float = 10.0,
+    scored: Callable[[int], None] = lambda count: None,  # noqa: ARG005
 ) -> Trial:
-    """Try `function` on items, beside another reward or beside the numbers in column `truth`. Raises RewardError for
-    one that cannot be used, DataError for a column that is not there."""
-    other: tuple[float | None, ...] = ()
+    """Try `function` on items, beside another reward or beside the numbers in column `truth`, for so many minutes at
+    most; `scored` is told how many items more are. Raises RewardError for one that cannot be used, DataError for a
+    column that is not there."""
     if truth is not None:
         for item in items:
             if not isinstance(item.columns.get(truth), bool | int | float):
                 raise DataError(f"{item.prompt.key}: no number in column {truth!r}, which is to be compared with")
-        other = tuple(float(item.columns[truth]) for item in items)
+    until = time.monotonic() + 60 * minutes
     with Isolated(limits) as process:
         process.score(function, items[:1], options)  # what imports take is nobody's latency
-        begun = time.monotonic()
-        scores = process.score(function, items, options)
+        begun, scores = time.monotonic(), list[Score]()
+        while len(scores) < len(items) and (time.monotonic() < until or not scores):
+            found = process.score(function, items[len(scores) : len(scores) + CALL], options)
+            scores += found
+            scored(len(found))
         seconds = time.monotonic() - begun
-        each = []
-        for item in items[:TIMED]:
+        tried, each = items[: len(scores)], list[float]()
+        for item in tried[:TIMED]:
             begun = time.monotonic()
+            if each and begun > until:
+                break
             process.score(function, [item], options)
             each.append(time.monotonic() - begun)
         # those it likes most: what fools it must not cost them anything, and what spoils them must
-        best = sorted(range(len(items)), key=lambda place: -(scores[place].value or 0.0))[:PROVOKED]
+        best = sorted(range(len(tried)), key=lambda place: -(scores[place].value or 0.0))[:PROVOKED]
         provoked = {
-            name: tuple(process.score(function, [_changed(items[place], change) for place in best], options))
+            name: tuple(process.score(function, [_changed(tried[place], change) for place in best], options))
             for name, change in PROVOCATIONS.items()
+            if time.monotonic() < until
         }
+        other: tuple[float | None, ...] = ()
         if against is not None:
-            other = tuple(score.value for score in process.score(against, items))
-    unchanged = tuple(scores[place] for place in best)
-    name = against or (f"column {truth}" if truth else "")
-    return Trial(tuple(items), tuple(scores), seconds, tuple(each), unchanged, provoked, other, name)
+            other = tuple(score.value for score in process.score(against, tried))
+        elif truth is not None:
+            other = tuple(float(item.columns[truth]) for item in tried)
+    return Trial(
+        items=tuple(tried),
+        scores=tuple(scores),
+        seconds=seconds,
+        each=tuple(each),
+        unchanged=tuple(scores[place] for place in best),
+        provoked=provoked,
+        other=other,
+        against=against or (f"column {truth}" if truth else ""),
+        left=len(items) - len(tried),
+    )
 
 
 # -- one to begin with
@@ -180,7 +207,12 @@ def test_it_tells_right_from_wrong() -> None:
 
 
 def begin(name: str, folder: Path) -> list[Path]:
-    """Write NAME.py and test_NAME.py; where they lie. Raises FileExistsError, and then writes nothing."""
+    """Write NAME.py and test_NAME.py; where they lie. Raises FileExistsError, and then writes nothing; ValueError for
+    what cannot be the name of a function, or is that of a module."""
+    if not name.isidentifier() or keyword.iskeyword(name):
+        raise ValueError(f"{name!r} cannot be a function's name; take letters, digits and _")
+    if name in sys.builtin_module_names or (find_spec(name) is not None and not (folder / f"{name}.py").exists()):
+        raise ValueError(f"{name!r} is the name of a module of Python's or of a package's; take another")
     made = {folder / f"{name}.py": REWARD, folder / f"test_{name}.py": TEST}
     for path in made:
         if path.exists():
@@ -199,6 +231,7 @@ def describe(trial: Trial) -> list[tuple[str, list[str]]]:
     rate = len(trial.items) / max(trial.seconds, 1e-9)
     took = ", ".join(f"p{share} {_at(trial.each, share) * 1e3:.2f} ms" for share in (50, 90, 99))
     told = "{count} completions: {scored} scored, {failed} failed, {timed_out} timed out".format(**counts)
+    told += f"; no time was left for {trial.left} more (--minutes)" if trial.left else ""
     parts = [
         ("What it gives", [told, *_histogram(values)]),
         ("How long it takes", [f"{rate:,.0f} completions a second in groups; one by one, {took}"]),
@@ -291,9 +324,11 @@ def _words(text: str) -> tuple[int, ...]:
 
 
 def _conversation(row: Row, find: object) -> Row:  # noqa: ARG001 - a formatter's signature
-    if row.get("messages") is not None:
-        return row
     asked, said = row.get("prompt"), row.get("completion")
+    if row.get("messages") is not None:
+        if said is None or row["messages"][-1]["role"] == "assistant":
+            return row
+        asked = row["messages"]
     if isinstance(asked, str):
         asked = [{"role": "user", "content": asked}]
     if isinstance(said, list) and said and isinstance(said[-1], Mapping):

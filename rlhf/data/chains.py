@@ -117,7 +117,7 @@ def spoil(chain: Chain, share: float, rng: random.Random) -> Chain:
     For a judge to learn from. Where nearly everything a reply says is right, a judge learns to copy: what it reads in
     the reply for what it sees, what it worked out for what the reply says.
     """
-    digits = tuple(_mistaken(digit, rng) if rng.random() < share else digit for digit in chain.digits)
+    digits = tuple(mistaken(digit, rng) if rng.random() < share else digit for digit in chain.digits)
     chain = replace(chain, digits=digits)
     if rng.random() < share / 2:
         chain = replace(chain, digits=_misread(chain, rng))
@@ -272,11 +272,12 @@ def _misread(chain: Chain, rng: random.Random) -> tuple[int, ...]:
         digits[place - 1], digits[place] = digits[place], digits[place - 1]
     else:
         for other in _some(range(len(digits)), rng):
-            digits[other] = _mistaken(digits[other], rng)
+            digits[other] = mistaken(digits[other], rng)
     return tuple(digits)
 
 
-def _mistaken(digit: int, rng: random.Random) -> int:
+def mistaken(digit: int, rng: random.Random) -> int:
+    """Another digit, mostly one that it is taken for."""
     return rng.choice(CONFUSED[digit] if rng.random() < 0.7 else [d for d in range(10) if d != digit])
 
 

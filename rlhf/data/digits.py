@@ -26,11 +26,12 @@ from rlhf.data.chains import (
     answer_of,
     check_chain,
     corrupt,
+    mistaken,
     spoil,
     write_chain,
 )
-from rlhf.data.critique import critique_of, write_fact
-from rlhf.data.judging import judge_question, parse_verdict
+from rlhf.data.critique import compared, critique_of, write_fact
+from rlhf.data.judging import judge_question, parse_verdict, rate_question
 from rlhf.data.rows import DataError, Row
 
 __all__ = ["ChainCheck", "Options", "Puzzle", "build", "check_chain", "render", "scans"]
@@ -96,6 +97,8 @@ def build(table: str, rows: int, split: str, seed: int, options: Mapping[str, An
     prompts     every category, no answer (for reinforcement learning)
     judge       a reply to be judged beside the image: half sound, half corrupted; the answer is yes or no
     judge_text  the same, the digits given in the text
+    rated       a caption to be rated beside the image, each digit wrong with probability `faults`: from 1, all wrong,
+                to 5, all right; columns score, and sound: at least 3
     signals     no image: digits to draw; the answer is the tokens of option `signals`, what to draw in column signal
     facts       no image: a dozen small truths a reply, those that chains are made of and judges check
 
@@ -113,6 +116,7 @@ def build(table: str, rows: int, split: str, seed: int, options: Mapping[str, An
         "prompts": _prompt_row,
         "judge": _judge_row,
         "judge_text": _judge_text_row,
+        "rated": _rated_row,
         "signals": _signal_row,
         "facts": _facts_row,
     }
@@ -323,6 +327,19 @@ def _judge_row(rng: random.Random, options: Options, split: str, turn: int) -> R
 def _judge_text_row(rng: random.Random, options: Options, split: str, turn: int) -> Row:
     judged = _judged(rng, options, split, turn)
     return judged.row(f"{_told(judged.puzzle, rng)} ", None)
+
+
+def _rated_row(rng: random.Random, options: Options, split: str, _turn: int) -> Row:
+    puzzle = replace(draw_puzzle(rng, options, split), category="read", target=None)
+    said = [mistaken(digit, rng) if rng.random() < options.faults else digit for digit in puzzle.digits]
+    right = sum(one == other for one, other in zip(said, puzzle.digits, strict=True))
+    score = 1 + round(4 * right / len(said))
+    findings = [compared("", str(one), str(other)) for one, other in zip(puzzle.digits, said, strict=True)]
+    asked = rate_question(" ".join(map(str, said)))
+    row = row_of(puzzle, asked, f"{' '.join(findings)}\n{score}", False, _picture(puzzle, rng, options, split))
+    # as a judge of yes or no has it: three of five are kept (SAIL-Caption2)
+    sound = {"sound": score >= 3, "corruption": "none" if score >= 3 else "wrong_digits"}
+    return {**row, "answer": str(score), "score": score, **sound}
 
 
 def _signal_row(rng: random.Random, options: Options, split: str, _turn: int) -> Row:

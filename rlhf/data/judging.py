@@ -20,6 +20,11 @@ def squeezed(text: str) -> str:
     return " ".join(TAGS.sub(" ", text).split())
 
 
+def rate_question(caption: str) -> str:
+    """The words put to a judge that rates a caption beside its image from 1 to 5."""
+    return f"caption: {caption} score?"
+
+
 def parse_verdict(reply: str) -> bool | None:
     """The last yes or no of the judge's reply; None when there is neither."""
     words = VERDICT.findall(reply)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from datetime import date, datetime, time
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, model_validator
+
+from rewards.mixture import parsed
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -20,6 +23,11 @@ Implementation = Literal["auto", "vllm", "transformers", "huggingface"]
 
 
 BUILDERS = {"digits": "rlhf.data.digits:build"}  # of rows, by the names a recipe may use
+
+
+def _condition(text: str) -> str:
+    parsed(text)
+    return text
 
 
 class Table(BaseModel):
@@ -45,8 +53,9 @@ class Upcycle(Table):
 
 
 class Lora(Table):
-    """Low-rank adapters through peft; the artifact is in peft's format. `whole`: globs over parameters that train as
-    they are beside the adapters, a connector, say; then the artifact is the whole model, its adapters folded in."""
+    """Low-rank adapters on the decoder's layers of these names, through peft; the artifact is in peft's format.
+    `whole`: globs over parameters that train as they are beside the adapters, a connector, say; then the artifact is
+    the whole model, its adapters folded in."""
 
     rank: PositiveInt = 8
     alpha: Positive = 16.0
@@ -303,28 +312,44 @@ class Gate(Table):
 
 
 class Reward(Table):
-    """One part of a reward: a function ("module:function", "path/file.py:function", or the name under which an
-    installed package offers one) with `options` as its keyword arguments, or a judge: a [judges] table, or an earlier
-    stage whose model is asked whether the chain is sound, with the settings of [judging]. With `only_if` a judge is
-    asked only about rollouts to which that other part gave 1; the rest get 0 from it, since a chain that ends in a
-    wrong answer is not sound."""
+    """One part of a reward, exactly one of three: a `function` ("module:function", "path/file.py:function", or the name
+    under which an installed package offers one) with `options` as its keyword arguments; a `judge`, a [judges]
+    table, or an earlier stage whose model is asked whether the chain is sound, with the settings of [judging]; or a
+    `product` of other parts.
+
+    weight   in the mean over all parts; 1 unless given, but none for a factor of a product, which counts through it
+    only_if  a judge is asked only about rollouts to which that other part gave 1; the rest get 0 from it, since a chain
+             that ends in a wrong answer is not sound
+    when     the part is there only for prompts of which this is true, an expression over columns of the row and
+             `source`, the name of its data: "source == 'stem' and level > 2"
+    clip     [low, high], in which what it gives is kept"""
 
     function: str | None = None
     options: dict[str, Any] = {}
     judge: Name | None = None
-    weight: Positive = 1.0
+    product: list[Name] | None = None
+    weight: Positive | None = None
     only_if: Name | None = None
+    when: Annotated[str, AfterValidator(_condition)] | None = None
+    clip: tuple[Finite, Finite] | None = None
 
     @model_validator(mode="after")
     def _one_kind(self) -> Reward:
-        if (self.function is None) == (self.judge is None):
-            raise ValueError("give either `function` or `judge`, not both or none")
+        if sum(kind is not None for kind in (self.function, self.judge, self.product)) != 1:
+            raise ValueError("give exactly one of `function`, `judge` and `product`")
         if self.only_if is not None and self.judge is None:
-            raise ValueError("`only_if` saves asking a judge; a function is asked about every rollout")
+            raise ValueError("`only_if` saves asking a judge; for a function take a `product` with that other part")
         if self.options and self.function is None:
             raise ValueError(
                 "`options` are keyword arguments of a `function`; a judge has its settings in [judging] or [judges]"
             )
+        for key, value in self.options.items():
+            if isinstance(value, date | time | datetime):
+                raise ValueError(f"options.{key} = {value} is a {type(value).__name__}; write it as text")  # noqa: TRY004
+        if self.product is not None and (len(set(self.product)) < 2 or self.when is not None):
+            raise ValueError("a `product` names two other parts or more, and is there where one of them is (`when`)")
+        if self.clip is not None and self.clip[0] >= self.clip[1]:
+            raise ValueError(f"`clip` = {list(self.clip)} must be [low, high], low below high")
         return self
 
 
@@ -596,6 +621,15 @@ class Rl(Optimised):
         if self.replay is not None:  # the record has what they said
             return ()
         return tuple(dict.fromkeys(part.judge for part in self.rewards.values() if part.judge))
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of each part in the mean."""
+        factors = {factor for part in self.rewards.values() for factor in part.product or ()}
+        return {
+            name: part.weight if part.weight is not None else 0.0 if name in factors else 1.0
+            for name, part in self.rewards.items()
+        }
 
     @model_validator(mode="after")
     def _one_half_or_both(self) -> Rl:

@@ -91,6 +91,6 @@ def moved_by(stage: Optimised, recipe: Recipe, before: Path, after: Path) -> tup
     globs = list(stage.train or ["*"])
     if stage.lora is not None:  # folded into what they adapt
         globs = [*stage.lora.whole, *(f"language_model.layers.*.{name}.weight" for name in stage.lora.target_modules)]
-    # a head learns where signals do
-    idle = () if isinstance(stage, Sft) and stage.signals else ("head.",)
+    # a head learns where signals do, or a contrast with it
+    idle = () if isinstance(stage, Sft) and (stage.signals or stage.objectives) else ("head.",)
     return moved, {n for n in names if any(fnmatchcase(n, glob) for glob in globs) and not n.startswith(idle)}

@@ -1,11 +1,15 @@
 """The trainers other people wrote take the bridge as it is: PEFT, TRL."""
 
+import dataclasses
+
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from actors.learner import prepare
+from actors.policy import adapt
 from rlhf.batching import collate
 from rlhf.types import Loss, Sample, TrainSpec
 from tests.unit.systems import spec
@@ -52,6 +56,22 @@ def test_lora_wraps_and_merges():
         merged = wrapped.merge_and_unload()(**inputs).logits
     assert (adapted - before).abs().max() > 1e-2
     torch.testing.assert_close(merged, adapted, atol=1e-4, rtol=0)
+
+
+def test_adapters_are_the_decoders_alone():
+    """An encoder's layers have the same names."""
+    plan = TrainSpec("x", 0, Loss(), {"*": 1.0}, 1, lora=(2, 4.0, ("q_proj", "self_attn.v_proj")))
+    adapted = {name for name, _ in adapt(tiny()[0], plan).named_parameters() if "lora_A" in name}
+    layers = tiny()[0].config.text_config.num_hidden_layers
+    assert len(adapted) == 2 * layers
+    assert all(".language_model." in name for name in adapted)
+    wherever = get_peft_model(tiny()[0], LoraConfig(target_modules=["q_proj"], r=2))
+    assert any("vision" in name for name, _ in wherever.named_parameters() if "lora_A" in name)  # the control
+    # a model of text alone is a decoder as a whole
+    text = AutoModelForCausalLM.from_config(tiny()[0].config.text_config)
+    assert sum("lora_A" in name for name, _ in adapt(text, plan).named_parameters()) == 2 * layers
+    with pytest.raises(ValueError, match="no layer of the decoder is called so"):
+        adapt(tiny()[0], dataclasses.replace(plan, lora=(2, 4.0, ("proj_q",))))
 
 
 @pytest.mark.parametrize("decoder", [{}, {"decoder": MOE}])

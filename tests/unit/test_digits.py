@@ -296,3 +296,15 @@ def test_judging_words():
     assert asked_of_judge == "question: what is the sum? reply: i see 3. so 3. \\boxed{3} sound?"
     verdicts = {"yes": True, "3 5 . no": False, "No, wait: YES.": True, "maybe": None, "": None, "nobody": None}
     assert {said: parse_verdict(said) for said in verdicts} == verdicts
+
+
+def test_captions_are_rated_by_what_is_right():
+    rows = build("rated", 400, "train", 0, {"min_digits": 4, "faults": 0.4})
+    for row in rows:
+        caption = asked(row).removeprefix("caption: ").removesuffix(" score?").split()
+        right = sum(str(digit) == said for digit, said in zip(row["digits"], caption, strict=True))
+        assert row["score"] == right + 1 == int(reply(row).splitlines()[-1]) == int(row["answer"])
+        assert row["sound"] == (right >= 2) == (row["corruption"] == "none")
+        assert reply(row).count("bad") == 4 - right
+    assert set(Counter(row["score"] for row in rows)) == {1, 2, 3, 4, 5}
+    assert all(row["score"] == 5 for row in build("rated", 50, "train", 0, {"faults": 0.0}))

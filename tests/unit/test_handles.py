@@ -513,7 +513,10 @@ class Worker:
         (["hang", "hang", "good"], "timed_out"),
     ],
 )
-def test_a_reward_worker_that_is_lost_is_replaced_and_asked_once_more(workers: list[str], outcome: str) -> None:
+def test_a_reward_worker_that_is_lost_is_replaced_and_asked_once_more(
+    workers: list[str], outcome: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handles, "START", 0.01)  # what an import in the worker may take
     rollouts = tuple(Rollout((1,), (0.0,), (0,), "?", "stop") for _ in range(3))
     groups = [Group(prompts(1)[0], (1,), rollouts)]
     coming = iter(workers)

@@ -12,13 +12,15 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
 
-from rewards.base import Item, RewardError
+from rewards import isolation
+from rewards.base import Item, RewardError, resolve
 from rewards.isolation import Isolated, Limits
-from rlhf.types import Media, Prompt
+from rlhf.types import Media, Prompt, Score
 
 HERE = f"{__file__}:"
 SECONDS = 2.0
@@ -36,7 +38,16 @@ def keep(item: Item) -> float:
     return 1.0
 
 
-def deed(item: Item) -> float | None:
+class Noted(str):
+    """Means nothing where it was not made."""
+
+    __slots__ = ()
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return deed.__globals__["nowhere"], ("",)
+
+
+def deed(item: Item) -> float | Score | None:
     match item.completion:
         case "raise":
             raise RuntimeError("the reason")
@@ -69,8 +80,22 @@ def deed(item: Item) -> float | None:
         case "die later":
             threading.Timer(0.2, os._exit, [5]).start()
             return 0.5
+        case "escape" | "escape and hang":  # to a session of its own, and to another parent
+            if (child := os.fork()) == 0:
+                os.setsid()
+                if (left := os.fork()) == 0:
+                    time.sleep(600)
+                Path(item.columns["file"]).write_text(str(left))
+                os._exit(0)
+            os.waitpid(child, 0)
+            time.sleep(600 if "hang" in item.completion else 0)
+            return 0.5
         case "nan":
             return float("nan")
+        case "a part that is none":
+            return Score("scored", 1.0, {"part": float("inf")})
+        case "an object":
+            return Score("scored", Fraction(1, 2), {"part": Fraction(1, 4)}, Noted("why"))
         case "none":
             return None
     return 1.0
@@ -121,6 +146,8 @@ def process() -> Iterator[Isolated]:
         ("start", 0.5, ""),
         ("nan", "failed", "returned nan"),
         ("none", "failed", "returned None"),
+        ("a part that is none", "failed", "part = inf"),
+        ("an object", 0.5, "why"),
     ],
 )
 def test_a_deed_costs_its_own_sample(process: Isolated, what: str, outcome: object, note: str) -> None:
@@ -151,11 +178,17 @@ def test_tensors_are_numbers_where_they_hold_one(process: Isolated, tmp_path: Pa
     assert [s.value for s in process.score(f"{tmp_path}/tensors.py:trls", [item("a"), item("b")])] == [0.0, 1.0]
 
 
-def test_a_module_that_cannot_be_imported_is_no_sample(process: Isolated, tmp_path: Path) -> None:
+def test_a_module_that_cannot_be_imported_is_no_sample(
+    process: Isolated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "ends.py").write_text("import os\nos._exit(4)\n")
     with pytest.raises(RewardError, match="as its module was imported, it ended its process"):
         process.score(f"{tmp_path}/ends.py:f", [item("x")])
     assert process.score(f"{HERE}scaled", [item("x")])[0].value == 2.0
+    (tmp_path / "wrong_module.py").write_text("1 / 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(RewardError, match="ZeroDivisionError: division by zero"):
+        resolve("wrong_module:f")
 
 
 def test_async_functions_run_at_once(process: Isolated) -> None:
@@ -185,8 +218,8 @@ def test_who_dies_between_calls_is_replaced(process: Isolated) -> None:
 def test_memory_that_one_keeps_is_not_missed_by_the_next() -> None:
     with Isolated(Limits(20.0, 0.1)) as process:
         scores = process.score(f"{HERE}keep", [item("x")] * 4)
-        assert "failed" in {score.outcome for score in scores}
-        assert process.score(f"{HERE}keep", [item("x")])[0].value == 1.0
+        # two fit; the third costs itself, and the fourth has a process that is not full
+        assert [score.outcome for score in scores] == ["scored", "scored", "failed", "scored"]
 
 
 def test_an_item_too_large_for_its_worker_is_its_own_failure() -> None:
@@ -203,6 +236,31 @@ def test_a_nursery_that_ended_is_replaced() -> None:
         assert process._nursery is not None
         process._nursery[0].kill()
         process._nursery[0].wait(timeout=20)
+        assert process.score(f"{HERE}deed", [item("fine")])[0].value == 1.0
+
+
+@pytest.mark.parametrize(("what", "outcome"), [("escape", "scored"), ("escape and hang", "timed_out")])
+def test_what_goes_to_a_session_of_its_own_is_found(tmp_path: Path, what: str, outcome: str) -> None:
+    """By the worker after its call, or by the nursery before the next."""
+    file = tmp_path / "pid"
+    with Isolated(Limits(0.5)) as process:
+        assert process.score(f"{HERE}deed", [item(what, file=str(file))])[0].outcome == outcome
+        assert process.score(f"{HERE}deed", [item("fine")])[0].value == 1.0
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(file.read_text()), 0)
+
+
+def test_a_process_that_does_not_read_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Isolated(Limits(20.0)) as process:
+        process.score(f"{HERE}deed", [item("fine")])
+        monkeypatch.setattr(isolation, "START", 1.0)
+        process._worker.line.close()
+        process._worker = None
+        process._start()
+        os.kill(process._worker.pid, signal.SIGSTOP)
+        scores = process.score(f"{HERE}deed", [item("x" * (16 << 20))])
+        assert [score.outcome for score in scores] == ["failed"]
+        assert "not taken" in scores[0].note
         assert process.score(f"{HERE}deed", [item("fine")])[0].value == 1.0
 
 

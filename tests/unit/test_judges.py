@@ -25,7 +25,7 @@ from rewards.mixture import combine
 from rewards.templates import BUILT_IN, INPUTS, Template, TemplateError, template_of
 from rlhf.data.judging import judge_question
 from rlhf.data.tokenizer import train_tokenizer
-from rlhf.recipe import Chat, JudgeTable
+from rlhf.recipe import Chat, JudgeTable, Reward, Rl
 from rlhf.scoring import Judge, part_means, score
 from rlhf.types import Group, Media, Prompt, Rollout, Sampling, Score
 
@@ -284,12 +284,12 @@ def think(engine: Any, cache: Cache | None = None, key: str = "", **settings: An
 
 
 def test_booleans_are_parts_of_the_reward() -> None:
-    from rlhf.recipe import Reward
-
     engine = Engine()
     parts = {"think": Reward(judge="j"), "more": Reward(judge="j", weight=3.0)}
+    looks = {"name": "s", "kind": "rl", "data": {"s": 1.0}, "steps": 1, "prompts_per_step": 1}
+    stage = Rl.model_validate(looks | {"rewards": parts})
     judges = {"j": think(engine, constrain="structured_outputs")}
-    (scored,) = asyncio.run(score([group(chain(3), chain(8), "\\boxed{3}")], parts, None, judges))  # type: ignore[arg-type]
+    (scored,) = asyncio.run(score([group(chain(3), chain(8), "\\boxed{3}")], stage, None, judges))  # type: ignore[arg-type]
     assert scored.scores[1].parts == {
         "think": pytest.approx(2 / 3), "more": pytest.approx(2 / 3),
         **{f"{name}.{field}": float(field != "logic") for name in parts for field in FIELDS},

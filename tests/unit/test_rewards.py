@@ -177,6 +177,10 @@ def test_an_installed_package_offers_rewards(monkeypatch):
 
 def test_brevity_falls_with_characters():
     assert [lengths.brief(item("x" * count)) for count in (0, 100, 300)] == [1.0, 0.5, 0.25]
+    spent = [dataclasses.replace(item(""), token_ids=(1,) * count) for count in (0, 10, 15, 20, 30)]
+    assert [lengths.within(one, free=10, most=20) for one in spent] == [1.0, 1.0, 0.5, 0.0, 0.0]
+    with pytest.raises(ValueError, match="free = 20 must be below most = 20"):
+        lengths.within(item(""), free=20, most=20)
 
 
 def test_a_failure_is_never_a_zero():
@@ -346,7 +350,7 @@ def test_verdicts():
 
     assert judge.verdict(reply("3 5 . yes")).value == 1.0
     assert judge.verdict(reply("no")).value == 0.0
-    assert judge.not_asked().value == 0.0
+    assert judge.SOUND.not_asked().value == 0.0
     hesitant = Rollout((1, 2, 3), (0.0, -0.5, 0.0), (0, 0, 0), "3 3. yes", "stop")  # 0.61
     assert judge.verdict(hesitant, 0.6).value == 1.0
     assert judge.verdict(hesitant, 0.62).value == 0.0

@@ -81,6 +81,17 @@ def test_yes_and_no_are_balanced_and_their_number_kept(tmp_path: Path, share: fl
     assert len(kept) == len(said)
 
 
+def test_levels_are_as_many_of_each(tmp_path: Path) -> None:
+    """SAIL-Caption2's judges learn from uniform scores, of which most captions have high ones."""
+    scores = [5] * 60 + [4] * 25 + [3] * 10 + [1] * 5
+    given = rows(tmp_path, [str(i) for i in range(100)], score=scores)
+    kept = select(given, [{"type": "levels", "column": "score"}], seed=0)
+    assert Counter(row["score"] for row in kept) == {1: 25, 3: 25, 4: 25, 5: 25}
+    assert len(set(answers(kept))) == 25 + 25 + 10 + 5  # what is rare is all there, the rest drawn without repeating
+    with pytest.raises(DataError, match="row 0: no column 'stars'"):
+        chosen(given, type="levels", column="stars")
+
+
 def test_balancing_what_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no answer begins with 'no'"):
         chosen(rows(tmp_path, ["yes", "maybe"]), type="yes_no")
@@ -239,4 +250,4 @@ def test_a_step_of_weighed_losses_is_the_sum_of_the_sources_steps(normalise: str
 
 
 def test_every_selector_is_found() -> None:
-    assert SELECTORS.types() == ("cap", "concepts", "fraction", "noun_phrases", "resample", "yes_no")
+    assert SELECTORS.types() == ("cap", "concepts", "fraction", "levels", "noun_phrases", "resample", "yes_no")

@@ -11,6 +11,7 @@ import pytest
 
 from rewards.bias import kappa
 from rlhf.cli import main
+from rlhf.trial import answered, rolled_out
 
 REWARD = """
 def right(item, worth=1.0):
@@ -88,13 +89,37 @@ def test_what_cannot_be_tried(
     assert message in capsys.readouterr().err
 
 
+def test_a_question_in_messages_and_its_completion(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": "what?"}], "completion": "8", "answer": "8"}))
+    (item,) = answered(path)
+    assert (item.question, item.completion, item.columns["answer"]) == ("what?", "8", "8")
+
+
+def test_a_trial_ends_in_time(rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = rows.read_text()
+    rows.write_text("\n".join([lines] * 40))
+    told = ["reward", "test", f"{rows.parent}/mine.py:right", "--data", str(rows), "--minutes", "0"]
+    assert main([*told, "--truth", "sound"]) == 0
+    assert "64 completions" in (text := capsys.readouterr().out)
+    assert "no time was left for 136 more" in text
+    assert main([*told, "--option", "worth = 2020-01-01"]) == 2
+    assert "write it as text" in capsys.readouterr().err
+
+
 def test_rollouts_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stage = tmp_path / "stages" / "01-rl"
     stage.mkdir(parents=True)
     kept = {"key": "s/0", "question": "what?", "completion": "\\boxed{8}", "think": False, "image": None, "answer": "8"}
+    kept |= {"category": "sum", "tokens": 5, "finish": "length", "columns": {"answer": "8", "level": 3}}
     (stage / "rollouts.jsonl").write_text(json.dumps(kept))
     assert main(["reward", "test", "rewards.answer:boxed", "--rollouts", str(tmp_path)]) == 0
     assert "every digit boxed: 0.000" in capsys.readouterr().out  # the last box counts
+    (item,) = rolled_out(tmp_path)
+    assert (item.finished, item.num_tokens, item.columns["level"], item.prompt.source) == (False, 5, 3, "01-rl")
+    (stage / "rollouts.jsonl").write_text("")
+    assert main(["reward", "test", "rewards.answer:boxed", "--rollouts", str(tmp_path)]) == 2
+    assert "are empty" in capsys.readouterr().err
     (stage / "rollouts.jsonl").write_text('{"key": 1}')
     assert main(["reward", "test", "rewards.answer:boxed", "--rollouts", str(tmp_path)]) == 2
     assert "rollouts.jsonl:1: no rollout" in capsys.readouterr().err
@@ -109,7 +134,10 @@ def test_one_to_begin_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert passed.returncode == 0, passed.stdout
     assert main(["reward", "new", "tidy"]) == 2
     assert "tidy.py is there already" in capsys.readouterr().err
-    assert main(["reward", "new", "no name"]) == 2
+    for wrong in ("no name", "class", "json", "sys", "rlhf"):
+        assert main(["reward", "new", wrong]) == 2
+        assert repr(wrong) in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"tidy.py", "test_tidy.py"}
 
 
 def test_agreement_beyond_chance() -> None:

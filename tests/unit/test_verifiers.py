@@ -60,6 +60,21 @@ def test_what_is_said_in_the_end(completion: str, said: str) -> None:
         ("12 %", "0.12", 1.0),
         ("12%", "12", 1.0),
         ("12%", "13", 0.0),
+        ("12 percent", "0.12", 1.0),
+        ("$12\\%$", "12 %", 1.0),
+        ("5\\text{ cm}", "50 mm", 1.0),
+        ("5\\,\\mathrm{cm}^{2}", "5 cm²", 1.0),
+        ("5 m", "5 m²", 0.0),
+        ("90^\\circ", "90", 1.0),
+        ("90°", "90 degrees", 1.0),
+        ("5 μm", "0.005 mm", 1.0),
+        ("5 KM", "5000 Meters", 1.0),
+        ("5 MW", "5 mW", 0.0),
+        ("3 \\times 10^{5} m", "300 km", 1.0),
+        ("3 × 10⁵", "300000", 1.0),
+        ("\\frac{3}{4}", "0.75", 1.0),
+        ("-\\frac{3}{4}", "-0.75", 1.0),
+        ("2 m s⁻¹", "2 m/s", 1.0),
         ("eight", "8", 0.0),
         ("8 or 9", "8", 0.0),
         ("9" * 5000, "9", 0.0),
@@ -200,6 +215,15 @@ def test_languages() -> None:
     assert text.language(item("八 of them and more", "有几个?")).value == 0.0
     assert text.language(item("8", "有几个?")).value == 1.0
     assert text.language(item("それは猫です", "?"), wanted="ja").value == 1.0
+    assert text.language(item("それは猫です。名前は小百合です", "猫はどこですか?")).value == 1.0
+    assert text.language(item("这是一只猫", "猫はどこですか?")).value == 0.0  # Chinese, whatever the characters
+    assert text.language(item("это восемь", "how many?")).value == 0.0
+    assert text.language(item("นี่คือแมว", "how many?")).value == 0.0  # a script that nobody asked for
+    assert text.language(item("$这是八$ it is", "how many?")).value == 0.0  # dollars hide nothing
+    assert text.language(item("是八", "12 + 3 = ?")).value == 1.0  # a question in no language
+    assert text.language(item("\\frac{a}{b} 是 $x$", "求 \\frac{a}{b}")).value == 1.0
+    with pytest.raises(ValueError, match="'tlh' is none of en"):
+        text.language(item("nuqneH"), wanted="tlh")
 
 
 def test_repetition() -> None:
@@ -215,6 +239,8 @@ def test_json() -> None:
     assert text.schema(item('{"n": 3}'), of=wanted).value == 1.0
     wrong = text.schema(item('{"n": "3"}', schema=wanted))
     assert (wrong.value, "$.n" in wrong.note) == (0.0, True)
+    assert text.schema(item('<think>{"n": "a"}</think>{"n": 3, "why": "the answer is 3"}', schema=wanted)).value == 1.0
+    assert text.schema(item('the answer is {"n": 3}', schema=wanted)).value == 1.0
     assert text.schema(item("three", schema=wanted)).value == 0.0
     assert text.schema(item("[" * 5000, schema=wanted)).value == 0.0
 
