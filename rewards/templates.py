@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf.data.judging import SOUND
+from rlhf.data.judging import RATED, SOUND
 
 WRITTEN = ("chain", "answer", "completion", "judgement")  # by the policy
 INPUTS = ("question", "reference", *WRITTEN, "format")
@@ -31,12 +31,14 @@ class TemplateError(ValueError):
 
 @dataclass(frozen=True)
 class Template:
-    """A question to a judge. image: whether it sees the pictures; fields: the booleans it asks for, where it asks for
-    certain ones; fenced: whether what the policy wrote is set apart."""
+    """A question to a judge. image: whether it sees the pictures; grammar: the only one that answers it, if there is
+    one; fields: the booleans it asks for, where it asks for certain ones; fenced: whether what the policy wrote is set
+    apart, which those do not do that judges are trained on (rlhf.data.judging)."""
 
     name: str
     text: str
     image: bool = True
+    grammar: str | None = None
     fields: tuple[str, ...] = ()
     fenced: bool = True
 
@@ -111,7 +113,8 @@ _CONSISTENCY = (
 BUILT_IN: Mapping[str, Template] = {
     template.name: template
     for template in (
-        Template("sound", SOUND, fenced=False),
+        Template("sound", SOUND, grammar="yes_no", fenced=False),
+        Template("rate", RATED, grammar="score", fenced=False),
         Template(
             "judgement",
             "A model was to decide, before it answered, whether the question needs reasoning step by step or can be "
@@ -141,6 +144,7 @@ BUILT_IN: Mapping[str, Template] = {
             f"Judge a model's reasoning in three respects, each by itself. {_SET_APART}\n\nQuestion:\n{{question}}\n\n"
             f"Its reasoning:\n{{chain}}\n\nIts answer:\n{{answer}}\n\nlogic: {_LOGIC}\n\ngrounding: {_GROUNDING}\n\n"
             f"consistency: {_CONSISTENCY}\n\n{{format}}",
+            grammar="booleans",
             fields=("logic", "grounding", "consistency"),
         ),
         Template(

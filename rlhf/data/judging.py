@@ -7,6 +7,7 @@ import re
 TAGS = re.compile(r"</?think>")
 VERDICT = re.compile(r"\b(yes|no)\b", re.IGNORECASE)
 SOUND = "question: {question} reply: {completion} sound?"
+RATED = "caption: {completion} score?"
 
 
 def judge_question(question: str, chain_text: str) -> str:
@@ -22,7 +23,7 @@ def squeezed(text: str) -> str:
 
 def rate_question(caption: str) -> str:
     """The words put to a judge that rates a caption beside its image from 1 to 5."""
-    return f"caption: {caption} score?"
+    return RATED.format(completion=caption)
 
 
 def parse_verdict(reply: str) -> bool | None:

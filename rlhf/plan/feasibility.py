@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from rewards.base import file_of
-from rewards.templates import BUILT_IN, TemplateError, template_of
+from rewards.templates import TemplateError, template_of
 from rlhf.algorithms.table import estimator_of, method_of
 from rlhf.bridge.decoders import own
 from rlhf.recipe import (
@@ -197,18 +197,13 @@ def _judges(recipe: Recipe) -> Iterator[str]:
         except TemplateError as error:
             yield f"{where}.template: {error}"
             continue
-        if template.fields and (table.grammar != "booleans" or set(table.fields) - set(template.fields)):
-            wanted = ", ".join(f'"{field}"' for field in template.fields)
-            yield (
-                f'{where}.template = {table.template!r} asks for booleans: give grammar = "booleans" and fields = '
-                f"[{wanted}], or some of them"
-            )
-        if table.template == "sound" and (table.grammar != "yes_no" or table.image is False):
-            yield (
-                f'{where}.template = "sound" is for a judge trained to look and say yes or no: give another template '
-                f"({', '.join(one for one in BUILT_IN if one != 'sound')}, or a text file), or leave `grammar` and "
-                "`image` out"
-            )
+        known = ", ".join(f'"{field}"' for field in template.fields)
+        if template.grammar not in (None, table.grammar):
+            fields = f" and fields = [{known}], or some of them" if known else ""
+            told = f'is answered in grammar = "{template.grammar}"'
+            yield f"{where}.template = {table.template!r} {told}: give it{fields}"
+        elif known and (other := set(table.fields) - set(template.fields)):
+            yield f"{where}.fields: template {table.template!r} asks for {known}, and not for {min(other)!r}; remove it"
 
 
 def _drawn(recipe: Recipe) -> dict[str, str]:

@@ -23,7 +23,7 @@ from rewards.grammar import Grammar
 from rewards.judge import FOREIGN, SOUND, Question, ask, texts
 from rewards.mixture import combine
 from rewards.templates import BUILT_IN, INPUTS, Template, TemplateError, template_of
-from rlhf.data.judging import judge_question
+from rlhf.data.judging import judge_question, rate_question
 from rlhf.data.tokenizer import train_tokenizer
 from rlhf.recipe import Chat, JudgeTable, Reward, Rl
 from rlhf.scoring import Judge, part_means, score
@@ -85,7 +85,7 @@ def test_built_in_templates_show_what_they_are_to(name: str) -> None:
 
 
 def test_every_input_of_built_in_templates_is_known() -> None:
-    assert SHOWN.keys() | {"sound"} == BUILT_IN.keys()
+    assert SHOWN.keys() | {"sound", "rate"} == BUILT_IN.keys()
     for template in BUILT_IN.values():
         assert set(template.inputs) <= set(INPUTS)
 
@@ -164,6 +164,12 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
         template_of(str(path))
     with pytest.raises(TemplateError, match=r"no text file and no built-in template; these are sound, judgement"):
         template_of("soud")
+
+
+def test_a_judge_of_captions_is_asked_as_it_was_taught() -> None:
+    (told,) = texts([item("a red 3")], judged("rate", grammar="score"), [])
+    assert told is not None
+    assert told.question == rate_question("a red 3")
 
 
 # -- grammars

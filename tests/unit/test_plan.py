@@ -297,15 +297,15 @@ REFUSALS = {
     "an unknown template": ("judges.j = {artifact = 'judge', template = 'logik'}", "judges.j.template: 'logik' is no"),
     "a template of three booleans": (
         "judges.j = {artifact = 'judge', template = 'think'}",
-        'judges.j.template = \'think\' asks for booleans: give grammar = "booleans" and fields = ."logic", "grounding"',
+        "judges.j.template = 'think' is answered in grammar = .booleans.: give it and fields = ..logic., .grounding.",
     ),
     "other booleans than its template's": (
         "judges.j = {artifact = 'judge', template = 'think', grammar = 'booleans', fields = ['style']}",
-        "judges.j.template = 'think' asks for booleans",
+        "judges.j.fields: template 'think' asks for .*, and not for 'style'; remove it",
     ),
     "a score of a judge that says yes or no": (
         "judges.j = {artifact = 'judge', grammar = 'score'}",
-        'judges.j.template = "sound" is for a judge trained to look',
+        "judges.j.template = 'sound' is answered in grammar = .yes_no.: give it$",
     ),
     "a judge's room": (
         "judges.j = {artifact = 'judge', max_tokens = 300}\nstages.improve.rewards.think.judge = 'j'",
