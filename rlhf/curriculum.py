@@ -23,7 +23,7 @@ import itertools
 import json
 import shutil
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Set
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -345,16 +345,17 @@ class Curriculum:
                     engine = await opened.enter_async_context(Endpoint(table, question.grammar))
                     tokenizer = context.tokenizer
                 kept = cache if remembers(table) else None
-                found[name] = Judge(engine, tokenizer, table, question, kept, (self._judge_inputs(name),))
+                key = self._judge_inputs(name, {"budget", "missing"})  # which change nothing that was said
+                found[name] = Judge(engine, tokenizer, table, question, kept, (key,))
             yield found
 
-    def _judge_inputs(self, name: str) -> list[Any]:
+    def _judge_inputs(self, name: str, also_spared: Set[str] = frozenset()) -> list[Any]:
         """What decides a judge's verdicts."""
         table = self.recipe.judge(name)
         if name not in self.recipe.judges:
             return [self.results[name]["artifact"]["digest"], self.recipe.judging.model_dump(mode="json")]
         made = self.results[table.artifact]["artifact"]["digest"] if table.artifact is not None else None
-        spared = {"artifact", "key_env", "cache", "concurrency", "retries", "deadline"}
+        spared = {"artifact", "key_env", "cache", "concurrency", "retries", "deadline", *also_spared}
         template, precision = template_of(table.template), self.recipe.resources.precision
         return [made, table.model_dump(mode="json", exclude=spared), template.text, template.image, precision]
 

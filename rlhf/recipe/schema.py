@@ -245,7 +245,7 @@ class JudgeTable(Judging):
     template: UserPath = "sound"
     image: bool | None = None
     grammar: Literal["yes_no", "score", "booleans"] = "yes_no"
-    fields: list[Name] = []  # type: ignore[assignment]
+    fields: list[Name] = []
     missing: Fraction = 0.0
     constrain: Literal["structured_outputs", "response_format"] | None = None
     cache: bool = True

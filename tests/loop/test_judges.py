@@ -58,24 +58,26 @@ def test_an_endpoint_is_a_reward_with_its_parts_and_is_asked_once_a_chain(prepar
 
 
 @pytest.mark.parametrize(
-    ("table", "again"),
+    ("table", "again", "asks"),
     [
-        ({"concurrency": 2, "retries": 1, "deadline": 5.0, "cache": False}, False),
-        ({"model": "another"}, True),
-        ({"template": "logic"}, True),
-        ({"missing": 1.0}, True),
-        ({"budget": 10000}, True),
+        ({"concurrency": 2, "retries": 1, "deadline": 5.0, "cache": False}, False, False),
+        ({"model": "another"}, True, True),
+        ({"template": "logic"}, True, True),
+        ({"missing": 1.0}, True, False),
+        ({"budget": 10000}, True, False),
+        ({"extra.temperature": 0.5}, True, True),
     ],
     ids=str,
 )
 def test_what_decides_a_judges_verdicts_makes_the_stage_run_again(
-    prepared: Path, tmp_path: Path, table: dict[str, Any], again: bool
+    prepared: Path, tmp_path: Path, table: dict[str, Any], again: bool, asks: bool
 ) -> None:
     folder = tmp_path / "run"
     with Server(verdicts) as server:
         improve(prepared, folder, server.address)
-        before = result(folder)["artifact"]["recipe_digest"]
+        before, count = result(folder)["artifact"]["recipe_digest"], len(server.bodies)
         cast = improve(prepared, folder, server.address, **table)
+        assert (len(server.bodies) > count) is asks
     assert bool(cast.trainer.begun) is again
     assert (result(folder)["artifact"]["recipe_digest"] != before) is again
 
