@@ -44,7 +44,8 @@ class Question:
         template = template_of(table.template)
         if table.image is not None:
             template = replace(template, image=table.image)
-        grammar = Grammar(table.grammar, tuple(table.fields), anywhere=table.template == "sound")
+        trained = table.template == "sound" and table.artifact is not None
+        grammar = Grammar(table.grammar, tuple(table.fields), anywhere=trained)
         return Question(template, grammar, table.missing, table.constrain == "structured_outputs")
 
     def not_asked(self) -> Score:

@@ -190,7 +190,9 @@ def test_yes_and_no(text: str, value: float | None) -> None:
 def test_a_judge_that_was_trained_may_say_it_anywhere() -> None:
     assert Grammar(anywhere=True).read("yes 3 5").value == 1.0
     assert SOUND.grammar.anywhere
+    assert judged("sound").grammar.anywhere
     assert not judged("logic").grammar.anywhere
+    assert not Question.of(JudgeTable(endpoint="https://x/v1", model="m")).grammar.anywhere
 
 
 @pytest.mark.parametrize(
