@@ -162,7 +162,7 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
     path.write_bytes(b"\xff{chain}")
     with pytest.raises(TemplateError, match="not UTF-8"):
         template_of(str(path))
-    with pytest.raises(TemplateError, match=r"no text file and no built-in template; these are sound, judgement"):
+    with pytest.raises(TemplateError, match=r"no text file and no built-in template; these are sound, rate, judgement"):
         template_of("soud")
 
 
@@ -277,7 +277,11 @@ class Engine:
         self.asked += len(prompts)
         self.samplings.append(sampling)
         return [
-            Group(p, p.token_ids, (Rollout((1,), (-0.1,), (0,), booleans("8" not in p.question, True, True), "stop"),))
+            Group(
+                p,
+                p.token_ids,
+                (Rollout((1,), (-0.1,), (0,), booleans("i see 8" not in p.question, True, True), "stop"),),
+            )
             for p in prompts
         ]
 
