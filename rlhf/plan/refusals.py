@@ -100,10 +100,12 @@ def _unfit(recipe: Recipe, stage: Stage, architecture: Architecture) -> Iterator
 def unenforced(recipe: Recipe, architectures: Mapping[str, Architecture], implementation: str) -> Iterator[str]:
     """Judges that are to be held to their grammar by an engine that cannot."""
     for name, table in recipe.judges.items():
-        served = architectures[table.artifact].served if table.artifact in architectures else None
-        if table.constrain is not None and served is not None and "huggingface" in (served, implementation):
+        made = table.artifact
+        if table.constrain is None or made is None or made not in architectures:
+            continue
+        if "huggingface" in (implementation, architectures[made].served):
             yield (
-                f"judges.{name}.constrain: the Hugging Face engine, which serves {table.artifact!r}, cannot hold "
+                f"judges.{name}.constrain: the Hugging Face engine, which serves {made!r}, cannot hold "
                 "replies to a grammar; leave it out, and replies that do not parse are failures"
             )
 
