@@ -180,6 +180,7 @@ class Rollouts(ABC):
             "updates": float(sum(bool(part.kept) for part in parts)),
             "informative": len(kept) / len(seen),
             "reward_failures": failure_rate(seen),
+            **self.scorer.lag(),
             "tokens.mean": sum(len(r.token_ids) for r in rollouts) / len(rollouts),
             "truncated": sum(r.finish == "length" for r in rollouts) / len(rollouts),
         }
@@ -349,16 +350,23 @@ class Scorer:
     stage: Rl
     rewards: Rewards
     judges: Mapping[str, Judge]
-    waiting: list[tuple[Group, asyncio.Future[Group]]] = field(default_factory=list)
+    waiting: list[tuple[Group, asyncio.Future[Group], float]] = field(default_factory=list)
+    lags: list[float] = field(default_factory=list)  # seconds from sampled to scored, of each group since last asked
     under_way: set[asyncio.Task[None] | None] = field(default_factory=set)
 
     def add(self, group: Group) -> asyncio.Future[Group]:
         """The group with its scores, when it has them."""
         found: asyncio.Future[Group] = asyncio.get_running_loop().create_future()
-        self.waiting.append((group, found))
+        self.waiting.append((group, found, time.perf_counter()))
         if len(self.under_way) < AT_ONCE:
             self.under_way.add(asyncio.create_task(self._work()))
         return found
+
+    def lag(self) -> dict[str, float]:
+        """How long groups have waited for their scores since this was asked last, in seconds: where rewards are faster
+        than sampling, the mean is one call of them, and nobody waits longer."""
+        found, self.lags = self.lags, []
+        return {"scoring_lag": sum(found) / len(found), "scoring_lag.max": max(found)} if found else {}
 
     async def close(self) -> None:
         """Give up what is not scored yet."""
@@ -368,15 +376,16 @@ class Scorer:
         while self.waiting:
             taken, self.waiting = self.waiting, []
             try:
-                scored = await score([group for group, _ in taken], self.stage, self.rewards, self.judges)
+                scored = await score([group for group, _, _ in taken], self.stage, self.rewards, self.judges)
                 if self.stage.overlong is not None:
                     scored = punish_length(scored, self.stage.max_tokens, self.stage.overlong)
             except Exception as error:  # noqa: BLE001 - handed to whoever waits for these
-                for _, found in taken:
+                for _, found, _ in taken:
                     if not found.done():
                         found.set_exception(error)
             else:
-                for (_, found), group in zip(taken, scored, strict=True):
+                self.lags += [time.perf_counter() - since for _, _, since in taken]
+                for (_, found, _), group in zip(taken, scored, strict=True):
                     if not found.done():
                         found.set_result(group)
         # here, not in a callback later: whatever is added from now on needs a new call

@@ -45,11 +45,13 @@ def test_a_record_teaches_what_the_run_taught(
     first, second = ([json.loads(line)["metrics"] for line in next(path).read_text().splitlines()] for path in steps)
     assert sum(line.get("stale_tokens", 0) for line in first) > 0 or not staleness
     for ours, theirs in zip(first, second, strict=True):
+        assert 0.0 < ours["scoring_lag"] <= ours["scoring_lag.max"]
         assert ours.items() >= theirs.items()  # but for what only an engine can tell
         assert {name.partition(".")[0].partition("_")[0] for name in ours.keys() - theirs.keys()} <= {
             "sync",
             "staleness",
             "stale",
+            "scoring",
         }
 
 
