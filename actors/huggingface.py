@@ -103,6 +103,10 @@ class HuggingFaceWorker(RolloutWorker):
             self._close_request(name, "stop" if ended else "length")
 
     def _submit(self, call: Call, prompts: Sequence[Prompt], sampling: Sampling) -> list[tuple[int, ...]]:
+        if sampling.regex is not None:
+            raise ValueError(
+                "the Hugging Face engine cannot hold replies to a pattern: leave `constrain` out of the judge's table"
+            )
         expanded = []
         for prompt in prompts:
             try:

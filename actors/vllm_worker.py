@@ -121,9 +121,11 @@ class VllmWorker(RolloutWorker):
 
     def _submit(self, call: Call, prompts: Sequence[Prompt], sampling: Sampling) -> list[tuple[int, ...]]:
         from vllm import SamplingParams
+        from vllm.sampling_params import StructuredOutputsParams
 
         expanded = []
         ready = []
+        regex = sampling.regex
         for prompt in prompts:
             try:
                 rendered = self._render(prompt.token_ids, prompt.media, fresh=False)
@@ -135,6 +137,8 @@ class VllmWorker(RolloutWorker):
                         stop_token_ids=self._stop_ids,
                         logprobs=0,
                         detokenize=False,
+                        # one of each request: vLLM notes in it by what it is enforced
+                        structured_outputs=None if regex is None else StructuredOutputsParams(regex=regex),
                     )
                     ready.append(self._process(rendered, params))
             except ValueError as error:

@@ -13,22 +13,23 @@ from rlhf.types import Outcome, Prompt, Score
 
 
 def combine(parts: Mapping[str, Score], weights: Mapping[str, float]) -> Score:
-    """The weighted mean of the parts; `Score.parts` keeps each value. A part of weight 0 is only kept: it counts as a
-    factor of another. One part that failed or timed out makes the whole so ("failed" where there are both), with all
-    such parts in the note. Raises ValueError when the names of parts and weights differ or the weights sum to
-    nothing."""
+    """The weighted mean of the parts; `Score.parts` keeps each value, and as "NAME.part" what a part is itself made of.
+    A part of weight 0 is only kept: it counts as a factor of another. One part that failed or timed out makes the whole
+    so ("failed" where there are both), with all such parts in the note. Raises ValueError when the names of parts and
+    weights differ or the weights sum to nothing."""
     if set(parts) != set(weights):
         raise ValueError(f"parts {sorted(parts)} and weights {sorted(weights)} must have the same names")
     total = sum(weights.values())
     if not total > 0:
         raise ValueError(f"the weights {dict(weights)} must sum to more than 0")
     values = {name: score.value for name, score in parts.items() if score.value is not None}
+    kept = {f"{name}.{part}": value for name, score in parts.items() for part, value in score.parts.items()} | values
     broken = {name: score for name, score in parts.items() if score.outcome != "scored"}
     if broken:
         note = "; ".join(f"{name} {score.outcome}: {score.note}" for name, score in broken.items() if score.note)
-        return Score(_worst(broken), None, values, note)
+        return Score(_worst(broken), None, kept, note)
     note = "; ".join(f"{name}: {score.note}" for name, score in parts.items() if score.note)
-    return Score("scored", sum(values[name] * weights[name] / total for name in parts), values, note)
+    return Score("scored", sum(values[name] * weights[name] / total for name in parts), kept, note)
 
 
 def product(factors: Mapping[str, Score]) -> Score:

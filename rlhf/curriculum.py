@@ -4,6 +4,7 @@
       recipe.toml            as resolved
       model/  model.json     the bridge built from [model], before any stage; a digest of what it is built from
       data/NAME.parquet      rows made by builders
+      judgements.sqlite      what judges of [judges] said, that nobody is asked twice
       stages/03-align/       inputs.json (digest of all that determines the stage), checkpoints/, steps.jsonl,
                              artifact/ (appears when whole), eval.json, answers.json, result.json (last: it is done)
       summary.json  report.html
@@ -22,14 +23,18 @@ import itertools
 import json
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Set
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from rewards.base import file_of
+from rewards.cache import Cache
+from rewards.endpoint import Endpoint
+from rewards.judge import Question
+from rewards.templates import template_of
 from rlhf import evaluation, offline, online, remaking, replay, synthesis
 from rlhf.agreement import make_probes
 from rlhf.algorithms.table import method_of
@@ -43,6 +48,7 @@ from rlhf.models import bridges_of, build_model, load_processor, local_folder, m
 from rlhf.recipe import (
     Evaluate,
     Gate,
+    JudgeTable,
     Merge,
     Optimised,
     Pairs,
@@ -69,6 +75,7 @@ NUM_PROBES, PROBE_LENGTH = 12, 48
 PROBE_ROWS = 1000  # of a source, in which to look for pictures
 RENEWALS = 2  # times one stage may lose the trainer
 HEAD, HEAD_WEIGHT = "lm_head.*", "lm_head.weight"  # of a reward model, as `train` names it
+JUDGEMENTS = "judgements.sqlite"  # of a run: what judges said
 ANSWERS = "answers.json"  # mode → question → share of right samples, for paired differences between stages
 
 
@@ -201,22 +208,26 @@ class Curriculum:
             facts = await self.begin(stage)
             metrics = await offline.run(stage, context)
         elif isinstance(stage, Rl):
-            judges = {name: self.artifact(name) for name in stage.judges}
+            judges = {name: self.artifact(name) for name in self.recipe.judge_models(stage)}
             models = judges if stage.replay is not None else {"policy": context.model, **judges}
             scalars = {name: self.artifact(name) for name in stage.scalars}
             # at once: a process that starts has one core busy, with imports
             async with (
                 self.actors.scoring(scalars),
                 beside(self._begin_rl(stage), self.actors.serving(models)) as (facts, engines),
+                self._judges(stage, context, engines) as asked,
             ):
                 loop = online.run if stage.learn else replay.gather
-                metrics = await loop(stage, context, engines.get("policy"), self._judges(engines, judges))
+                metrics = await loop(stage, context, engines.get("policy"), asked)
             if not stage.learn:
                 return metrics
         elif isinstance(stage, Synthesize):
-            judges = {stage.judge: self.artifact(stage.judge)} if stage.judge else {}
-            async with self.actors.serving({"policy": context.model, **judges}) as engines:
-                judge = self._judges(engines, judges).get(stage.judge or "")
+            judges = {name: self.artifact(name) for name in self.recipe.judge_models(stage)}
+            async with (
+                self.actors.serving({"policy": context.model, **judges}) as engines,
+                self._judges(stage, context, engines) as asked,
+            ):
+                judge = asked.get(stage.judge or "")
                 rows, metrics = await synthesis.run(stage, context, engines["policy"], judge)
             write_json(context.folder / "made.json", metrics)
             with whole(artifact) as partial:
@@ -342,9 +353,40 @@ class Curriculum:
         rows = self.rows(name)
         return [as_sample(rows[i], name, i, processor, None, self.recipe.chat) for i in range(min(count, len(rows)))]
 
-    def _judges(self, engines: Mapping[str, Engine], models: Mapping[str, Path]) -> dict[str, Judge]:
-        settings = self.recipe.judging
-        return {name: Judge(engines[name], load_processor(path).tokenizer, settings) for name, path in models.items()}
+    @asynccontextmanager
+    async def _judges(
+        self, stage: Stage, context: Context, engines: Mapping[str, Engine]
+    ) -> AsyncIterator[dict[str, Judge]]:
+        """The stage's judges by name: of engines by the stages whose models these serve, or of endpoints."""
+        found = dict[str, Judge]()
+        async with AsyncExitStack() as opened:
+            cache: Cache | None = None
+            for name in stage.judges:
+                table = self.recipe.judge(name)
+                question = Question.of(table)
+                if remembers(table) and cache is None:
+                    cache = Cache(self.folder / JUDGEMENTS)
+                    opened.callback(cache.close)
+                engine: Engine | Endpoint
+                if table.artifact is not None:
+                    engine, tokenizer = engines[table.artifact], load_processor(self.artifact(table.artifact)).tokenizer
+                else:
+                    engine = await opened.enter_async_context(Endpoint(table, question.grammar))
+                    tokenizer = context.tokenizer
+                kept = cache if remembers(table) else None
+                key = self._judge_inputs(name, {"budget", "missing"})  # which change nothing that was said
+                found[name] = Judge(engine, tokenizer, table, question, kept, (key,))
+            yield found
+
+    def _judge_inputs(self, name: str, also_spared: Set[str] = frozenset()) -> list[Any]:
+        """What decides a judge's verdicts."""
+        table = self.recipe.judge(name)
+        if name not in self.recipe.judges:
+            return [self.results[name]["artifact"]["digest"], self.recipe.judging.model_dump(mode="json")]
+        made = self.results[table.artifact]["artifact"]["digest"] if table.artifact is not None else None
+        spared = {"artifact", "key_env", "cache", "concurrency", "retries", "deadline", *also_spared}
+        template, precision = template_of(table.template), self.recipe.resources.precision
+        return [made, table.model_dump(mode="json", exclude=spared), template.text, template.image, precision]
 
     def rows(self, name: str) -> Rows:
         """Rows of a [data] source, or of an earlier synthesize stage."""
@@ -407,7 +449,7 @@ class Curriculum:
         a change in the former makes the stage run again, in the latter makes it measured again."""
         parent = self.recipe.parent_of(stage)
         judging = self.recipe.judging.model_dump(mode="json")
-        judges = {name: [self.results[name]["artifact"]["digest"], judging] for name in stage.judges}
+        judges = {name: self._judge_inputs(name) for name in stage.judges}
         scalars = {name: self.results[name]["artifact"]["digest"] for name in stage.scalars}
         shared = self._shared() | {"precision": self.recipe.resources.precision}
         config = stage.model_dump(mode="json", exclude={"gates", "budget_minutes", "checkpoint_every"})
@@ -562,6 +604,11 @@ def measured_on(stage: Stage, recipe: Recipe) -> list[str]:
     """Names of the rows a stage is measured on."""
     names = [recipe.evaluation.data] if stage.evaluate == "modes" and recipe.evaluation.data is not None else []
     return names + ([stage.eval_data] if stage.eval_data is not None else [])
+
+
+def remembers(table: JudgeTable) -> bool:
+    """Whether what a judge said is kept: one that draws its words by chance may say something else next time."""
+    return table.cache and table.extra.get("temperature", 0) == 0
 
 
 def functions_of(stage: Stage) -> list[str | None]:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from rewards.format import has_think_block
-from rewards.judge import verdict
+from rewards.judge import certainty, verdict
 from rlhf.data.formatting import CHOSEN, REJECTED, as_prompt, reply_ids
 from rlhf.data.rows import DataError, Rows
 from rlhf.preference import sigmoid
@@ -28,7 +28,7 @@ from rlhf.roles import Engine
 from rlhf.scoring import verified
 from rlhf.stage import Context, derive
 from rlhf.tracking import record_image
-from rlhf.types import Fit, Group, Probe, Prompt, Sample, Sampling, Score
+from rlhf.types import Fit, Group, Probe, Prompt, Rollout, Sample, Sampling, Score
 
 FORMAT = "rewards.format:think"
 PLAIN = 2000  # characters of a column that is kept beside a rollout
@@ -180,14 +180,14 @@ def preferred(
 
 
 async def judge_quality(context: Context, engine: Engine, source: str) -> Report:
-    """Precision, recall, κ and the specificity for each kind of corruption, on rows with columns `sound` and
-    `corruption`. "Positive" is a verdict of sound."""
+    """Precision, recall, κ, the specificity for each kind of corruption and the calibration, on rows with columns
+    `sound` and `corruption`. "Positive" is a verdict of sound."""
     prompts = held_out(context, source, len(context.rows(source)), think=False)
     settings = context.recipe.judging
     groups = await engine.generate(prompts, Sampling(temperature=0.0, max_tokens=settings.max_tokens))
     said = [verdict(group.rollouts[0], settings.confidence) for group in groups]
     truth = [bool(group.prompt.columns["sound"]) for group in groups]
-    metrics = agreement(said, truth, "judge")
+    metrics = agreement(said, truth, "judge") | calibration([group.rollouts[0] for group in groups], truth)
     by_kind: dict[str, list[Score]] = defaultdict(list)
     for group, score in zip(groups, said, strict=True):
         by_kind[str(group.prompt.columns["corruption"])].append(score)
@@ -231,6 +231,25 @@ def agreement(said: Sequence[Score], truth: Sequence[bool], prefix: str) -> dict
         f"{prefix}.failed": 1 - len(pairs) / max(len(said), 1),
         f"{prefix}.rows": float(len(said)),
     }
+
+
+def calibration(replies: Sequence[Rollout], truth: Sequence[bool]) -> dict[str, float]:
+    """How often a judge's words are right, by how sure it was of them (the probability of its least likely token), in
+    ten bins of equal width: judge.calibration.0.9.accuracy and .share of the replies, of 0.9 to 1, say; and
+    judge.calibration.error, by which the two differ on average. Of replies that parse, before any `confidence`."""
+    bins: dict[int, list[tuple[float, bool]]] = defaultdict(list)
+    for reply, true in zip(replies, truth, strict=True):
+        said = verdict(reply)
+        if said.outcome == "scored":
+            sure = certainty(reply)
+            bins[min(int(sure * 10), 9)].append((sure, (said.value == 1.0) == true))
+    total, found, error = sum(map(len, bins.values())), dict[str, float](), 0.0
+    for place, pairs in sorted(bins.items()):
+        right, sure = (sum(values) / len(pairs) for values in zip(*((r, s) for s, r in pairs), strict=True))
+        error += abs(right - sure) * len(pairs) / total
+        name = f"judge.calibration.{place / 10:.1f}"
+        found |= {f"{name}.accuracy": right, f"{name}.share": len(pairs) / total}
+    return found | ({"judge.calibration.error": error} if bins else {})
 
 
 def held_out(context: Context, source: str, limit: int, think: bool) -> list[Prompt]:

@@ -7,44 +7,82 @@ import asyncio
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from rewards import judge as judging
+from rewards.cache import Cache, key_of
+from rewards.endpoint import Endpoint
+from rewards.judge import SOUND, Question
 from rewards.mixture import clipped, combine, holds, product
 from rlhf.preference import sigmoid
 from rlhf.recipe import Judging, Reward, Rl
 from rlhf.roles import Engine, Rewards
-from rlhf.types import Group, Sampling, Score
+from rlhf.types import Group, Prompt, Rollout, Sampling, Score
 
 RIGHT = Score("scored", 1.0)
 
 
 @dataclass(frozen=True)
 class Judge:
-    """A vision-language model that reads image, question and chain, and answers yes or no."""
+    """A model that reads question and reply, and pictures, and says what its `question` asks: served by an engine, or
+    behind an endpoint, whose `tokenizer` is the policy's, for the marks that replies must not spell.
 
-    engine: Engine
+    What a `cache` holds is not asked again; `key` is of everything that decides what the model says to a prompt."""
+
+    engine: Engine | Endpoint
     tokenizer: PreTrainedTokenizerBase
     settings: Judging = field(default_factory=Judging)
+    question: Question = SOUND
+    cache: Cache | None = None
+    key: tuple[Any, ...] = ()
 
     async def score(self, groups: Sequence[Group], right: Sequence[Sequence[Score]] | None = None) -> list[list[Score]]:
-        """One verdict a rollout: 1.0 sound, 0.0 unsound; a reply that does not parse is a failure. Given the scores of
-        the answers, 0.0 without asking where one is not right."""
+        """One verdict a rollout; a reply that does not parse is a failure. Given the scores of the answers, 0.0 without
+        asking where one is not right."""
         wanted = [None] * len(groups) if right is None else [[found.value == 1.0 for found in row] for row in right]
-        asked = [judging.ask(group, self.tokenizer, row) for group, row in zip(groups, wanted, strict=True)]
+        asked = [self._ask(group, row) for group, row in zip(groups, wanted, strict=True)]
         # the same chain twice under one question is judged once: the judge is greedy
-        distinct = {
-            (g, prompt.token_ids): prompt for g, row in enumerate(asked) for prompt in row if prompt is not None
-        }
-        sampling = Sampling(temperature=0.0, max_tokens=self.settings.max_tokens)
-        replies = await self.engine.generate(list(distinct.values()), sampling)
-        sure = self.settings.confidence
-        said = {key: judging.verdict(reply.rollouts[0], sure) for key, reply in zip(distinct, replies, strict=True)}
+        distinct = {(g, prompt.question): prompt for g, row in enumerate(asked) for prompt in row if prompt is not None}
+        keys = {place: self._key_of(prompt) for place, prompt in distinct.items()} if self.cache is not None else {}
+        known = self.cache.get(keys.values()) if self.cache is not None else {}
+        said = {place: known[key] for place, key in keys.items() if key in known}
+        left = {place: prompt for place, prompt in distinct.items() if place not in said}
+        said |= dict(zip(left, await self._said(list(left.values())), strict=True))
+        if self.cache is not None:
+            self.cache.put({keys[place]: said[place] for place in left})
         return [
-            [judging.not_asked() if prompt is None else said[g, prompt.token_ids] for prompt in row]
-            for g, row in enumerate(asked)
+            [
+                said[g, prompt.question] if prompt is not None else self._unasked(None if row is None else row[r])
+                for r, prompt in enumerate(prompts)
+            ]
+            for g, (prompts, row) in enumerate(zip(asked, wanted, strict=True))
         ]
+
+    async def replies(self, prompts: Sequence[Prompt], regex: str | None = None) -> list[Rollout | Score]:
+        """What the model says to each question, in words and without ids, and its pictures, greedily; from an endpoint
+        also the Score of what failed. `rewards.bias.compared` asks so."""
+        if isinstance(self.engine, Endpoint):
+            return await self.engine.ask(prompts)
+        rendered = [judging.rendered(prompt, place, self.tokenizer) for place, prompt in enumerate(prompts)]
+        sampling = Sampling(temperature=0.0, max_tokens=self.settings.max_tokens, regex=regex)
+        return [group.rollouts[0] for group in await self.engine.generate(rendered, sampling)]
+
+    def _ask(self, group: Group, wanted: Sequence[bool] | None) -> list[Prompt | None]:
+        marks, foreign = self.tokenizer.get_added_vocab(), isinstance(self.engine, Endpoint)
+        return judging.texts(group, self.question, marks, wanted, foreign)
+
+    async def _said(self, prompts: Sequence[Prompt]) -> list[Score]:
+        confidence, grammar = self.settings.confidence, self.question.grammar
+        replies = await self.replies(prompts, grammar.regex if self.question.enforced else None)
+        return [reply if isinstance(reply, Score) else judging.verdict(reply, confidence, grammar) for reply in replies]
+
+    def _key_of(self, prompt: Prompt) -> str:
+        return key_of(*self.key, prompt.question, [media.digest(reads=False) for media in prompt.media])
+
+    def _unasked(self, wanted: bool | None) -> Score:
+        return self.question.not_right() if wanted is False else self.question.not_asked()
 
 
 async def score(groups: Sequence[Group], stage: Rl, rewards: Rewards, judges: Mapping[str, Judge]) -> list[Group]:

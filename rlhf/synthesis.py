@@ -39,6 +39,7 @@ async def run(
     )
     kept: list[dict[str, Any]] = []
     answers: list[list[Score]] = []
+    verdicts: list[Score] = []
     chunks = [asked[start : start + CHUNK] for start in range(0, len(asked), CHUNK)]
     async with aclosing(_sampled(engine, chunks, sampling)) as parts:
         async for step, chunk, sampled in parts:
@@ -55,6 +56,7 @@ async def run(
                 else:
                     kept += _criticised(stage, row, sampled[g], said[g], context.tokenizer)
             answers += scored
+            verdicts += [verdict for row in judged for verdict in row]
             context.log.log(step, {"prompts": float(len(answers)), "kept": float(len(kept))}, {})
             if step == 0:
                 shown = zip(sampled, scored, judged or [[]] * len(sampled), strict=True)
@@ -63,12 +65,22 @@ async def run(
                 ]
                 context.log.rollouts(step, records[: context.recipe.tracking.rollout_samples])
     metrics = _counts(stage, asked, answers) | {"synthesis.kept": float(len(kept))}
+    if judge is not None:
+        silent = [verdict for verdict in verdicts if verdict.outcome != "scored"]
+        metrics["synthesis.unjudged"] = len(silent) / max(len(verdicts), 1)
     if len(kept) < stage.min_rows:
         raise ValueError(
             f"stage {stage.name!r} kept {len(kept)} of {len(asked)} prompts, fewer than min_rows = {stage.min_rows}: "
-            "ask more prompts, or start from a model whose answers vary more"
+            "ask more prompts, or start from a model whose answers vary more" + _silence(verdicts)
         )
     return kept, metrics
+
+
+def _silence(verdicts: Sequence[Score]) -> str:
+    """What to say of a judge that gave some no verdict."""
+    silent = [verdict for verdict in verdicts if verdict.outcome != "scored"]
+    told = f". The judge gave {len(silent)} of {len(verdicts)} replies no verdict; the last: "
+    return told + silent[-1].note if silent else ""
 
 
 async def _sampled(

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rewards.base import Item
+from rewards.bias import kappa
 from rewards.isolation import Isolated, Limits
 from rlhf.data.rows import DataError, Row, media_of, read
 from rlhf.types import Prompt, Score
@@ -168,15 +169,6 @@ def hold(
         against=against or (f"column {truth}" if truth else ""),
         left=len(items) - len(tried),
     )
-
-
-def kappa(one: Sequence[bool], other: Sequence[bool]) -> float:
-    """Cohen's κ of two yes/no raters; 1 where both always say the same one thing."""
-    count = len(one)
-    agree = sum(a == b for a, b in zip(one, other, strict=True)) / count
-    yes = sum(one) / count * sum(other) / count
-    chance = yes + (1 - sum(one) / count) * (1 - sum(other) / count)
-    return 1.0 if chance == 1.0 else (agree - chance) / (1 - chance)
 
 
 # -- one to begin with

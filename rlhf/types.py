@@ -81,12 +81,14 @@ class Prompt:
 @dataclass(frozen=True)
 class Sampling:
     """How to sample: `num` rollouts a prompt. temperature 0 is greedy. seed makes every request replayable; None: the
-    engine draws as it comes, which costs it nothing a reply."""
+    engine draws as it comes, which costs it nothing a reply. regex: what every whole reply matches, where the engine
+    can enforce that; it refuses what it cannot."""
 
     num: int = 1
     temperature: float = 1.0
     max_tokens: int = 96
     seed: int | None = 0
+    regex: str | None = None
 
 
 @dataclass(frozen=True)

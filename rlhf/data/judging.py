@@ -6,18 +6,24 @@ import re
 
 TAGS = re.compile(r"</?think>")
 VERDICT = re.compile(r"\b(yes|no)\b", re.IGNORECASE)
+SOUND = "question: {question} reply: {completion} sound?"
+RATED = "caption: {completion} score?"
 
 
 def judge_question(question: str, chain_text: str) -> str:
     """The words put to the judge beside the image: is every step of this reply right, and does its answer follow?
     `chain_text` is the whole completion; think tags are taken out, white space is squeezed."""
-    chain = " ".join(TAGS.sub(" ", chain_text).split())
-    return f"question: {question} reply: {chain} sound?"
+    return SOUND.format(question=question, completion=squeezed(chain_text))
+
+
+def squeezed(text: str) -> str:
+    """On one line, without think tags."""
+    return " ".join(TAGS.sub(" ", text).split())
 
 
 def rate_question(caption: str) -> str:
     """The words put to a judge that rates a caption beside its image from 1 to 5."""
-    return f"caption: {caption} score?"
+    return RATED.format(completion=caption)
 
 
 def parse_verdict(reply: str) -> bool | None:

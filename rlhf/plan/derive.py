@@ -10,7 +10,7 @@ from rlhf.plan import feasibility
 from rlhf.plan.cluster import Cluster
 from rlhf.plan.engines import engine_uses
 from rlhf.plan.placement import actors_of, awake_of, memory_of, scalars_of, tenants_of, too_large
-from rlhf.plan.refusals import crowded_cores, misplaced, unfit_stages
+from rlhf.plan.refusals import crowded_cores, misplaced, unenforced, unfit_stages
 from rlhf.plan.types import EngineUse, Plan, PlanError, StagePlan, Transport
 from rlhf.plan.verdicts import Verdict, chosen
 from rlhf.recipe import Evaluate, Merge, Pairs, Rebuild, Recipe, Rl, Sft, Stage, Synthesize
@@ -28,6 +28,7 @@ def make_plan(recipe: Recipe, cluster: Cluster | None = None, verdicts: Sequence
     # one kind of engine for all stages: transformers serves what vLLM can, too
     served = sorted(architectures.values(), key=lambda architecture: architecture.served == "vllm")
     implementation = chosen(recipe.model.implementation, served[0], verdicts)
+    _refuse(unenforced(recipe, architectures, implementation))
     uses = engine_uses(recipe, architectures, implementation, verdicts)
     stages = tuple(_stage(recipe, stage, architectures[stage.name], uses[stage.name]) for stage in recipe.stages)
     engines, scalars = sum(stage.cold_starts for stage in stages), scalars_of(recipe)
@@ -48,7 +49,7 @@ def make_plan(recipe: Recipe, cluster: Cluster | None = None, verdicts: Sequence
         memory=memory,
         memory_limit_gib=resources.memory_gib,
         budget_minutes=recipe.budget_minutes,
-        notes=tuple(_notes(stages)),
+        notes=tuple(_notes(recipe, stages)),
     )
 
 
@@ -163,7 +164,14 @@ def _rows(recipe: Recipe, name: str) -> int:
     return next(stage.most_rows for stage in recipe.stages if isinstance(stage, Synthesize) and stage.name == name)
 
 
-def _notes(stages: Sequence[StagePlan]) -> Iterator[str]:
+def _notes(recipe: Recipe, stages: Sequence[StagePlan]) -> Iterator[str]:
+    for stage, planned in zip(recipe.stages, stages, strict=True):
+        for name in stage.judges:
+            judge = recipe.judge(name)
+            if judge.endpoint is not None:
+                most = planned.rollouts if judge.budget is None else min(planned.rollouts, judge.budget)
+                told = f"{judge.model} at {judge.endpoint}"
+                yield f"stage {stage.name!r}: judge {name!r} asks {told} about up to {most} rollouts"
     unknown = next((stage.architecture for stage in stages if stage.architecture.parameters is None), None)
     if unknown is not None:
         yield f"{unknown.name}: its size is not known before it is downloaded; the memory estimate leaves it out"

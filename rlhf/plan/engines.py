@@ -19,7 +19,7 @@ def engine_uses(
     uses: dict[str, tuple[EngineUse, ...]] = {}
     for stage in recipe.stages:
         found: list[EngineUse] = []
-        for needed in _serving(stage, architectures):
+        for needed in _serving(recipe, stage, architectures):
             busy: list[int] = []
             for role, architecture in needed:
                 free = [i for i, running in enumerate(live) if running == architecture and i not in busy]
@@ -42,11 +42,13 @@ def _samples(stage: Stage) -> bool:
     return isinstance(stage, Synthesize) or (isinstance(stage, Rl) and stage.replay is None)
 
 
-def _serving(stage: Stage, architectures: dict[str, Architecture]) -> Iterator[list[tuple[str, Architecture]]]:
+def _serving(
+    recipe: Recipe, stage: Stage, architectures: dict[str, Architecture]
+) -> Iterator[list[tuple[str, Architecture]]]:
     """The sets of (role, architecture) that must serve at once: during the stage, then in its evaluation."""
     if _samples(stage):
         policy = ("policy", architectures[stage.name])
-        yield [policy, *((f"judge {name}", architectures[name]) for name in stage.judges)]
+        yield [policy, *((f"judge {name}", architectures[name]) for name in recipe.judge_models(stage))]
     if stage.evaluate in ("modes", "judge", "rank"):
         yield [("policy", architectures[stage.name])]
 

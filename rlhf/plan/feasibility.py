@@ -5,11 +5,13 @@ from __future__ import annotations
 import ast
 import difflib
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from rewards.base import file_of
+from rewards.templates import TemplateError, template_of
 from rlhf.algorithms.table import estimator_of, method_of
 from rlhf.bridge.decoders import own
 from rlhf.recipe import (
@@ -42,6 +44,7 @@ def problems(recipe: Recipe) -> Iterator[str]:
     yield from _model(recipe)
     yield from _sources(recipe)
     yield from _evaluation(recipe)
+    yield from _judges(recipe)
     for stage in recipe.stages:
         for problem in _stage(recipe, stage):
             yield f"stage {stage.name!r}: {problem}"
@@ -179,6 +182,32 @@ def _evaluation(recipe: Recipe) -> Iterator[str]:
             )
 
 
+def _judges(recipe: Recipe) -> Iterator[str]:
+    names = {stage.name for stage in recipe.stages}
+    used = {name for stage in recipe.stages for name in stage.judges}
+    for name, table in recipe.judges.items():
+        where = f"judges.{name}"
+        if name in names:
+            yield f"{where}: a stage has this name too, and `judge = {name!r}` could mean either; rename one"
+        if name in used and table.key_env is not None and not os.environ.get(table.key_env):
+            yield (
+                f"{where}.key_env = {table.key_env!r}: the environment has no such variable; set it to the key of "
+                f"{table.endpoint}"
+            )
+        try:
+            template = template_of(table.template)
+        except TemplateError as error:
+            yield f"{where}.template: {error}"
+            continue
+        known = ", ".join(f'"{field}"' for field in template.fields)
+        if template.grammar not in (None, table.grammar):
+            fields = f" and fields = [{known}], or some of them" if known else ""
+            told = f'is answered in grammar = "{template.grammar}"'
+            yield f"{where}.template = {table.template!r} {told}: give it{fields}"
+        elif known and (other := set(table.fields) - set(template.fields)):
+            yield f"{where}.fields: template {table.template!r} asks for {known}, and not for {min(other)!r}; remove it"
+
+
 def _drawn(recipe: Recipe) -> dict[str, str]:
     """For each source the one whose rows it has."""
     return {name: source.like or name for name, source in recipe.data.items()}
@@ -221,14 +250,16 @@ def _links(recipe: Recipe, stage: Stage, earlier: list[Stage]) -> Iterator[str]:
     taken = stage.parts.items() if isinstance(stage, Rebuild) else ()
     named = [(f"parts.{slot}.artifact", part.artifact) for slot, part in taken]
     named += [("of", name) for name in stage.of] if isinstance(stage, Merge) else []
+    for judge in stage.judges:
+        table = recipe.judges.get(judge)
+        named.append(("judge", judge) if table is None else (f"judges.{judge}.artifact", table.artifact))
     learned = [other.name for other in earlier if isinstance(other, RewardModel)]
     for scalar in stage.scalars:
         if scalar not in learned:
             yield f"scalar = {scalar!r} is no earlier reward_model stage; {nearest(scalar, learned)}"
     # what measures or trains a reward model further may start from one
     begun = stage.start in learned and (isinstance(stage, RewardModel) or stage.evaluate == "pairs")
-    start = None if begun else stage.start
-    for role, name in (("start", start), *(("judge", judge) for judge in stage.judges), *named):
+    for role, name in (("start", None if begun else stage.start), *named):
         if name is None or name in made:
             continue
         if name in learned:
@@ -237,7 +268,10 @@ def _links(recipe: Recipe, stage: Stage, earlier: list[Stage]) -> Iterator[str]:
                 "stage that trains a policy"
             )
         elif name not in kinds:
-            yield f"{role} = {name!r} is no stage; {nearest(name, made)}"
+            what, known = (
+                ("stage and no [judges] table", [*made, *recipe.judges]) if role == "judge" else ("stage", made)
+            )
+            yield f"{role} = {name!r} is no {what}; {nearest(name, known)}"
         elif kinds[name] not in ("sft", "preference", "reward_model", "rl", "rebuild", "merge"):
             yield f"{role} = {name!r} is a {kinds[name]} stage, which makes no model; name a stage that trains"
         elif any(name == other.name and not makes_model(other) for other in earlier):
@@ -447,7 +481,7 @@ METRICS = {
         *("chosen", "rejected", "rows"),
     ),
     "judge.": ("precision", "recall", "kappa", "accuracy", "failed", "rows"),
-    "synthesis.": ("prompts", "accuracy", "none_right", "all_right", "kept"),
+    "synthesis.": ("prompts", "accuracy", "none_right", "all_right", "kept", "unjudged"),
     "model.": ("parameters", "trainable"),
     "eval.loss": ("",),
     "eval.exact": ("",),
@@ -456,7 +490,8 @@ METRICS = {
     "merge.": ("loss", "barrier"),
 }
 OPEN = re.compile(
-    r"eval\.(think|direct)\.(accuracy\..+|pass@\d+)|eval\.exact\..+|judge\.specificity\..+|reward_model\.accuracy\..+|merge\.loss\..+"
+    r"eval\.(think|direct)\.(accuracy\..+|pass@\d+)|eval\.exact\..+|judge\.(specificity|calibration)\..+|"
+    r"reward_model\.accuracy\..+|merge\.loss\..+"
 )
 AT_TEMPERATURE = re.compile(r"eval\.think\.accuracy(?:\.best|@([\d.]+))")
 

@@ -97,6 +97,19 @@ def _unfit(recipe: Recipe, stage: Stage, architecture: Architecture) -> Iterator
             )
 
 
+def unenforced(recipe: Recipe, architectures: Mapping[str, Architecture], implementation: str) -> Iterator[str]:
+    """Judges that are to be held to their grammar by an engine that cannot."""
+    for name, table in recipe.judges.items():
+        made = table.artifact
+        if table.constrain is None or made is None or made not in architectures:
+            continue
+        if "huggingface" in (implementation, architectures[made].served):
+            yield (
+                f"judges.{name}.constrain: the Hugging Face engine, which serves {made!r}, cannot hold "
+                "replies to a grammar; leave it out, and replies that do not parse are failures"
+            )
+
+
 def _may_match(glob: str, parts: Sequence[str]) -> bool:
     """Whether a glob can match a name in one of these parts, as far as its plain beginning tells."""
     plain = re.split(r"[*?\[]", glob, maxsplit=1)[0]
@@ -124,7 +137,7 @@ def crowded_cores(recipe: Recipe, cluster: Cluster) -> Iterator[str]:
         if stage.replay is not None or not stage.learn:  # one of the two stands still
             continue
         trainer = r.trainer_ranks * r.trainer_threads_beside
-        engines = (r.rollout_workers + len(stage.judges) + len(stage.scalars)) * r.rollout_threads
+        engines = (r.rollout_workers + len(recipe.judge_models(stage)) + len(stage.scalars)) * r.rollout_threads
         # processes of one thread share a core by turns; a team of threads waits for its slowest
         if trainer + engines > cluster.cpus and max(r.trainer_threads_beside, r.rollout_threads) > 1:
             yield (

@@ -218,6 +218,74 @@ class Judging(Table):
     confidence: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
 
 
+# what does nothing without an `endpoint`
+OF_ENDPOINTS = ("model", "key_env", "extra", "concurrency", "retries", "deadline", "budget")
+
+
+class JudgeTable(Judging):
+    """A judge: the model of an earlier stage (`artifact`), or the `model` behind the `endpoint` of a server that speaks
+    OpenAI's protocol ("https://api.example.com/v1"), asked with the key in the environment variable `key_env`.
+
+    template     what it is asked: a built-in (rewards.templates), or a text file
+    image        whether it sees the pictures; unless given as a built-in template says, and yes for a file
+    grammar      how it answers: "yes_no"; "score", 1 to 5, of value (s − 1) / 4; "booleans", a JSON object of `fields`,
+                 of which the value is the mean, and each a part of the score
+    missing      the value of a reply that lacks what the template shows of it, a chain, say: nobody is asked about it
+    constrain    "structured_outputs": vLLM, ours or the endpoint's, lets it say nothing else than the grammar, so that
+                 it cannot think first; "response_format": the endpoint is asked for JSON
+    cache        keep what it said in the run's folder, and do not ask the same again
+    extra        laid over the body of each request
+    concurrency  calls at once; retries: tries of a call after the first; deadline: seconds of a call, all tries
+    budget       the most calls that a stage makes; what comes after is a failure"""
+
+    artifact: Name | None = None
+    endpoint: str | None = None
+    model: str | None = None
+    key_env: str | None = None
+    template: UserPath = "sound"
+    image: bool | None = None
+    grammar: Literal["yes_no", "score", "booleans"] = "yes_no"
+    fields: list[Name] = []
+    missing: Fraction = 0.0
+    constrain: Literal["structured_outputs", "response_format"] | None = None
+    cache: bool = True
+    extra: dict[str, Any] = {}
+    concurrency: PositiveInt = 8
+    retries: Annotated[int, Field(ge=0)] = 4
+    deadline: Positive = 60.0
+    budget: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _one_model(self) -> JudgeTable:
+        if (self.artifact is None) == (self.endpoint is None):
+            raise ValueError(
+                "give either `artifact` (an earlier stage that made a model) or `endpoint` (a server's address), not "
+                "both or none"
+            )
+        if self.endpoint is not None and not self.endpoint.startswith(("http://", "https://")):
+            raise ValueError(f'`endpoint` = {self.endpoint!r} is no address: write "https://api.example.com/v1"')
+        if self.endpoint is not None and self.model is None:
+            raise ValueError("an `endpoint` serves several models: give `model`, the name of the one to ask")
+        if self.artifact is not None and (idle := [key for key in OF_ENDPOINTS if key in self.model_fields_set]):
+            raise ValueError(f"{', '.join(map(repr, idle))} are of an `endpoint`, and `artifact` is given: remove them")
+        return self
+
+    @model_validator(mode="after")
+    def _fits_its_grammar(self) -> JudgeTable:
+        if (self.grammar == "booleans") != bool(self.fields):
+            raise ValueError('`fields` are the names of grammar = "booleans": give both, or none')
+        if len(set(self.fields)) < len(self.fields):
+            raise ValueError(f"`fields` = {self.fields} names one twice")
+        if self.confidence and self.grammar != "yes_no":
+            raise ValueError('`confidence` says when a yes counts, and is for grammar = "yes_no": remove it')
+        if self.constrain == "response_format" and (self.endpoint is None or self.grammar != "booleans"):
+            raise ValueError(
+                'constrain = "response_format" asks an `endpoint` for the JSON of grammar = "booleans"; elsewhere take '
+                '"structured_outputs", or leave it out'
+            )
+        return self
+
+
 class Tracking(Table):
     """Where progress goes besides the console and JSONL."""
 
@@ -245,9 +313,10 @@ class Gate(Table):
 
 class Reward(Table):
     """One part of a reward, exactly one of four: a `function` ("module:function", "path/file.py:function", or the name
-    under which an installed package offers one) with `options` as its keyword arguments; a `judge`, the artifact of an
-    earlier stage served by a rollout worker of its own; a `scalar`, what an earlier reward_model stage learned, as it
-    is, or with `sigmoid` between 0 and 1; or a `product` of other parts.
+    under which an installed package offers one) with `options` as its keyword arguments; a `judge`, a [judges] table,
+    or an earlier stage whose model is asked whether the chain is sound, with the settings of [judging]; a `scalar`,
+    what an earlier reward_model stage learned, as it is, or with `sigmoid` between 0 and 1; or a `product` of other
+    parts.
 
     weight   in the mean over all parts; 1 unless given, but none for a factor of a product, which counts through it
     only_if  a judge is asked only about rollouts to which that other part gave 1; the rest get 0 from it, since a chain
@@ -276,7 +345,9 @@ class Reward(Table):
         if self.sigmoid and self.scalar is None:
             raise ValueError("`sigmoid` puts a `scalar` between 0 and 1; functions and judges say what they mean")
         if self.options and self.function is None:
-            raise ValueError("`options` are keyword arguments of a `function`; a judge has its settings in [judging]")
+            raise ValueError(
+                "`options` are keyword arguments of a `function`; a judge has its settings in [judging] or [judges]"
+            )
         for key, value in self.options.items():
             if isinstance(value, date | time | datetime):
                 raise ValueError(f"options.{key} = {value} is a {type(value).__name__}; write it as text")  # noqa: TRY004
@@ -304,7 +375,7 @@ class StageBase(Table):
 
     @property
     def judges(self) -> tuple[str, ...]:
-        """The stages whose models judge this one's rollouts, in order, each once."""
+        """The judges of this one's rollouts, in order, each once: of [judges], or stages whose models judge."""
         return ()
 
     @property
@@ -779,6 +850,7 @@ class Recipe(Table):
     deadlines: Deadlines = Deadlines()
     evaluation: Evaluation = Evaluation()
     judging: Judging = Judging()
+    judges: dict[Name, JudgeTable] = {}
     tracking: Tracking = Tracking()
     stages: Annotated[list[Stage], Field(min_length=1)]
 
@@ -795,6 +867,16 @@ class Recipe(Table):
         made = [other for other in self.before(stage) if makes_model(other) and other.evaluate != "judge"]
         return made[-1].name if made else None
 
+    def judge(self, name: str) -> JudgeTable:
+        """The judge of that name: its table, or a stage's model with the settings of [judging]."""
+        if name in self.judges:
+            return self.judges[name]
+        return JudgeTable(artifact=name, cache=False, **self.judging.model_dump())
+
+    def judge_models(self, stage: Stage) -> tuple[str, ...]:
+        """The stages whose models judge the rollouts of `stage`, in order, each once: judges may share one."""
+        return tuple(dict.fromkeys(made for name in stage.judges if (made := self.judge(name).artifact) is not None))
+
     def longest_replies(self, stage: Stage) -> dict[str, int]:
         """How many tokens replies may take in a sequence of the stage's engines, by the recipe's keys for them."""
         replies = {"max_tokens": stage.max_tokens} if isinstance(stage, Rl | Synthesize) else {}
@@ -802,6 +884,8 @@ class Recipe(Table):
             replies["evaluation.max_tokens"] = self.evaluation.max_tokens
         if stage.evaluate == "judge":
             replies["judging.max_tokens"] = self.judging.max_tokens
-        if stage.judges:  # a judge reads the policy's reply in its prompt
-            replies["max_tokens + judging.max_tokens"] = replies["max_tokens"] + self.judging.max_tokens
+        for name in stage.judges:  # a judge reads the policy's reply in its prompt
+            judge, table = self.judge(name), f"judges.{name}" if name in self.judges else "judging"
+            if judge.artifact is not None:
+                replies[f"max_tokens + {table}.max_tokens"] = replies["max_tokens"] + judge.max_tokens
         return replies

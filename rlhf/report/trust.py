@@ -38,9 +38,15 @@ def _judge_panel(run: RunView) -> list[str]:
             for name, value in scores
             if value is not None
         )
+        bins = [
+            (place, share, right)
+            for place in range(10)
+            if (share := stage.metric(f"judge.calibration.{place / 10:.1f}.share")) is not None
+            and (right := stage.metric(f"judge.calibration.{place / 10:.1f}.accuracy")) is not None
+        ]
         if meters:
             on = f" on the rows of <em>{escape(stage.measured_on)}</em>" if stage.measured_on else ""
-            exams.append(f'<h4>{escape(stage.name)}{on}</h4><ul class="meters">{meters}</ul>')
+            exams.append(f'<h4>{escape(stage.name)}{on}</h4><ul class="meters">{meters}</ul>{_calibration(bins)}')
     if not exams:
         return []
     return [
@@ -49,6 +55,20 @@ def _judge_panel(run: RunView) -> list[str]:
         "sound, how many are. Recall: of the sound ones, how many it finds. Kappa: agreement beyond chance.</p>"
         f"{''.join(exams)}</figure>"
     ]
+
+
+def _calibration(bins: list[tuple[int, float, float]]) -> str:
+    """A table of how often a judge is right by how sure it is: (tenth, share of the replies, accuracy) a row."""
+    if not bins:
+        return ""
+    rows = "".join(
+        f"<tr><td>{place / 10:.1f} – {(place + 1) / 10:.1f}</td><td>{share:.0%}</td><td>{right:.1%}</td></tr>"
+        for place, share, right in bins
+    )
+    return (
+        '<div class="scroll numbers"><table><thead><tr><th>probability of its least likely token</th>'
+        f"<th>of replies</th><th>right</th></tr></thead><tbody>{rows}</tbody></table></div>"
+    )
 
 
 def _engine_panels(run: RunView) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import multiprocessing
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from transformers import PreTrainedTokenizerFast
 
 from actors.device import Copies, Line, SentBucket, listen
 from actors.shared import Owner
+from rewards.grammar import Grammar
 from rlhf import bridge
 from rlhf.agreement import NEAR_TIE, compare, fingerprint_model, group_name, localise, make_probes, probe_model
 from rlhf.batching import BridgeVisual
@@ -271,6 +273,20 @@ def test_without_a_seed_a_request_is_drawn_anew(pair: Any) -> None:
     first, again = ([rollout.token_ids for group in groups for rollout in group.rollouts] for groups in drawn)
     assert first != again
     assert len(set(first)) > 4  # nor is one reply of a group like the next
+
+
+def test_replies_are_held_to_a_pattern(pair: Any) -> None:
+    """One of each call, beside requests that are free, with log-probs of what was left to choose from."""
+    engine, _, _ = pair
+    patterns = ["yes|no", Grammar("score").regex, Grammar("booleans", ("logic", "care")).regex]
+    for pattern in patterns:
+        groups = engine("generate", prompts(4), Sampling(num=3, max_tokens=80, seed=4, regex=pattern))
+        replies = [rollout for group in groups for rollout in group.rollouts]
+        assert {rollout.finish for rollout in replies} == {"stop"}
+        assert all(re.fullmatch(pattern, rollout.text) for rollout in replies)
+        assert len({rollout.text for rollout in replies}) > 1
+    free = engine("generate", prompts(4), Sampling(num=3, max_tokens=12, seed=4))
+    assert not [r for group in free for r in group.rollouts if re.fullmatch(patterns[-1], r.text)]
 
 
 def test_text_keeps_think_marks_and_drops_the_end(pair: Any) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
-from rlhf.evaluation import agreement, fitted
-from rlhf.types import Fit, Score
+from rlhf.evaluation import agreement, calibration, fitted
+from rlhf.types import Fit, Rollout, Score
 
 YES, NO, UNPARSED = Score("scored", 1.0), Score("scored", 0.0), Score("failed", note="neither yes nor no")
 
@@ -32,6 +34,25 @@ def test_a_sound_row_without_a_verdict_is_not_found() -> None:
 def test_a_judge_that_never_answers_has_nothing() -> None:
     found = agreement([UNPARSED] * 2, [True, False], "judge")
     assert [found[f"judge.{name}"] for name in ("precision", "recall", "kappa", "failed")] == [0, 0, 0, 1]
+
+
+def test_calibration_by_hand() -> None:
+    """Sure at 0.95 and right twice of three, sure at 0.65 and right; and one that says neither."""
+
+    def reply(text: str, probability: float) -> Rollout:
+        return Rollout((1, 2), (0.0, math.log(probability)), (0, 0), text, "stop")
+
+    replies = [reply("yes", 0.95), reply("no", 0.95), reply("yes", 0.95), reply("no", 0.65), reply("3 5", 0.1)]
+    found = calibration(replies, [True, False, False, False, True])
+    assert found == {
+        "judge.calibration.0.6.accuracy": 1.0,
+        "judge.calibration.0.6.share": 0.25,
+        "judge.calibration.0.9.accuracy": pytest.approx(2 / 3),
+        "judge.calibration.0.9.share": 0.75,
+        "judge.calibration.error": pytest.approx(0.75 * (0.95 - 2 / 3) + 0.25 * 0.35),
+    }
+    assert calibration([reply("yes", 1.0)], [True])["judge.calibration.0.9.share"] == 1.0
+    assert calibration([reply("3 5", 1.0)], [True]) == {}
 
 
 def test_fit_by_hand() -> None:

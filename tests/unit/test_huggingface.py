@@ -66,6 +66,12 @@ def test_sampled_logprobs_are_the_trainers(served: tuple[Any, Any, Any]) -> None
     assert difference(other, processor, groups, masked_ids(processor)) > 1e-3  # the control
 
 
+def test_it_refuses_what_it_cannot_hold_replies_to(served: tuple[Any, Any, Any]) -> None:
+    worker, _, processor = served
+    with pytest.raises(ValueError, match="leave `constrain` out"):
+        worker.generate(prompts(processor.image_token_id), Sampling(regex="yes|no"))
+
+
 def test_the_same_request_gives_the_same_tokens_alone_or_together(served: tuple[Any, Any, Any]) -> None:
     worker, _, processor = served
     asked = prompts(processor.image_token_id)

@@ -271,7 +271,50 @@ REFUSALS = {
     "later judge": ("stages.filtered.judge = 'improve'", "judge = 'improve' comes later"),
     "unknown judge": (
         "stages.improve.rewards.think.judge = 'jugde'",
-        "judge = 'jugde' is no stage; did you mean 'judge'",
+        "judge = 'jugde' is no stage and no .judges. table; did you mean 'judge'",
+    ),
+    "a judge's own name": (
+        "judges.judge = {artifact = 'judge'}",
+        "judges.judge: a stage has this name too.*rename one",
+    ),
+    "a judge of an unknown stage": (
+        "judges.j = {artifact = 'jugde'}\nstages.improve.rewards.think.judge = 'j'",
+        "judges.j.artifact = 'jugde' is no stage; did you mean 'judge'",
+    ),
+    "a judge of a later stage": (
+        "judges.j = {artifact = 'improve'}\nstages.filtered.judge = 'j'",
+        "stage 'filtered': judges.j.artifact = 'improve' comes later",
+    ),
+    "a misspelt judge of a table": (
+        "judges.outside = {artifact = 'judge'}\nstages.improve.rewards.think.judge = 'outsid'",
+        "judge = 'outsid' is no stage and no .judges. table; did you mean 'outside'",
+    ),
+    "a judge without its key": (
+        "judges.j = {endpoint = 'https://x/v1', model = 'm', key_env = 'NO_SUCH_KEY'}\n"
+        "stages.improve.rewards.think.judge = 'j'",
+        "judges.j.key_env = 'NO_SUCH_KEY': the environment has no such variable; set it to the key of https://x/v1",
+    ),
+    "an unknown template": ("judges.j = {artifact = 'judge', template = 'logik'}", "judges.j.template: 'logik' is no"),
+    "a template of three booleans": (
+        "judges.j = {artifact = 'judge', template = 'think'}",
+        "judges.j.template = 'think' is answered in grammar = .booleans.: give it and fields = ..logic., .grounding.",
+    ),
+    "other booleans than its template's": (
+        "judges.j = {artifact = 'judge', template = 'think', grammar = 'booleans', fields = ['style']}",
+        "judges.j.fields: template 'think' asks for .*, and not for 'style'; remove it",
+    ),
+    "a score of a judge that says yes or no": (
+        "judges.j = {artifact = 'judge', grammar = 'score'}",
+        "judges.j.template = 'sound' is answered in grammar = .yes_no.: give it$",
+    ),
+    "a judge's room": (
+        "judges.j = {artifact = 'judge', max_tokens = 300}\nstages.improve.rewards.think.judge = 'j'",
+        r"max_tokens \+ judges.j.max_tokens = \d+ leaves no room",
+    ),
+    "an engine that cannot hold to a grammar": (
+        "judges.j = {artifact = 'judge', template = 'logic', constrain = 'structured_outputs'}\n"
+        "stages.improve.rewards.think.judge = 'j'\nmodel.implementation = 'huggingface'",
+        "judges.j.constrain: the Hugging Face engine, which serves 'judge', cannot hold replies to a grammar; leave it",
     ),
     "rows before they exist": ("stages.align.data = {filtered = 1}", "made by a later stage; move stage 'filtered'"),
     "rows from itself": ("stages.filtered.data = {filtered = 1}", "cannot be its own input"),
@@ -430,6 +473,31 @@ def test_refused_with_what_to_change(case: str) -> None:
     override, words = REFUSALS[case]
     with pytest.raises(PlanError, match=words.replace("[data]", r"\[data\]")):
         plan(*override.split("\n"))
+
+
+def test_judges_that_share_a_model_share_an_engine_and_endpoints_need_none() -> None:
+    tables = [
+        "judges.logic = {artifact = 'judge', template = 'logic'}",
+        "judges.facts = {artifact = 'judge', template = 'grounding'}",
+        "judges.outside = {endpoint = 'https://x/v1', model = 'm', max_tokens = 3000}",
+    ]
+    parts = ", ".join(f"{name} = {{judge = '{name}'}}" for name in ("logic", "facts", "outside"))
+    made = plan(*tables, f"stages.improve.rewards = {{{parts}}}", "stages.improve.rewards.think = {remove = true}")
+    assert [use.role for use in made.stages[-1].engines] == ["policy", "judge judge"]
+    assert made.cold_starts == plan().cold_starts
+    made = plan(tables[2], "stages.improve.rewards.think.judge = 'outside'")
+    assert [use.role for use in made.stages[-1].engines] == ["policy"]
+    assert "stage 'improve': judge 'outside' asks m at https://x/v1 about up to 1280 rollouts" in made.notes
+    made = plan(tables[2], "judges.outside.budget = 30", "stages.improve.rewards.think.judge = 'outside'")
+    assert "up to 30 rollouts" in made.notes[0]
+
+
+def test_a_judge_with_its_key_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("A_KEY", "secret")
+    asked = "judges.j = {endpoint = 'https://x/v1', model = 'm', key_env = 'A_KEY'}"
+    assert plan(asked, "stages.improve.rewards.think.judge = 'j'").stages
+    monkeypatch.delenv("A_KEY")
+    assert plan(asked).stages  # nobody asks it
 
 
 def test_gpu_refusals() -> None:

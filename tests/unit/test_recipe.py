@@ -222,3 +222,40 @@ def test_how_a_stage_draws_must_suit_it(tmp_path, kind, lines, says):
     )
     with pytest.raises(RecipeError, match=re.escape(says)):
         load([path])
+
+
+JUDGES = {
+    "two models": ("artifact = 'first', endpoint = 'https://x/v1', model = 'm'", "give either `artifact`"),
+    "no model": ("template = 'logic'", "give either `artifact`"),
+    "an endpoint that is none": ("endpoint = 'x.org/v1', model = 'm'", "`endpoint` = 'x.org/v1' is no address"),
+    "an endpoint's model": ("endpoint = 'https://x/v1'", "give `model`, the name of the one to ask"),
+    "what only endpoints have": ("artifact = 'first', budget = 3, retries = 1", "'retries', 'budget' are of an"),
+    "booleans without names": ("artifact = 'first', grammar = 'booleans'", '`fields` are the names of grammar = "bool'),
+    "names without booleans": ("artifact = 'first', fields = ['a']", "`fields` are the names"),
+    "a name twice": ("artifact = 'first', grammar = 'booleans', fields = ['a', 'a']", "names one twice"),
+    "a confident score": ("artifact = 'first', grammar = 'score', confidence = 0.5", "`confidence` says when a yes"),
+    "JSON of an engine": (
+        "artifact = 'first', grammar = 'booleans', fields = ['a'], constrain = 'response_format'",
+        'elsewhere take "structured_outputs"',
+    ),
+    "an unknown key": (
+        "artifact = 'first', templat = 'logic'",
+        "unknown key 'judges.j.templat'; did you mean 'template'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", JUDGES)
+def test_judges_that_are_none(base: Path, case: str) -> None:
+    table, words = JUDGES[case]
+    with pytest.raises(RecipeError, match=re.escape(words)) as caught:
+        load([base], [f"judges.j = {{{table}}}"])
+    assert "judges.j" in str(caught.value)
+
+
+def test_the_name_of_a_stage_is_a_judge_with_the_settings_of_judging(base: Path) -> None:
+    recipe = load([base], ["judging = {max_tokens = 7, confidence = 0.5}", "judges.j = {artifact = 'first'}"])
+    short = recipe.judge("first")
+    assert (short.artifact, short.template, short.grammar) == ("first", "sound", "yes_no")
+    assert (short.max_tokens, short.confidence, short.cache) == (7, 0.5, False)
+    assert (recipe.judge("j").max_tokens, recipe.judge("j").cache) == (80, True)

@@ -64,6 +64,7 @@ def test_the_page_tells_the_run_with_its_numbers(full):
     text = re.sub(r"<[^>]+>", "", page).replace("\u00a0", " ")
     assert "it was right 9 % of the time after instruct and 88 % after rl-mixed" in text
     assert "passed all 7 of its quality gates" in text
+    assert "0.9 – 1.088%97.0%" in text  # how often the judge is right where it is sure
     assert "88 % 85 to 91" in text
     for name, *_ in STAGES:
         assert name in text

@@ -350,7 +350,7 @@ def test_verdicts():
 
     assert judge.verdict(reply("3 5 . yes")).value == 1.0
     assert judge.verdict(reply("no")).value == 0.0
-    assert judge.not_asked().value == 0.0
+    assert judge.SOUND.not_asked().value == 0.0
     hesitant = Rollout((1, 2, 3), (0.0, -0.5, 0.0), (0, 0, 0), "3 3. yes", "stop")  # 0.61
     assert judge.verdict(hesitant, 0.6).value == 1.0
     assert judge.verdict(hesitant, 0.62).value == 0.0

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from rewards.bias import kappa
 from rlhf.cli import main
-from rlhf.trial import answered, kappa, rolled_out
+from rlhf.trial import answered, rolled_out
 
 REWARD = """
 def right(item, worth=1.0):
