@@ -31,7 +31,7 @@ async def run(
     """The rows kept, in the form the next stage reads, and what was counted on the way."""
     stream, rewards = context.stream(stage), context.actors.rewards
     drawn = stream.take(stage.prompts)
-    prompts = as_prompts(drawn, context.tokenizer, True, context.recipe.chat)
+    prompts = as_prompts(drawn, context.tokenizer, stage.think, context.recipe.chat)
     # rows keep where they came from, by which rewards of a later stage may be chosen
     asked = [({"source": source} | row, prompt) for (source, _, row), prompt in zip(drawn, prompts, strict=True)]
     sampling = Sampling(
@@ -103,7 +103,10 @@ def _by_difficulty(stage: Synthesize, row: dict[str, Any], scores: list[Score]) 
     right = sum(score.value == 1.0 for score in scores)
     rules = stage.drop.get(str(row.get(stage.category)), stage.drop.get("*", []))
     dropped = ("none_right" in rules and right == 0) or ("all_right" in rules and right == len(scores))
-    return [] if dropped else [row | {"right": right, "asked": len(scores)}]
+    if dropped:
+        return []
+    label = {} if stage.think else {"complexity": "easy" if right == len(scores) else "hard"}
+    return [label | row | {"right": right, "asked": len(scores)}]
 
 
 def _accepted(

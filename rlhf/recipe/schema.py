@@ -709,7 +709,9 @@ class Rl(Optimised):
 
 class Synthesize(Draws):
     """Make data with a model. method "difficulty": ask `samples` times, keep prompts by how many answers were right
-    (`drop` maps a category to the counts that go: "none_right", "all_right"; "*" for any other).
+    (`drop` maps a category to the counts that go: "none_right", "all_right"; "*" for any other). With think = false they
+    are asked directly, and rows that have no column `complexity` get one: "easy" where all were right, else "hard"
+    (SAIL-RL's labels, one a prompt).
     method "rejection": keep rollouts whose answer is right and, with `judge`, whose chain is judged sound.
     method "pairs": a right reply of the policy's own beside a wrong one to the same question, the `rejected` one, up to
     `per_prompt` such pairs a question; their `corruption` is "own".
@@ -727,8 +729,15 @@ class Synthesize(Draws):
     drop: dict[str, list[Literal["none_right", "all_right"]]] = {"*": ["none_right", "all_right"]}
     judge: Name | None = None
     critic: str | None = None
+    think: bool = True
     per_prompt: PositiveInt = 1
     min_rows: PositiveInt = 1
+
+    @model_validator(mode="after")
+    def _thinks(self) -> Synthesize:
+        if not self.think and self.method != "difficulty":
+            raise ValueError('`think` = false tells how hard prompts are, and is for method "difficulty": remove it')
+        return self
 
     @property
     def judges(self) -> tuple[str, ...]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+
 from rlhf.recipe import Synthesize
-from rlhf.synthesis import _accepted, _paired
+from rlhf.synthesis import _accepted, _by_difficulty, _paired
 from rlhf.types import Group, Prompt, Rollout, Score
 
 STAGE = Synthesize.model_validate(
@@ -21,6 +23,23 @@ def kept(*roles: str) -> list[dict[str, str]]:
     (row,) = _accepted(STAGE, {"messages": turns(*roles), "answer": "8"}, group, [Score("scored", 1.0)], None)
     assert row["messages"][-1] == {"role": "assistant", "content": "new"}
     return list(row["messages"][:-1])
+
+
+def test_what_is_always_right_without_thinking_is_easy() -> None:
+    stage = STAGE.model_copy(update={"method": "difficulty", "drop": {}, "think": False})
+    right, wrong = Score("scored", 1.0), Score("scored", 0.0)
+
+    def labelled(row: dict[str, str], *scores: Score) -> object:
+        (made,) = _by_difficulty(stage, row, list(scores))
+        return made["complexity"]
+
+    assert labelled({}, right, right) == "easy"
+    assert labelled({}, right, wrong) == "hard"
+    assert labelled({"complexity": "hard"}, right, right) == "hard"  # somebody knew
+    thinking = stage.model_copy(update={"think": True})
+    assert "complexity" not in _by_difficulty(thinking, {}, [right])[0]
+    with pytest.raises(ValueError, match="`think` = false tells how hard"):
+        Synthesize.model_validate(STAGE.model_dump() | {"think": False})
 
 
 def test_the_conversation_that_was_asked_is_kept_whole() -> None:
