@@ -709,8 +709,8 @@ class Rl(Optimised):
 
 class Synthesize(Draws):
     """Make data with a model. method "difficulty": ask `samples` times, keep prompts by how many answers were right
-    (`drop` maps a category to the counts that go: "none_right", "all_right"; "*" for any other). With think = false they
-    are asked directly, and rows that have no column `complexity` get one: "easy" where all were right, else "hard"
+    (`drop` maps a category to the counts that go: "none_right", "all_right"; "*" for any other). With think = false
+    they are asked directly, and rows that have no column `complexity` get one: "easy" where all were right, else "hard"
     (SAIL-RL's labels, one a prompt).
     method "rejection": keep rollouts whose answer is right and, with `judge`, whose chain is judged sound.
     method "pairs": a right reply of the policy's own beside a wrong one to the same question, the `rejected` one, up to
