@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from rewards.format import has_think_block
+from rewards.format import thinks
 from rewards.judge import verdict
 from rlhf.data.formatting import as_prompt, reply_ids
 from rlhf.data.rows import DataError, Rows
@@ -26,8 +26,6 @@ from rlhf.scoring import verified
 from rlhf.stage import Context, derive
 from rlhf.tracking import record_image
 from rlhf.types import Fit, Group, Probe, Prompt, Sampling, Score
-
-FORMAT = "rewards.format:think"
 
 Answers = Mapping[str, Mapping[str, float]]  # mode → question key → share of right samples
 
@@ -42,13 +40,13 @@ class Report:
 
 
 async def both_modes(context: Context, engine: Engine, earlier: Answers | None = None) -> Report:
-    """Ask [evaluation].data in both modes; the answers of an `earlier` stage add paired differences."""
+    """Ask [evaluation].data in the modes of [evaluation]; the answers of an `earlier` stage add paired differences."""
     settings = context.recipe.evaluation
     assert settings.data is not None
     metrics: dict[str, float] = {}
     correct: dict[str, dict[str, float]] = {}
     examples: list[dict[str, Any]] = []
-    modes = ("think", "direct")
+    modes = tuple(dict.fromkeys(settings.modes))
     # all at once: the engine is never left with the few longest answers of one mode
     asked = (held_out(context, settings.data, settings.prompts, think=mode == "think") for mode in modes)
     reports = await asyncio.gather(*(_mode(context, engine, prompts, settings) for prompts in asked))
@@ -249,9 +247,10 @@ async def _mode(
     rewards = context.actors.rewards
     answers = await verified(settings.answer, sampled, rewards)
     greedy_answers = await verified(settings.answer, greedy, rewards)
-    formats = await verified(FORMAT, sampled, rewards)
+    formats = await verified(settings.format, sampled, rewards)
     right = np.array([[_value(score) for score in row] for row in answers])  # [N, k]
-    texts = [rollout.text for group in sampled for rollout in group.rollouts]
+    thinking = np.array([[thinks(rollout.text) for rollout in group.rollouts] for group in sampled])
+    lengths = np.array([[len(rollout.token_ids) for rollout in group.rollouts] for group in sampled])
     low, high = bootstrap(right.mean(1), settings.bootstrap)
     metrics = {
         "accuracy": float(right.mean()),
@@ -260,14 +259,18 @@ async def _mode(
         f"pass@{settings.samples}": float(right.max(1).mean()),
         "greedy": float(np.mean([_value(row[0]) for row in greedy_answers])),
         "format_rate": float(np.mean([_value(score) for row in formats for score in row])),
-        "think_rate": float(np.mean([has_think_block(text) for text in texts])),
-        "tokens": float(np.mean([len(rollout.token_ids) for group in sampled for rollout in group.rollouts])),
+        "think_rate": float(thinking.mean()),
+        "tokens": float(lengths.mean()),
         "truncated": float(np.mean([r.finish == "length" for group in sampled for r in group.rollouts])),
     }
-    for category in sorted({str(prompt.columns.get("category")) for prompt in prompts}):
-        rows = [i for i, prompt in enumerate(prompts) if str(prompt.columns.get("category")) == category]
-        metrics[f"accuracy.{category}"] = float(right[rows].mean())
-    parts = {"answer": greedy_answers, "format": await verified(FORMAT, greedy, rewards)}
+    groups = defaultdict[str, list[int]](list)
+    for place, prompt in enumerate(prompts):
+        groups[str(prompt.columns.get(settings.by))].append(place)
+    for group, places in sorted(groups.items()):
+        metrics[f"accuracy.{group}"] = float(right[places].mean())
+        metrics[f"think_rate.{group}"] = float(thinking[places].mean())
+        metrics[f"tokens.{group}"] = float(lengths[places].mean())
+    parts = {"answer": greedy_answers, "format": await verified(settings.format, greedy, rewards)}
     if settings.soundness is not None and prompts and prompts[0].think:
         sound = await verified(settings.soundness, sampled, rewards)
         verdicts = np.array([[_value(score) for score in row] for row in sound])
