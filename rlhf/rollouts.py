@@ -368,7 +368,7 @@ class Scorer:
         while self.waiting:
             taken, self.waiting = self.waiting, []
             try:
-                scored = await score([group for group, _ in taken], self.stage.rewards, self.rewards, self.judges)
+                scored = await score([group for group, _ in taken], self.stage, self.rewards, self.judges)
                 if self.stage.overlong is not None:
                     scored = punish_length(scored, self.stage.max_tokens, self.stage.overlong)
             except Exception as error:  # noqa: BLE001 - handed to whoever waits for these

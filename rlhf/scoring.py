@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedTokenizerBase
 
 from rewards import judge as judging
-from rewards.mixture import combine
-from rlhf.recipe import Judging, Reward
+from rewards.mixture import clipped, combine, holds, product
+from rlhf.recipe import Judging, Reward, Rl
 from rlhf.roles import Engine, Rewards
 from rlhf.types import Group, Sampling, Score
+
+RIGHT = Score("scored", 1.0)
 
 
 @dataclass(frozen=True)
@@ -43,34 +45,54 @@ class Judge:
         ]
 
 
-async def score(
-    groups: Sequence[Group], parts: Mapping[str, Reward], rewards: Rewards, judges: Mapping[str, Judge]
-) -> list[Group]:
-    """The groups with one combined Score a rollout; `parts` are the recipe's reward table."""
+async def score(groups: Sequence[Group], stage: Rl, rewards: Rewards, judges: Mapping[str, Judge]) -> list[Group]:
+    """The groups with one combined Score a rollout, by the stage's reward table. A part with a `when` is asked, and
+    counts, only where that is true of the prompt; a group to which no part applies has failed. Raises ValueError that
+    names part and row for a `when` that cannot be evaluated."""
 
-    columns: dict[str, list[list[Score]]] = {}
+    columns: dict[str, dict[int, list[Score]]] = {}  # part → place of the group → its scores
 
-    async def part(name: str, reward: Reward) -> None:
-        if reward.judge is not None:
-            right = columns[reward.only_if] if reward.only_if is not None else None
-            columns[name] = await judges[reward.judge].score(groups, right)
+    async def ask(name: str, part: Reward) -> None:
+        places = [g for g, group in enumerate(groups) if _applies(name, part, group)]
+        chosen = [groups[g] for g in places]
+        if part.judge is not None:
+            first = columns[part.only_if] if part.only_if is not None else {}
+            right = [first.get(g, [RIGHT] * len(groups[g].rollouts)) for g in places]
+            found = await judges[part.judge].score(chosen, right)
         else:
-            assert reward.function is not None
-            columns[name] = await rewards.score(reward.function, groups, reward.options)
+            assert part.function is not None
+            found = await rewards.score(part.function, chosen, part.options)
+        columns[name] = {g: [clipped(s, part.clip) for s in row] for g, row in zip(places, found, strict=True)}
 
+    asked = {name: part for name, part in stage.rewards.items() if part.product is None}
     for waits in (False, True):  # first what depends on nothing
-        wave = [part(name, reward) for name, reward in parts.items() if (reward.only_if is not None) == waits]
+        wave = [ask(name, part) for name, part in asked.items() if (part.only_if is not None) == waits]
         await asyncio.gather(*wave)
-    weights = {name: reward.weight for name, reward in parts.items()}
+
+    def combined(g: int, r: int) -> Score:
+        found = {name: columns[name][g][r] for name in asked if g in columns[name]}
+        parts = dict[str, Score]()
+        for name, part in stage.rewards.items():
+            if part.product is None:
+                parts |= {name: found[name]} if name in found else {}
+            elif factors := {factor: found[factor] for factor in part.product if factor in found}:
+                parts[name] = clipped(product(factors), part.clip)
+        weights = {name: stage.weights[name] for name in parts}
+        if not any(weights.values()):
+            return Score("failed", note=f"no part of the reward is for {groups[g].prompt.key}: see their `when`")
+        return combine(parts, weights)
+
     return [
-        dataclasses.replace(
-            group,
-            scores=tuple(
-                combine({name: columns[name][g][r] for name in parts}, weights) for r in range(len(group.rollouts))
-            ),
-        )
+        dataclasses.replace(group, scores=tuple(combined(g, r) for r in range(len(group.rollouts))))
         for g, group in enumerate(groups)
     ]
+
+
+def _applies(name: str, part: Reward, group: Group) -> bool:
+    try:
+        return part.when is None or holds(part.when, group.prompt)
+    except ValueError as error:
+        raise ValueError(f"rewards.{name}: {error}") from error
 
 
 async def verified(function: str, groups: Sequence[Group], rewards: Rewards) -> list[list[Score]]:
@@ -96,6 +118,7 @@ def part_means(groups: Sequence[Group]) -> dict[str, float]:
     if not scored:
         return {}
     means = {"reward": sum(score.value or 0.0 for score in scored) / len(scored)}
-    for name in scored[0].parts:
-        means[f"reward.{name}"] = sum(score.parts[name] for score in scored) / len(scored)
+    for name in dict.fromkeys(name for score in scored for name in score.parts):
+        values = [score.parts[name] for score in scored if name in score.parts]  # a part need not be for every prompt
+        means[f"reward.{name}"] = sum(values) / len(values)
     return means

@@ -32,7 +32,8 @@ async def run(
     stream, rewards = context.stream(stage), context.actors.rewards
     drawn = stream.take(stage.prompts)
     prompts = as_prompts(drawn, context.tokenizer, True, context.recipe.chat)
-    asked = [(row, prompt) for (_, _, row), prompt in zip(drawn, prompts, strict=True)]
+    # rows keep where they came from, by which rewards of a later stage may be chosen
+    asked = [({"source": source} | row, prompt) for (source, _, row), prompt in zip(drawn, prompts, strict=True)]
     sampling = Sampling(
         stage.samples, stage.temperature, stage.max_tokens, derive(context.recipe.seed, stage.name, "sampling")
     )

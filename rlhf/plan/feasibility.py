@@ -344,10 +344,14 @@ def _rl(recipe: Recipe, stage: Rl) -> Iterator[str]:
         yield "rewards is empty: there is nothing to learn from; add [stages.rewards.NAME] with a function or a judge"
     for name, part in stage.rewards.items():
         first = stage.rewards.get(part.only_if) if part.only_if is not None else None
-        if part.only_if is not None and (first is None or first.only_if is not None):
-            free = [other for other, reward in stage.rewards.items() if reward.only_if is None]
+        if part.only_if is not None and (first is None or first.only_if or first.product):
+            free = [other for other, reward in stage.rewards.items() if not (reward.only_if or reward.product)]
             advice = nearest(part.only_if, free)
             yield f"rewards.{name}.only_if = {part.only_if!r} is no part that is asked first; {advice}"
+        for factor in part.product or ():
+            if factor not in stage.rewards or stage.rewards[factor].product is not None:
+                free = [other for other, reward in stage.rewards.items() if reward.product is None]
+                yield f"rewards.{name}.product names {factor!r}, no function or judge here; {nearest(factor, free)}"
         if part.function is not None:
             yield from _function(f"rewards.{name}.function", part.function)
 

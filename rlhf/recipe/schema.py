@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
+from rewards.mixture import parsed
+
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -21,6 +23,11 @@ Implementation = Literal["auto", "vllm", "transformers", "huggingface"]
 
 # of rows, by the names a recipe may use
 BUILDERS = {"digits": "rlhf.data.digits:build", "deciding": "rlhf.data.deciding:build"}
+
+
+def _condition(text: str) -> str:
+    parsed(text)
+    return text
 
 
 class Table(BaseModel):
@@ -243,25 +250,38 @@ class Gate(Table):
 
 
 class Reward(Table):
-    """One part of a reward: a function ("module:function", "path/file.py:function", or the name under which an
-    installed package offers one) with `options` as its keyword arguments, or a judge: the artifact of an earlier stage
-    served by a rollout worker of its own. With `only_if` a judge is asked only about rollouts to which
-    that other part gave 1; the rest get 0 from it, since a chain that ends in a wrong answer is not sound."""
+    """One part of a reward, exactly one of three: a `function` ("module:function", "path/file.py:function", or the name
+    under which an installed package offers one) with `options` as its keyword arguments; a `judge`, the artifact of an
+    earlier stage served by a rollout worker of its own; or a `product` of other parts.
+
+    weight   in the mean over all parts; 1 unless given, but none for a factor of a product, which counts through it
+    only_if  a judge is asked only about rollouts to which that other part gave 1; the rest get 0 from it, since a chain
+             that ends in a wrong answer is not sound
+    when     the part is there only for prompts of which this is true, an expression over columns of the row and
+             `source`, the name of its data: "source == 'stem' and level > 2"
+    clip     [low, high], in which what it gives is kept"""
 
     function: str | None = None
     options: dict[str, Any] = {}
     judge: Name | None = None
-    weight: Positive = 1.0
+    product: list[Name] | None = None
+    weight: Positive | None = None
     only_if: Name | None = None
+    when: Annotated[str, AfterValidator(_condition)] | None = None
+    clip: tuple[Finite, Finite] | None = None
 
     @model_validator(mode="after")
     def _one_kind(self) -> Reward:
-        if (self.function is None) == (self.judge is None):
-            raise ValueError("give either `function` or `judge`, not both or none")
+        if sum(kind is not None for kind in (self.function, self.judge, self.product)) != 1:
+            raise ValueError("give exactly one of `function`, `judge` and `product`")
         if self.only_if is not None and self.judge is None:
-            raise ValueError("`only_if` saves asking a judge; a function is asked about every rollout")
+            raise ValueError("`only_if` saves asking a judge; for a function take a `product` with that other part")
         if self.options and self.function is None:
             raise ValueError("`options` are keyword arguments of a `function`; a judge has its settings in [judging]")
+        if self.product is not None and (len(set(self.product)) < 2 or self.when is not None):
+            raise ValueError("a `product` names two other parts or more, and is there where one of them is (`when`)")
+        if self.clip is not None and self.clip[0] >= self.clip[1]:
+            raise ValueError(f"`clip` = {list(self.clip)} must be [low, high], low below high")
         return self
 
 
@@ -533,6 +553,15 @@ class Rl(Optimised):
         if self.replay is not None:  # the record has what they said
             return ()
         return tuple(dict.fromkeys(part.judge for part in self.rewards.values() if part.judge))
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of each part in the mean."""
+        factors = {factor for part in self.rewards.values() for factor in part.product or ()}
+        return {
+            name: part.weight if part.weight is not None else 0.0 if name in factors else 1.0
+            for name, part in self.rewards.items()
+        }
 
     @model_validator(mode="after")
     def _one_half_or_both(self) -> Rl:

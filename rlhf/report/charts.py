@@ -11,7 +11,7 @@ from itertools import pairwise
 
 Point = tuple[float, float]
 
-TONES = ("part1", "part2", "part3", "part4", "part5")  # of lines in one chart that are alike
+TONES = tuple(f"part{place}" for place in range(1, 9))  # of lines in one chart that are alike
 
 
 @dataclass(frozen=True)

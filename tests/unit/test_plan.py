@@ -294,6 +294,10 @@ REFUSALS = {
         "stages.improve.rewards.think.only_if = 'anser'",
         "only_if = 'anser' is no part that is asked first; did you mean 'answer'",
     ),
+    "a product of a part that is none": (
+        "stages.improve.rewards.both = {product = ['answer', 'thnik']}",
+        "rewards.both.product names 'thnik', no function or judge here; did you mean 'think'",
+    ),
     "half precision": ("resources.precision = 'bfloat16'", 'knows a bound for float32 only.*use "float32"'),
     "half precision without zero": (
         "resources.precision = 'bfloat16'\nresources.zero_stage = 0",
