@@ -202,6 +202,18 @@ def held_out(context: Context, source: str, limit: int, think: bool) -> list[Pro
     ]
 
 
+def apart(prompts: Sequence[Prompt], by: str, measures: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """The mean of each measure [N, k] over the prompts with each value of the column `by`: {"accuracy.easy": …}."""
+    places = defaultdict[str, list[int]](list)
+    for place, prompt in enumerate(prompts):
+        places[str(prompt.columns.get(by))].append(place)
+    return {
+        f"{name}.{value}": float(values[rows].mean())
+        for value, rows in sorted(places.items())
+        for name, values in measures.items()
+    }
+
+
 def bootstrap(values: np.ndarray, resamples: int, level: float = 0.95) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean of values [N]; seeded, so a report can be repeated."""
     draws = np.random.default_rng(0).integers(0, len(values), (resamples, len(values)))
@@ -263,13 +275,7 @@ async def _mode(
         "tokens": float(lengths.mean()),
         "truncated": float(np.mean([r.finish == "length" for group in sampled for r in group.rollouts])),
     }
-    groups = defaultdict[str, list[int]](list)
-    for place, prompt in enumerate(prompts):
-        groups[str(prompt.columns.get(settings.by))].append(place)
-    for group, places in sorted(groups.items()):
-        metrics[f"accuracy.{group}"] = float(right[places].mean())
-        metrics[f"think_rate.{group}"] = float(thinking[places].mean())
-        metrics[f"tokens.{group}"] = float(lengths[places].mean())
+    metrics |= apart(prompts, settings.by, {"accuracy": right, "think_rate": thinking, "tokens": lengths})
     parts = {"answer": greedy_answers, "format": await verified(settings.format, greedy, rewards)}
     if settings.soundness is not None and prompts and prompts[0].think:
         sound = await verified(settings.soundness, sampled, rewards)
