@@ -287,7 +287,7 @@ class Reward(Table):
 
 class StageBase(Table):
     """What every stage has. `start` names the stage whose artifact it continues (default: the latest that made a
-    model, or `[model]`). `evaluate`: the questions of [evaluation] in both modes, a judge's precision and recall on
+    model, or `[model]`). `evaluate`: the questions of [evaluation] in its modes, a judge's precision and recall on
     `eval_data`, only the held-out "loss" on `eval_data` and what greedy decoding would give, a choice by likelihood
     among the candidates of each row of `eval_data` ("rank"), or nothing. With "modes", `eval_data` adds questions asked
     directly (eval.extra.accuracy)."""
