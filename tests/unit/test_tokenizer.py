@@ -96,14 +96,12 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
 
 
 def test_marks_of_a_recipe_are_tokens(tmp_path: Path) -> None:
-    recipe = validate(
-        {
-            "name": "marks",
-            "model": {"bridge": DENSE, "tokenizer": {"vocab_size": 300, "marks": ["<judge>", "</judge>"]}},
-            "stages": [{"name": "measured", "kind": "evaluate"}],
-        }
-    )
-    build_model(recipe, {}, tmp_path)
+    table = {
+        "name": "marks",
+        "model": {"bridge": DENSE, "tokenizer": {"vocab_size": 300, "marks": ["<judge>", "</judge>"]}},
+        "stages": [{"name": "measured", "kind": "evaluate"}],
+    }
+    build_model(validate(table, "test"), {}, tmp_path)
     found = AutoTokenizer.from_pretrained(tmp_path)
     assert [len(found.encode(mark, add_special_tokens=False)) for mark in ("<judge>", "</judge>")] == [1, 1]
     assert found.decode(found.encode("<judge>a</judge>", add_special_tokens=False)) == "<judge>a</judge>"
