@@ -9,6 +9,7 @@ from rewards.base import Item
 from rlhf.types import Score
 
 TAG = re.compile(r"</?think>")
+EMPTY = re.compile(r"<think>\s*</think>")
 NO_TAG = r"(?:(?!</?(?:judge|think)>).)*"
 JUDGED = re.compile(
     rf"<judge>(?P<judge>{NO_TAG})</judge>\s*<think>(?P<think>{NO_TAG})</think>(?P<answer>{NO_TAG})", re.DOTALL
@@ -37,6 +38,11 @@ def judge_think(item: Item) -> Score:
 def has_think_block(text: str) -> bool:
     """Whether the text opens or closes a think block, complete or not."""
     return TAG.search(text) is not None
+
+
+def thinks(text: str) -> bool:
+    """Whether the text thinks: a think block, complete or not, that is not empty."""
+    return has_think_block(EMPTY.sub("", text))
 
 
 def _fault(text: str, thinking: bool) -> str:

@@ -455,7 +455,8 @@ class Curriculum:
         config = stage.model_dump(mode="json", exclude={"gates", "budget_minutes", "checkpoint_every"})
         measure = [config.pop(name, None) for name in ("evaluate", "eval_data", "temperatures")]
         measure.append(judging if stage.evaluate == "judge" else self.recipe.evaluation.model_dump(mode="json"))
-        measure.append(_code([self.recipe.evaluation.answer, self.recipe.evaluation.soundness]))
+        asked = self.recipe.evaluation
+        measure.append(_code([asked.answer, asked.format, asked.soundness]))
         if stage.evaluate == "none":
             measure = ["none"]
         taken: list[Any] = []

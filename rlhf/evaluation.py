@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from rewards.format import has_think_block
+from rewards.format import thinks
 from rewards.judge import certainty, verdict
 from rlhf.data.formatting import CHOSEN, REJECTED, as_prompt, reply_ids
 from rlhf.data.rows import DataError, Rows
@@ -30,7 +30,6 @@ from rlhf.stage import Context, derive
 from rlhf.tracking import record_image
 from rlhf.types import Fit, Group, Probe, Prompt, Rollout, Sample, Sampling, Score
 
-FORMAT = "rewards.format:think"
 PLAIN = 2000  # characters of a column that is kept beside a rollout
 BINS = 10  # of a reward model's confidence, between ½ and 1
 
@@ -47,13 +46,13 @@ class Report:
 
 
 async def both_modes(context: Context, engine: Engine, earlier: Answers | None = None) -> Report:
-    """Ask [evaluation].data in both modes; the answers of an `earlier` stage add paired differences."""
+    """Ask [evaluation].data in the modes of [evaluation]; the answers of an `earlier` stage add paired differences."""
     settings = context.recipe.evaluation
     assert settings.data is not None
     metrics: dict[str, float] = {}
     correct: dict[str, dict[str, float]] = {}
     examples: list[dict[str, Any]] = []
-    modes = ("think", "direct")
+    modes = tuple(dict.fromkeys(settings.modes))
     # all at once: the engine is never left with the few longest answers of one mode
     asked = (held_out(context, settings.data, settings.prompts, think=mode == "think") for mode in modes)
     reports = await asyncio.gather(*(_mode(context, engine, prompts, settings) for prompts in asked))
@@ -261,6 +260,18 @@ def held_out(context: Context, source: str, limit: int, think: bool) -> list[Pro
     ]
 
 
+def apart(prompts: Sequence[Prompt], by: str, measures: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """The mean of each measure [N, k] over the prompts with each value of the column `by`: {"accuracy.easy": …}."""
+    places = defaultdict[str, list[int]](list)
+    for place, prompt in enumerate(prompts):
+        places[str(prompt.columns.get(by))].append(place)
+    return {
+        f"{name}.{value}": float(values[rows].mean())
+        for value, rows in sorted(places.items())
+        for name, values in measures.items()
+    }
+
+
 def bootstrap(values: np.ndarray, resamples: int, level: float = 0.95) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean of values [N]; seeded, so a report can be repeated."""
     draws = np.random.default_rng(0).integers(0, len(values), (resamples, len(values)))
@@ -317,9 +328,10 @@ async def _mode(
     rewards = context.actors.rewards
     answers = await verified(settings.answer, sampled, rewards)
     greedy_answers = await verified(settings.answer, greedy, rewards)
-    formats = await verified(FORMAT, sampled, rewards)
+    formats = await verified(settings.format, sampled, rewards)
     right = np.array([[_value(score) for score in row] for row in answers])  # [N, k]
-    texts = [rollout.text for group in sampled for rollout in group.rollouts]
+    thinking = np.array([[thinks(rollout.text) for rollout in group.rollouts] for group in sampled])
+    lengths = np.array([[len(rollout.token_ids) for rollout in group.rollouts] for group in sampled])
     low, high = bootstrap(right.mean(1), settings.bootstrap)
     metrics = {
         "accuracy": float(right.mean()),
@@ -328,14 +340,12 @@ async def _mode(
         f"pass@{settings.samples}": float(right.max(1).mean()),
         "greedy": float(np.mean([_value(row[0]) for row in greedy_answers])),
         "format_rate": float(np.mean([_value(score) for row in formats for score in row])),
-        "think_rate": float(np.mean([has_think_block(text) for text in texts])),
-        "tokens": float(np.mean([len(rollout.token_ids) for group in sampled for rollout in group.rollouts])),
+        "think_rate": float(thinking.mean()),
+        "tokens": float(lengths.mean()),
         "truncated": float(np.mean([r.finish == "length" for group in sampled for r in group.rollouts])),
     }
-    for category in sorted({str(prompt.columns.get("category")) for prompt in prompts}):
-        rows = [i for i, prompt in enumerate(prompts) if str(prompt.columns.get("category")) == category]
-        metrics[f"accuracy.{category}"] = float(right[rows].mean())
-    parts = {"answer": greedy_answers, "format": await verified(FORMAT, greedy, rewards)}
+    metrics |= apart(prompts, settings.by, {"accuracy": right, "think_rate": thinking, "tokens": lengths})
+    parts = {"answer": greedy_answers, "format": await verified(settings.format, greedy, rewards)}
     if settings.soundness is not None and prompts and prompts[0].think:
         sound = await verified(settings.soundness, sampled, rewards)
         verdicts = np.array([[_value(score) for score in row] for row in sound])

@@ -29,7 +29,8 @@ def build_model(recipe: Recipe, sources: Mapping[str, Rows], folder: Path) -> No
     """Train the tokenizer on the recipe's rows, or take the one it names, build the bridge of [model] from random
     weights, save both."""
     assert recipe.model.bridge is not None
-    settings, marks = recipe.model.tokenizer, [mark for bridge in bridges_of(recipe) for mark in marks_of(bridge)]
+    settings = recipe.model.tokenizer
+    marks = [*settings.marks, *(mark for bridge in bridges_of(recipe) for mark in marks_of(bridge))]
     if settings.path is not None:
         tokenizer = adopt_tokenizer(local_folder(settings.path), marks)
     else:

@@ -242,7 +242,7 @@ def _picture(puzzle: Puzzle, rng: random.Random, options: Options, split: str) -
     return picture(puzzle.scans, rng, split, options.augmentation)
 
 
-def _told(puzzle: Puzzle, rng: random.Random) -> str:
+def told(puzzle: Puzzle, rng: random.Random) -> str:
     """The digits in the words of the question instead of in a picture."""
     names = [WORDS[digit] for digit in puzzle.digits] if rng.random() < 0.5 else [str(digit) for digit in puzzle.digits]
     return f"digits: {' '.join(names)}."
@@ -260,7 +260,7 @@ def _text_row(rng: random.Random, options: Options, split: str, turn: int) -> Ro
     puzzle = draw_puzzle(rng, options, split)
     think = turn % 2 == 0
     reply = _sound_chain(puzzle, rng) if think else _direct(puzzle)
-    return row_of(puzzle, f"{_told(puzzle, rng)} {puzzle.question}", reply, think, None)
+    return row_of(puzzle, f"{told(puzzle, rng)} {puzzle.question}", reply, think, None)
 
 
 def _single_row(rng: random.Random, options: Options, split: str, _turn: int) -> Row:
@@ -326,7 +326,7 @@ def _judge_row(rng: random.Random, options: Options, split: str, turn: int) -> R
 
 def _judge_text_row(rng: random.Random, options: Options, split: str, turn: int) -> Row:
     judged = _judged(rng, options, split, turn)
-    return judged.row(f"{_told(judged.puzzle, rng)} ", None)
+    return judged.row(f"{told(judged.puzzle, rng)} ", None)
 
 
 def _rated_row(rng: random.Random, options: Options, split: str, _turn: int) -> Row:

@@ -142,6 +142,7 @@ def _file(what: str, path: Path) -> Iterator[str]:
 
 def _evaluation(recipe: Recipe) -> Iterator[str]:
     yield from _function("evaluation.answer", recipe.evaluation.answer)
+    yield from _function("evaluation.format", recipe.evaluation.format)
     if recipe.evaluation.soundness is not None:
         yield from _function("evaluation.soundness", recipe.evaluation.soundness)
     data = recipe.evaluation.data
@@ -490,8 +491,8 @@ METRICS = {
     "merge.": ("loss", "barrier"),
 }
 OPEN = re.compile(
-    r"eval\.(think|direct)\.(accuracy\..+|pass@\d+)|eval\.exact\..+|judge\.(specificity|calibration)\..+|"
-    r"reward_model\.accuracy\..+|merge\.loss\..+"
+    r"eval\.(think|direct)\.((accuracy|think_rate|tokens)\..+|pass@\d+)|eval\.exact\..+|"
+    r"judge\.(specificity|calibration)\..+|reward_model\.accuracy\..+|merge\.loss\..+"
 )
 AT_TEMPERATURE = re.compile(r"eval\.think\.accuracy(?:\.best|@([\d.]+))")
 
@@ -499,9 +500,10 @@ AT_TEMPERATURE = re.compile(r"eval\.think\.accuracy(?:\.best|@([\d.]+))")
 def _gate(recipe: Recipe, stage: Stage, metric: str) -> Iterator[str]:
     """Refuse a metric this stage cannot produce, before hours are spent finding out."""
     learns, samples = makes_model(stage), stage.kind == "rl" and getattr(stage, "replay", None) is None
+    asks = {mode: stage.evaluate == "modes" and mode in recipe.evaluation.modes for mode in ("think", "direct")}
     makers = {
-        "eval.think.": (stage.evaluate == "modes", 'set evaluate = "modes"'),
-        "eval.direct.": (stage.evaluate == "modes", 'set evaluate = "modes"'),
+        "eval.think.": (asks["think"], 'set evaluate = "modes", and name "think" in evaluation.modes'),
+        "eval.direct.": (asks["direct"], 'set evaluate = "modes", and name "direct" in evaluation.modes'),
         "eval.extra.": (
             stage.evaluate == "modes" and stage.eval_data is not None,
             'set evaluate = "modes" and eval_data',

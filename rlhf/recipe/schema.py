@@ -22,7 +22,8 @@ Slot = Literal["vision", "connector", "packer", "decoder"]  # of a bridge, that 
 Implementation = Literal["auto", "vllm", "transformers", "huggingface"]
 
 
-BUILDERS = {"digits": "rlhf.data.digits:build"}  # of rows, by the names a recipe may use
+# of rows, by the names a recipe may use
+BUILDERS = {"digits": "rlhf.data.digits:build", "deciding": "rlhf.data.deciding:build"}
 
 
 def _condition(text: str) -> str:
@@ -65,8 +66,10 @@ class Lora(Table):
 
 class Tokenizer(Table):
     """A byte-level BPE tokenizer trained on the text of the recipe's own data, or that of a published language model
-    (`path`: a folder or hub name), which is taught the marks that it lacks and keeps its chat template."""
+    (`path`: a folder or hub name), which is taught the marks that it lacks and keeps its chat template. `marks`: more
+    of them, such as "<judge>", each of which becomes one token."""
 
+    marks: list[str] = []
     vocab_size: Annotated[int, Field(ge=264)] = 512  # 256 bytes and the marks (rlhf.data.tokenizer)
     path: UserPath | None = None
 
@@ -198,14 +201,19 @@ class Deadlines(Table):
 
 
 class Evaluation(Table):
-    """The held-out questions asked after every stage, in both modes: avg@samples at `temperature`, greedy beside it."""
+    """The held-out questions asked after every stage, in both modes or one: avg@samples at `temperature`, greedy beside
+    it. Accuracy, thinking rate and tokens are also given apart for each value of the column `by`. `answer`, `format`
+    and `soundness` are reward functions."""
 
     data: Name | None = None
     prompts: PositiveInt = 512
     samples: PositiveInt = 4
     temperature: Positive = 1.0
     max_tokens: PositiveInt = 96
+    modes: Annotated[list[Literal["think", "direct"]], Field(min_length=1)] = ["think", "direct"]
+    by: str = "category"
     answer: str = "rewards.answer:boxed"
+    format: str = "rewards.format:think"
     soundness: str | None = None
     bootstrap: PositiveInt = 2000
 
@@ -360,7 +368,7 @@ class Reward(Table):
 
 class StageBase(Table):
     """What every stage has. `start` names the stage whose artifact it continues (default: the latest that made a
-    model, or `[model]`). `evaluate`: the questions of [evaluation] in both modes, a judge's precision and recall on
+    model, or `[model]`). `evaluate`: the questions of [evaluation] in its modes, a judge's precision and recall on
     `eval_data`, only the held-out "loss" on `eval_data` and what greedy decoding would give, a choice by likelihood
     among the candidates of each row of `eval_data` ("rank"), how often a reward model prefers the chosen reply of each
     row of `eval_data` ("pairs"), or nothing. With "modes", `eval_data` adds questions asked directly

@@ -93,12 +93,21 @@ def test_metrics_of_the_summary(finished: tuple[Path, FakeCast]) -> None:
     for name in ("eval.think.accuracy", "eval.direct.think_rate", "eval.think.greedy", "eval.think.pass@2"):
         assert 0.0 <= drilled[name] <= 1.0
     assert drilled["eval.think.accuracy.low"] <= drilled["eval.think.accuracy"] <= drilled["eval.think.accuracy.high"]
-    assert drilled["eval.direct.think_rate"] == 0.0
+    assert drilled["eval.direct.think_rate"] == drilled["eval.direct.think_rate.sum"] == 0.0
+    assert drilled["eval.think.think_rate.sum"] == 1.0
+    assert drilled["eval.think.tokens.sum"] > drilled["eval.direct.tokens.sum"]
     assert drilled["logprob_gap.share_above_1e-4"] == 0.0
     assert 0.9e-6 < drilled["logprob_gap.p999"] < 1.2e-6
     assert drilled["sync_probe.max"] == 1e-6
     assert drilled["rl.clip_fraction"] == pytest.approx(0.1)
     assert {"judge.precision", "judge.recall", "judge.kappa"} <= stages["judge"].keys()
+
+
+def test_one_mode_alone_can_be_asked(tmp_path: Path) -> None:
+    run(recipe("evaluation.modes = ['think']", "evaluation.by = 'kind'"), tmp_path, until="align")
+    metrics = next(stage["metrics"] for stage in summary(tmp_path)["stages"] if stage["name"] == "align")
+    assert metrics["eval.think.think_rate.reasoning"] == 1.0
+    assert not [name for name in metrics if name.startswith("eval.direct.")]
 
 
 def test_judge_and_policy_are_served_together_in_mixed_rl(finished: tuple[Path, FakeCast]) -> None:

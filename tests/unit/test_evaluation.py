@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 
-from rlhf.evaluation import agreement, calibration, fitted
-from rlhf.types import Fit, Rollout, Score
+from rlhf.evaluation import agreement, apart, calibration, fitted
+from rlhf.types import Fit, Prompt, Rollout, Score
 
 YES, NO, UNPARSED = Score("scored", 1.0), Score("scored", 0.0), Score("failed", note="neither yes nor no")
 
@@ -64,3 +65,17 @@ def test_fit_by_hand() -> None:
         "eval.exact": pytest.approx(2 / 3),
         "eval.exact.sum": 0.5,
     }
+
+
+def test_measures_apart_by_hand() -> None:
+    """By any column of the rows; two samples a prompt."""
+    kinds = ("easy", "hard", "easy")
+    prompts = [Prompt(kind, "s", "?", (1,), (), True, {"complexity": kind, "category": "sum"}) for kind in kinds]
+    measures = {"think_rate": np.array([[0, 1], [1, 1], [0, 0]]), "tokens": np.array([[2, 4], [9, 9], [2, 2]])}
+    assert apart(prompts, "complexity", measures) == {
+        "think_rate.easy": 0.25,
+        "tokens.easy": 2.5,
+        "think_rate.hard": 1.0,
+        "tokens.hard": 9.0,
+    }
+    assert apart(prompts, "category", measures)["think_rate.sum"] == 0.5

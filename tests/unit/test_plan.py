@@ -261,6 +261,18 @@ def test_every_shipped_recipe_plans(recipe: Path, monkeypatch: pytest.MonkeyPatc
     assert time.monotonic() - started < 5
 
 
+def test_the_always_thinking_variant_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to the stage that first learns to think it is the same as what it is compared with."""
+    monkeypatch.chdir(ROOT)
+    when = ROOT / "recipes" / "when_to_think_digits.toml"
+    chooses, always = load([when]), load([when, ROOT / "recipes" / "sizes" / "always_think.toml"])
+    assert make_plan(always, LAPTOP).stages
+    differing = [one.name for one, other in zip(chooses.stages, always.stages, strict=True) if one != other]
+    assert differing == ["judge-sft", "rl-when"]
+    assert always.stages[-1].rewards["judgement"].options == {"always": True}
+    assert (always.data, always.model, always.evaluation) == (chooses.data, chooses.model, chooses.evaluation)
+
+
 REFUSALS = {
     "unknown source": ("stages.align.data = {trian = 1}", "data 'trian' is no [data] source.*did you mean 'train'"),
     "unknown start": ("stages.improve.start = 'cott'", "start = 'cott' is no stage; did you mean 'cot'"),
@@ -418,6 +430,10 @@ REFUSALS = {
     "upcycle with lora": ("stages.cot.lora = {rank = 4}", "use one of the two"),
     "unmeasured gate": ("stages.cot.gates = [{metric = 'eval.think.accuracy', min = 0.1}]", 'set evaluate = "modes"'),
     "unknown gate": ("stages.align.gates = [{metric = 'acuracy', min = 0.1}]", "which no stage measures"),
+    "gate on a mode that is not asked": (
+        "evaluation.modes = ['think']\nstages.align.gates = [{metric = 'eval.direct.accuracy', min = 0.1}]",
+        'name "direct" in evaluation.modes',
+    ),
     "other k": ("stages.align.gates = [{metric = 'eval.think.pass@8', min = 0.1}]", "evaluation.samples = 4"),
     "no soundness": ("stages.align.gates = [{metric = 'eval.think.soundness', min = 0.1}]", "names no function"),
     "no rewards": ("stages.improve.rewards.answer.function = 'boxed'", "is not written"),
@@ -429,6 +445,7 @@ REFUSALS = {
         "stages.improve.rewards.answer.function = 'rewards.answr:boxed'",
         "no module 'rewards.answr' here",
     ),
+    "misspelt format": ("evaluation.format = 'rewards.format:thinks_'", "has no 'thinks_'; did you mean 'thinks'"),
     "misspelt soundness": ("evaluation.soundness = 'no/such.py:f'", "evaluation.soundness = .* no such file"),
     "misspelt builder of one's own": ("data.train.builder = 'no_such_module:f'", "no module 'no_such_module' here"),
     "drawn like nothing": ("data.train.like = 'nothing'", "data.train.like = 'nothing': no source of its builder"),
@@ -571,7 +588,7 @@ def test_names_are_found_without_running_what_holds_them(tmp_path: Path, monkeyp
 
 
 def test_gates_on_what_only_the_data_can_name() -> None:
-    for metric in ("eval.think.accuracy.number theory", "eval.direct.pass@4"):
+    for metric in ("eval.think.accuracy.number theory", "eval.direct.think_rate.easy", "eval.direct.pass@4"):
         plan(f"stages.align.gates = [{{metric = '{metric}', min = 0.1}}]")
     plan("stages.judge.gates = [{metric = 'judge.specificity.wrong count', min = 0.1}]")
 

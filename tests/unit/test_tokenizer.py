@@ -95,6 +95,19 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
         build_model(validate(recipe(tmp_path, vocab_size=258), "test"), {}, tmp_path / "model")
 
 
+def test_marks_of_a_recipe_are_tokens(tmp_path: Path) -> None:
+    bridge = {"vision": CLIP, "tiler": SINGLE, "connector": {"type": "mlp", "kind": "linear"}, "decoder": DENSE}
+    table = {
+        "name": "marks",
+        "model": {"bridge": bridge, "tokenizer": {"vocab_size": 300, "marks": ["<judge>", "</judge>"]}},
+        "stages": [{"name": "measured", "kind": "evaluate"}],
+    }
+    build_model(validate(table, "test"), {}, tmp_path)
+    found = AutoTokenizer.from_pretrained(tmp_path)
+    assert [len(found.encode(mark, add_special_tokens=False)) for mark in ("<judge>", "</judge>")] == [1, 1]
+    assert found.decode(found.encode("<judge>a</judge>", add_special_tokens=False)) == "<judge>a</judge>"
+
+
 def test_marks_of_a_packer_are_tokens_of_a_trained_one() -> None:
     marks = list(
         marks_of({"packer": {"type": "segments", "wrap": ["<img>", "</img>"], "between": ",", "row_end": "\n"}})
