@@ -34,6 +34,7 @@ from rlhf.types import Batch, Fit, Group, Probe, ProbeScores, Prompt, Publicatio
 
 T = TypeVar("T")
 
+SCALAR_CHUNK, LIVES = 8, 3  # groups a call of a reward model; how often one may be lost over a call
 REWARD_CHUNK = 64  # items a call: small enough that a hang costs little, large enough to be cheap
 CALLS = 24  # streams a worker answers at once; further ones wait here
 GRACE_SECONDS = 10.0  # for Ray's word that a rank died, after other ranks lost their connection to it
@@ -542,21 +543,28 @@ class ScalarHandle:
         await within(self.deadlines.start, "start", what, self.worker.__ray_ready__.remote())
 
     async def score(self, groups: Sequence[Group]) -> list[list[Score]]:
-        """Raises RuntimeError when it is lost three times over one call."""
-        what = f"reward model {self.name!r} scoring {len(groups)} groups"
-        async with self.turn:
-            for attempt in itertools.count():
-                try:
-                    call = self.worker.score.remote(groups)
-                    scores: list[list[Score]] = await within(self.deadlines.generate, "generate", what, call)
-                    return scores
-                except LOST as error:
-                    if attempt == 2:
-                        raise RuntimeError(
-                            f"reward model {self.name!r} was lost three times over one call, last: {reason(error)}"
-                        ) from error
+        """Raises RuntimeError when it is lost three times over one call of SCALAR_CHUNK groups."""
+        scores = list[list[Score]]()
+        for start in range(0, len(groups), SCALAR_CHUNK):  # the deadline is one call's, whatever waits
+            async with self.turn:
+                scores += await self._some(groups[start : start + SCALAR_CHUNK])
+        return scores
+
+    async def _some(self, groups: Sequence[Group]) -> list[list[Score]]:
+        what, lost = f"reward model {self.name!r} scoring {len(groups)} groups", list[BaseException]()
+        while len(lost) < LIVES:
+            try:
+                if lost:
                     await self._restart()
-        raise AssertionError("unreachable")
+                scores: list[list[Score]] = await within(
+                    self.deadlines.generate, "generate", what, self.worker.score.remote(groups)
+                )
+                return scores
+            except LOST as error:
+                lost.append(error)
+        raise RuntimeError(
+            f"reward model {self.name!r} was lost {LIVES} times over one call, last: {reason(lost[-1])}"
+        ) from lost[-1]
 
     async def _restart(self) -> None:
         self.restarts += 1

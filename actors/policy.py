@@ -313,15 +313,19 @@ def _chunks(
 
 def adapt(model: nn.Module, spec: TrainSpec) -> Any:
     """The model with low-rank adapters on the decoder's layers of `spec.lora`'s names, and nowhere else: an encoder's
-    layers are often called the same. The decoder is the module `language_model`, or all of a model without one. Raises
-    ValueError where no layer has such a name."""
+    layers are often called the same. The decoder is the module `language_model`, or what transformers takes for it.
+    Raises ValueError where no layer has such a name."""
     from peft import LoraConfig, get_peft_model
 
     assert spec.lora is not None
     rank, alpha, targets = spec.lora
-    names = [name for name, _ in model.named_modules()]
-    decoder = next((f"{name}." for name in names if name.rpartition(".")[2] == "language_model"), "")
-    pattern = rf"{re.escape(decoder)}(.*\.)?({'|'.join(map(re.escape, targets))})"
+    modules = dict(model.named_modules())
+    names = list(modules)
+    decoder = next((name for name in names if name.rpartition(".")[2] == "language_model"), None)
+    if decoder is None:
+        inner = model.get_decoder()  # type: ignore[operator]
+        decoder = next(name for name, module in modules.items() if module is inner)
+    pattern = rf"{re.escape(f'{decoder}.' if decoder else '')}(.*\.)?({'|'.join(map(re.escape, targets))})"
     if not any(re.fullmatch(pattern, name) for name in names):
         raise ValueError(f"lora.target_modules = {list(targets)}: no layer of the decoder is called so")
     adapted = get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=pattern))

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from rewards.base import Item
+from rewards.exchange import counted
 from rewards.sandbox import Limits, Outcome, run
 from rlhf.types import Score
 
-BLOCK = re.compile(r"^[ \t]*```(?:python|python3|py)[ \t]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE | re.IGNORECASE)
+PREPARING = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign)
+BLOCK = re.compile(r"^[ \t]*```(python|python3|py)?[ \t]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE | re.IGNORECASE)
 EXCHANGE = Path(__file__).with_name("exchange.py").read_text()
 SHOWN = 200  # characters of a value in a note
 LATE = "there was no time left for it"
@@ -78,21 +80,16 @@ def asserts(
 
     The tests run in a sandbox of their own and ask the program for values (rewards/exchange.py): it cannot claim to
     have passed. all_or_nothing as of `inputs`; the limits are those of all tests together. Raises KeyError when the row
-    has neither column, ValueError for tests that are no Python, SandboxError where there is no sandbox.
+    has neither column, ValueError for tests that are no Python or test nothing, SandboxError where there is no sandbox.
     """
     columns = item.columns
-    tests = [str(test) for test in columns.get("asserts") or [columns["test_code"]]]
-    for test in tests:
-        try:
-            ast.parse(test)
-        except SyntaxError as error:
-            raise ValueError(f"row {item.prompt.key}: the test {_short(test)} is no Python: {error}") from error
+    entry = str(columns.get("entry_point") or "")
+    tests = [_tested(test, entry, item.prompt.key) for test in columns.get("asserts") or [columns["test_code"]]]
     program = program_of(item.completion)
     if not program:
         return Score("scored", 0.0, note="no program")
     limits = Limits(seconds, cpu_seconds, memory_mib)
     one, other = socket.socketpair()
-    entry = str(columns.get("entry_point") or "")
     sides = {one: f"serve({one.fileno()}, {program!r})", other: f"examine({other.fileno()}, {tests!r}, {entry!r})"}
     with ThreadPoolExecutor(2) as threads:
         programs, examiner = threads.map(
@@ -102,9 +99,32 @@ def asserts(
 
 
 def program_of(completion: str) -> str:
-    """The last ```python block of a completion; else what follows its last </think>; else all of it."""
-    blocks = BLOCK.findall(completion)
-    return str(blocks[-1]) if blocks else completion.rpartition("</think>")[2].strip()
+    """Of what follows a completion's last </think>, or of all without one: the last block in ```python, else the last
+    in bare ```, else all."""
+    said = completion.rpartition("</think>")[2]
+    blocks = BLOCK.findall(said)
+    named = [text for language, text in blocks if language] or [text for _, text in blocks]
+    return str(named[-1]) if named else said.strip()
+
+
+def _tested(test: object, entry: str, row: str) -> str:
+    """A test's source. Raises ValueError for one that no program could fail."""
+    if not isinstance(test, str) or not test.strip():
+        raise ValueError(f"row {row}: the test {_short(test)} is empty")
+    try:
+        tree = ast.parse(test)
+    except SyntaxError as error:
+        raise ValueError(f"row {row}: the test {_short(test)} is no Python: {error}") from error
+    if list(counted(tree, entry)) == [""] and all(isinstance(statement, PREPARING) for statement in tree.body):
+        advice = (
+            "name what it checks in `entry_point`" if "check" in _named(tree) else "write asserts, or test_… functions"
+        )
+        raise ValueError(f"row {row}: the test {_short(test)} only defines, and tests nothing; {advice}")
+    return test
+
+
+def _named(tree: ast.Module) -> set[str]:
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
 def _compared(outcome: Outcome, expected: str) -> str:
@@ -124,7 +144,7 @@ def _lines(text: str) -> list[str]:
 
 
 def _verdict(program: Outcome, examiner: Outcome, all_or_nothing: bool) -> Score:
-    lines: list[Any] = [json.loads(line) for line in examiner.output.splitlines()]
+    lines: list[Any] = [json.loads(line) for line in examiner.output.splitlines(keepends=True) if line.endswith("\n")]
     if lines and isinstance(lines[0], dict):
         return Score("scored", 0.0, note=_last(lines[0]["broken"]))
     if not lines:  # the tests had not begun

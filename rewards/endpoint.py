@@ -51,7 +51,9 @@ class Endpoint:
         assert table.endpoint is not None
         self._table, self._grammar, self._pause = table, grammar, pause
         self._address = table.endpoint.rstrip("/") + "/chat/completions"
-        self._key = os.environ.get(table.key_env, "") if table.key_env is not None else ""
+        self._key = os.environ.get(table.key_env, "").strip() if table.key_env is not None else ""
+        if not self._key.isascii() or not self._key.isprintable():
+            raise EndpointError(f"the environment variable {table.key_env} holds no key: a key is one line of ASCII")
         self._left = table.budget
         self._refusal: EndpointError | None = None
         self._client: httpx.AsyncClient | None = None
@@ -117,6 +119,7 @@ class Endpoint:
                     await asyncio.sleep(pause)
 
     def _note(self, reason: str, tries: int) -> str:
+        reason = reason.replace(self._key, "(the key)") if self._key else reason
         return f"{self._table.model} at {self._address}: {reason} (try {tries}, within {self._table.deadline:g} s)"
 
     async def _try(self, body: Mapping[str, Any]) -> Rollout:
@@ -136,7 +139,7 @@ class Endpoint:
         except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise _FailedError(f"no completion but {self._said(answer)!r} ({type(error).__name__})") from error
         if ended != "stop":
-            cut = f"cut off at {body['max_tokens']} tokens" if ended == "length" else f"ended by {ended!r}"
+            cut = f"cut off at {self._table.max_tokens} tokens" if ended == "length" else f"ended by {ended!r}"
             raise _FailedError(f"the judge's reply was {cut}: {text!r:.{SHOWN}}", again=False)
         if not isinstance(text, str):
             raise _FailedError(f"no words but {self._said(answer)!r}", again=False)
@@ -183,6 +186,8 @@ class Endpoint:
         elif table.constrain == "response_format":
             schema = {"name": "verdict", "strict": True, "schema": self._grammar.schema}
             body["response_format"] = {"type": "json_schema", "json_schema": schema}
+        if "max_completion_tokens" in table.extra:  # what some servers take instead, and not beside
+            del body["max_tokens"]
         return body | table.extra
 
 

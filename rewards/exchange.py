@@ -32,7 +32,7 @@ MODULE = "solution"  # by which tests may import the program
 # of a class of the program's that extends one, the value itself
 SCALARS: dict[type, Callable[[Any], Any]] = {int: int.__int__, float: float.__float__, str: str.__str__}
 SEQUENCES: dict[str, Any] = {kind.__name__: kind for kind in (list, tuple, set, frozenset, deque)}
-SHOWN = 150  # characters of a value in a reason
+SHOWN, TOLD = 150, 2000  # characters of a value in a reason; of a reason, or of a test's words
 WRITTEN: dict[str, type] = {kind.__name__: kind for kind in (complex, Decimal, Fraction)}  # as text
 COMPARING = ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__")
 COMBINING = ("__add__", "__sub__", "__mul__", "__truediv__", "__floordiv__", "__mod__", "__pow__", "__matmul__")
@@ -292,21 +292,29 @@ def examine(descriptor: int, tests: list[str], entry: str) -> None:
     def say(what: object) -> None:
         print(json.dumps(what), file=report, flush=True)
 
+    def told(name: str, fault: str) -> None:
+        say([name[:TOLD], fault[:TOLD]])  # as long as they please: what is printed has a limit
+
     end = End(descriptor, open_handed=False)
     word, content = end.heard()
     if word == "raise":
-        say({"broken": str(content[1])})
+        say({"broken": str(content[1])[-TOLD:]})
         return
-    # what tests call by a built-in name is the built-in, whatever the program calls by that name
-    names = {name: one for name, one in end.decoded(content).items() if name not in vars(builtins)}
+    # What tests call by a built-in name is the built-in, whatever the program calls by that name. The message may be
+    # the program's own, too: "__builtins__" would replace them all.
+    names = {
+        name: one
+        for name, one in end.decoded(content).items()
+        if name.isidentifier() and not name.startswith("__") and name not in vars(builtins)
+    }
     module = sys.modules[MODULE] = types.ModuleType(MODULE)
     vars(module).update(names)
     space = vars(types.ModuleType("tests"))
     space.update(names)
     parsed = [ast.parse(source) for source in tests]
-    say(sum(len(list(_counted(tree, entry))) for tree in parsed))
+    say(sum(len(list(counted(tree, entry))) for tree in parsed))
     for tree in parsed:
-        own = list(_counted(tree, entry))
+        own = list(counted(tree, entry))
         setup = ""  # why what comes before the test failed
         for statement in tree.body:
             is_test = isinstance(statement, ast.Assert)
@@ -314,15 +322,15 @@ def examine(descriptor: int, tests: list[str], entry: str) -> None:
                 continue
             fault = setup or _tried(_execute, statement, space)
             if is_test:
-                say([ast.unparse(statement), fault])
+                told(ast.unparse(statement), fault)
             else:
                 setup = fault
         for name in own:
             if name != "assert":
-                say([name or "the test", setup or (_tried(_called, name, space, entry) if name else "")])
+                told(name or "the test", setup or (_tried(_called, name, space, entry) if name else ""))
 
 
-def _counted(tree: ast.Module, entry: str) -> Iterator[str]:
+def counted(tree: ast.Module, entry: str) -> Iterator[str]:
     """The tests of a source: "assert" for each of those, names of functions and of class.method; "" for all of it."""
     found = False
     for node in tree.body:

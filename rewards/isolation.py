@@ -150,9 +150,8 @@ class Isolated:
         if not isinstance(outcome, Score):
             worker.calls += 1
             # such a worker ends itself; what follows would lack the memory that is lost
-            return outcome[
-                : 1 + next((i for i, score in enumerate(outcome) if OUT_OF_MEMORY in score.note), len(outcome))
-            ]
+            last = next((i for i, score in enumerate(outcome) if _spent(score)), len(outcome))
+            return outcome[: last + 1]
         place, printed = self._turn(), self._lose()
         if place == SENT and worker.calls:  # nobody's turn had come: it died of what earlier calls left behind
             return self._some(call, items)
@@ -355,8 +354,13 @@ def _answer(line: Connection, place: mmap.mmap) -> None:
         now(ALL)
         _end_children()
         line.send((scores, error))
-        if any(OUT_OF_MEMORY in score.note for score in scores):
+        if any(map(_spent, scores)):
             os._exit(0)  # what it has kept, the next call would lack
+
+
+def _spent(score: Score) -> bool:
+    """Whether the function ran out of memory on it."""
+    return score.outcome == "failed" and OUT_OF_MEMORY in score.note
 
 
 def _end_children() -> None:

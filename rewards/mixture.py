@@ -6,10 +6,11 @@ import ast
 import math
 from collections.abc import Mapping
 from functools import lru_cache
+from typing import Any
 
 from simpleeval import EvalWithCompoundTypes, InvalidExpression
 
-from rlhf.types import Outcome, Prompt, Score
+from rlhf.types import Outcome, Score
 
 
 def combine(parts: Mapping[str, Score], weights: Mapping[str, float]) -> Score:
@@ -49,16 +50,16 @@ def clipped(score: Score, bounds: tuple[float, float] | None) -> Score:
     return Score(score.outcome, value, score.parts, f"{score.note} (clipped from {score.value:g})".strip())
 
 
-def holds(condition: str, prompt: Prompt) -> bool:
-    """Whether a `when` is true of a prompt: an expression in Python's syntax over the row's columns and, where these
-    have none, `source`, the name of its data in the recipe. Raises ValueError that names the row for one that cannot
-    be evaluated there."""
-    names = {"source": prompt.source, **prompt.columns}
+def holds(condition: str, source: str, columns: Mapping[str, Any], row: str) -> bool:
+    """Whether a `when` is true of a row: an expression in Python's syntax over its columns and, where these have none,
+    `source`, the name of its data in the recipe. Raises ValueError that names the `row` for one that cannot be
+    evaluated there."""
+    names = {"source": source, **columns}
     try:
         return bool(EvalWithCompoundTypes(names=names, functions={}).eval(condition, parsed(condition)))
     except (InvalidExpression, TypeError, ValueError, ArithmeticError, LookupError) as error:
         raise ValueError(
-            f"when = {condition!r} cannot be evaluated for {prompt.key}: {error}; its columns are {', '.join(names)}"
+            f"when = {condition!r} cannot be evaluated for {row}: {error}; its columns are {', '.join(names)}"
         ) from error
 
 

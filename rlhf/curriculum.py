@@ -15,12 +15,14 @@ from its last checkpoint; a synthesize or evaluate stage has none and begins ane
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import dataclasses
 import functools
 import hashlib
 import itertools
 import json
+import re
 import shutil
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Set
@@ -34,6 +36,7 @@ from rewards.base import file_of
 from rewards.cache import Cache
 from rewards.endpoint import Endpoint
 from rewards.judge import Question
+from rewards.mixture import holds
 from rewards.templates import template_of
 from rlhf import evaluation, offline, online, remaking, replay, synthesis
 from rlhf.agreement import make_probes
@@ -209,7 +212,7 @@ class Curriculum:
             metrics = await offline.run(stage, context)
         elif isinstance(stage, Rl):
             judges = {name: self.artifact(name) for name in self.recipe.judge_models(stage)}
-            models = judges if stage.replay is not None else {"policy": context.model, **judges}
+            models = {} if stage.replay is not None else {"policy": context.model, **judges}
             scalars = {name: self.artifact(name) for name in stage.scalars}
             # at once: a process that starts has one core busy, with imports
             async with (
@@ -305,7 +308,8 @@ class Curriculum:
             engine = engines["policy"]
             if stage.evaluate == "judge":
                 assert stage.eval_data is not None
-                return await evaluation.judge_quality(context, engine, stage.eval_data)
+                table = self.recipe.measured(stage)
+                return await evaluation.judge_quality(context, engine, stage.eval_data, table)
             if stage.evaluate == "rank":
                 assert stage.eval_data is not None
                 return evaluation.Report(await evaluation.ranked(context, engine, stage.eval_data))
@@ -419,6 +423,9 @@ class Curriculum:
         for stage in self.recipe.stages:
             if stage.evaluate == "judge" and stage.eval_data in self.sources:
                 evaluation.require_verdicts(self.sources[stage.eval_data], stage.eval_data)
+        for stage in self.recipe.stages:
+            if isinstance(stage, Rl):
+                require_conditions(stage, {name: self.sources[name] for name in stage.data if name in self.sources})
         if bridge:
             model, inputs = self.folder / "model", {"digest": self._model_digest()}
             if not model.exists() or read_json(self.folder / "model.json") != inputs:
@@ -448,7 +455,7 @@ class Curriculum:
         """Everything that determines a stage's artifact, and apart from that, what it is measured with, as digests:
         a change in the former makes the stage run again, in the latter makes it measured again."""
         parent = self.recipe.parent_of(stage)
-        judging = self.recipe.judging.model_dump(mode="json")
+        judging = self.recipe.measured(stage).model_dump(mode="json", exclude={"artifact", "template", "image"})
         judges = {name: self._judge_inputs(name) for name in stage.judges}
         scalars = {name: self.results[name]["artifact"]["digest"] for name in stage.scalars}
         shared = self._shared() | {"precision": self.recipe.resources.precision}
@@ -612,21 +619,51 @@ def remembers(table: JudgeTable) -> bool:
     return table.cache and table.extra.get("temperature", 0) == 0
 
 
+def require_conditions(stage: Rl, sources: Mapping[str, Rows]) -> None:
+    """Raise ValueError that names part and row unless every `when` can be evaluated on all rows of these sources: the
+    first row of a kind may come after hours."""
+    for part, condition in ((name, part.when) for name, part in stage.rewards.items() if part.when is not None):
+        for name, rows in sources.items():
+            for index in range(len(rows)):
+                try:
+                    holds(condition, name, rows.bare(index), f"{rows.origin}, row {index}")
+                except ValueError as error:
+                    raise ValueError(f"stage {stage.name!r}: rewards.{part}: {error}") from error
+
+
 def functions_of(stage: Stage) -> list[str | None]:
-    """The functions that decide what a stage makes."""
+    """The functions that decide what a stage makes, those among the options of others too."""
     if isinstance(stage, Rl):
-        return [part.function for part in stage.rewards.values()]
+        options = [value for part in stage.rewards.values() for value in part.options.values()]
+        named = [value for value in options if isinstance(value, str) and re.fullmatch(r"[\w./-]+:\w+", value)]
+        return [*(part.function for part in stage.rewards.values()), *named]
     return [stage.answer, stage.critic] if isinstance(stage, Synthesize) else []
 
 
 def _code(functions: Iterable[str | None]) -> dict[str, str]:
-    """sha256 of the file each function is written in: a reward that was edited is another reward."""
+    """sha256 of the files each function is written in: a reward that was edited is another reward."""
     files = {name: file_of(name) for name in functions if name is not None}
     return {
-        name: hashlib.sha256(path.read_bytes()).hexdigest()
+        name: hashlib.sha256(b"\0".join(one.read_bytes() for one in sources_of(path))).hexdigest()
         for name, path in files.items()
         if path is not None and path.is_file()
     }
+
+
+def sources_of(path: Path) -> list[Path]:
+    """A file of Python, and those beside it that it imports, and so on."""
+    found, left = list[Path](), [path.resolve()]
+    while left:
+        file = left.pop()
+        if file in found:
+            continue
+        found.append(file)
+        for node in ast.walk(ast.parse(file.read_bytes())):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [one.name for one in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            beside = (file.with_name(f"{name.rpartition('.')[2]}.py") for name in names)
+            left += [one for one in beside if one.is_file()]
+    return sorted(found)
 
 
 def _clear(folder: Path, inputs: Mapping[str, Any]) -> None:

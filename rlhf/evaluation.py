@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 
 from rewards.format import thinks
-from rewards.judge import certainty, verdict
+from rewards.grammar import LEVELS
+from rewards.judge import Question, certainty, verdict
 from rlhf.data.formatting import CHOSEN, REJECTED, as_prompt, reply_ids
 from rlhf.data.rows import DataError, Rows
 from rlhf.preference import sigmoid
-from rlhf.recipe import Evaluation
+from rlhf.recipe import Evaluation, JudgeTable, Judging
 from rlhf.reward_model import Pair
 from rlhf.roles import Engine
 from rlhf.scoring import verified
@@ -178,21 +179,37 @@ def preferred(
     }
 
 
-async def judge_quality(context: Context, engine: Engine, source: str) -> Report:
+async def judge_quality(context: Context, engine: Engine, source: str, table: JudgeTable) -> Report:
     """Precision, recall, κ, the specificity for each kind of corruption and the calibration, on rows with columns
-    `sound` and `corruption`. "Positive" is a verdict of sound."""
+    `sound` and `corruption`. "Positive" is a verdict that the judge's `table` accepts. Where rows have a column `score`
+    and the judge gives one, also judge.score_error, by how many levels it is off on average."""
     prompts = held_out(context, source, len(context.rows(source)), think=False)
-    settings = context.recipe.judging
-    groups = await engine.generate(prompts, Sampling(temperature=0.0, max_tokens=settings.max_tokens))
-    said = [verdict(group.rollouts[0], settings.confidence) for group in groups]
+    grammar = Question.of(table).grammar
+
+    groups = await engine.generate(prompts, Sampling(temperature=0.0, max_tokens=table.max_tokens))
+    given = [verdict(group.rollouts[0], table.confidence, grammar) for group in groups]
+    said = [
+        dataclasses.replace(score, value=float(table.accepts(score.value))) if score.outcome == "scored" else score
+        for score in given
+    ]
     truth = [bool(group.prompt.columns["sound"]) for group in groups]
-    metrics = agreement(said, truth, "judge") | calibration([group.rollouts[0] for group in groups], truth)
+    metrics = agreement(said, truth, "judge")
+    replies = [group.rollouts[0] for group in groups]
+    metrics |= calibration(replies, [verdict(reply, grammar=grammar) for reply in replies], truth, table)
+    levels = [group.prompt.columns.get("score") for group in groups]
+    if table.grammar == "score" and None not in levels:
+        off = [
+            abs(1 + (LEVELS - 1) * one.value - float(level or 0))
+            for one, level in zip(given, levels, strict=True)
+            if one.value is not None
+        ]
+        metrics |= {"judge.score_error": float(np.mean(off))} if off else {}
     by_kind: dict[str, list[Score]] = defaultdict(list)
     for group, score in zip(groups, said, strict=True):
         by_kind[str(group.prompt.columns["corruption"])].append(score)
-    for kind, scores in sorted(by_kind.items()):
+    for kind, found in sorted(by_kind.items()):
         if kind != "none":
-            answered = [score.value for score in scores if score.outcome == "scored"]
+            answered = [score.value for score in found if score.outcome == "scored"]
             metrics[f"judge.specificity.{kind}"] = sum(value == 0.0 for value in answered) / max(len(answered), 1)
     examples = [
         record(group, 0, {"judge": score}, 0, "judge")
@@ -232,16 +249,17 @@ def agreement(said: Sequence[Score], truth: Sequence[bool], prefix: str) -> dict
     }
 
 
-def calibration(replies: Sequence[Rollout], truth: Sequence[bool]) -> dict[str, float]:
+def calibration(
+    replies: Sequence[Rollout], said: Sequence[Score], truth: Sequence[bool], judging: Judging
+) -> dict[str, float]:
     """How often a judge's words are right, by how sure it was of them (the probability of its least likely token), in
     ten bins of equal width: judge.calibration.0.9.accuracy and .share of the replies, of 0.9 to 1, say; and
     judge.calibration.error, by which the two differ on average. Of replies that parse, before any `confidence`."""
     bins: dict[int, list[tuple[float, bool]]] = defaultdict(list)
-    for reply, true in zip(replies, truth, strict=True):
-        said = verdict(reply)
-        if said.outcome == "scored":
+    for reply, score, true in zip(replies, said, truth, strict=True):
+        if score.outcome == "scored":
             sure = certainty(reply)
-            bins[min(int(sure * 10), 9)].append((sure, (said.value == 1.0) == true))
+            bins[min(int(sure * 10), 9)].append((sure, judging.accepts(score.value) == true))
     total, found, error = sum(map(len, bins.values())), dict[str, float](), 0.0
     for place, pairs in sorted(bins.items()):
         right, sure = (sum(values) / len(pairs) for values in zip(*((r, s) for s, r in pairs), strict=True))
@@ -344,7 +362,13 @@ async def _mode(
         "tokens": float(lengths.mean()),
         "truncated": float(np.mean([r.finish == "length" for group in sampled for r in group.rollouts])),
     }
-    metrics |= apart(prompts, settings.by, {"accuracy": right, "think_rate": thinking, "tokens": lengths})
+    by_value = apart(prompts, settings.by, {"accuracy": right, "think_rate": thinking, "tokens": lengths})
+    if taken := sorted(by_value.keys() & metrics.keys()):
+        raise DataError(
+            f"evaluation.by = {settings.by!r}: the column's value {taken[0].partition('.')[2]!r} would be the name of "
+            f"another metric, {taken[0]}; name it otherwise in the rows"
+        )
+    metrics |= by_value
     parts = {"answer": greedy_answers, "format": await verified(settings.format, greedy, rewards)}
     if settings.soundness is not None and prompts and prompts[0].think:
         sound = await verified(settings.soundness, sampled, rewards)

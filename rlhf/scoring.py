@@ -132,8 +132,9 @@ async def score(groups: Sequence[Group], stage: Rl, rewards: Rewards, judges: Ma
 
 
 def _applies(name: str, part: Reward, group: Group) -> bool:
+    prompt = group.prompt
     try:
-        return part.when is None or holds(part.when, group.prompt)
+        return part.when is None or holds(part.when, prompt.source, prompt.columns, prompt.key)
     except ValueError as error:
         raise ValueError(f"rewards.{name}: {error}") from error
 

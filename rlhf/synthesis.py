@@ -45,12 +45,13 @@ async def run(
         async for step, chunk, sampled in parts:
             scored = await verified(stage.answer, sampled, rewards)
             judged = await judge.score(sampled, scored) if judge is not None else []  # only right answers can be kept
+            sound = [[judge is not None and judge.settings.accepts(said.value) for said in row] for row in judged]
             said = await verified(stage.critic, sampled, rewards) if stage.critic is not None else []
             for g, (row, _) in enumerate(chunk):
                 if stage.method == "difficulty":
                     kept += _by_difficulty(stage, row, scored[g])
                 elif stage.method == "rejection":
-                    kept += _accepted(stage, row, sampled[g], scored[g], judged[g] if judged else None)
+                    kept += _accepted(stage, row, sampled[g], scored[g], sound[g] if judged else None)
                 elif stage.method == "pairs":
                     kept += _paired(stage, row, sampled[g], scored[g])
                 else:
@@ -110,12 +111,12 @@ def _by_difficulty(stage: Synthesize, row: dict[str, Any], scores: list[Score]) 
 
 
 def _accepted(
-    stage: Synthesize, row: dict[str, Any], group: Group, answers: list[Score], verdicts: list[Score] | None
+    stage: Synthesize, row: dict[str, Any], group: Group, answers: list[Score], sound: list[bool] | None
 ) -> list[dict[str, Any]]:
     good = [
         rollout
         for i, rollout in enumerate(group.rollouts)
-        if answers[i].value == 1.0 and rollout.finish == "stop" and (verdicts is None or verdicts[i].value == 1.0)
+        if answers[i].value == 1.0 and rollout.finish == "stop" and (sound is None or sound[i])
     ]
     unique = list({rollout.text: rollout for rollout in good}.values())[: stage.per_prompt]
     return [_answered(row, rollout.text) for rollout in unique]

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from rewards.base import file_of
-from rewards.templates import TemplateError, template_of
+from rewards.templates import BUILT_IN, TemplateError, template_of
 from rlhf.algorithms.table import estimator_of, method_of
 from rlhf.bridge.decoders import own
 from rlhf.recipe import (
@@ -46,6 +46,8 @@ def problems(recipe: Recipe) -> Iterator[str]:
     yield from _evaluation(recipe)
     yield from _judges(recipe)
     for stage in recipe.stages:
+        if stage.name == "policy":
+            yield "stage 'policy': the engine of a stage's own model is called so; rename the stage"
         for problem in _stage(recipe, stage):
             yield f"stage {stage.name!r}: {problem}"
     yield from _budget(recipe)
@@ -193,13 +195,19 @@ def _judges(recipe: Recipe) -> Iterator[str]:
         if name in used and table.key_env is not None and not os.environ.get(table.key_env):
             yield (
                 f"{where}.key_env = {table.key_env!r}: the environment has no such variable; set it to the key of "
-                f"{table.endpoint}"
+                f"{table.endpoint}, for a submitted job where its Ray head starts"
             )
         try:
             template = template_of(table.template)
         except TemplateError as error:
             yield f"{where}.template: {error}"
             continue
+        if table.endpoint is not None and not template.fenced:
+            asks = ", ".join(name for name, one in BUILT_IN.items() if one.fenced)
+            yield (
+                f"{where}.template = {table.template!r} is what a judge of this system's was trained on, and tells no "
+                f"other how to answer; take one of {asks}, or a text file"
+            )
         known = ", ".join(f'"{field}"' for field in template.fields)
         if template.grammar not in (None, table.grammar):
             fields = f" and fields = [{known}], or some of them" if known else ""
@@ -410,6 +418,8 @@ def _rl(recipe: Recipe, stage: Rl) -> Iterator[str]:
             free = [other for other, reward in stage.rewards.items() if not (reward.only_if or reward.product)]
             advice = nearest(part.only_if, free)
             yield f"rewards.{name}.only_if = {part.only_if!r} is no part that is asked first; {advice}"
+        if first is not None and (first.scalar or first.clip):
+            yield f"rewards.{name}.only_if = {part.only_if!r} asks whether it gave 1, as no scalar and no clip does"
         for factor in part.product or ():
             if factor not in stage.rewards or stage.rewards[factor].product is not None:
                 free = [other for other, reward in stage.rewards.items() if reward.product is None]
@@ -481,7 +491,7 @@ METRICS = {
         *("accuracy", "accuracy.low", "accuracy.high", "margin", "loss", "confidence", "calibration"),
         *("chosen", "rejected", "rows"),
     ),
-    "judge.": ("precision", "recall", "kappa", "accuracy", "failed", "rows"),
+    "judge.": ("precision", "recall", "kappa", "accuracy", "failed", "rows", "score_error"),
     "synthesis.": ("prompts", "accuracy", "none_right", "all_right", "kept", "unjudged"),
     "model.": ("parameters", "trainable"),
     "eval.loss": ("",),

@@ -225,6 +225,10 @@ class Judging(Table):
     max_tokens: PositiveInt = 80
     confidence: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
 
+    def accepts(self, value: float | None) -> bool:
+        """Whether a verdict of this value is a yes."""
+        return value == 1.0
+
 
 # what does nothing without an `endpoint`
 OF_ENDPOINTS = ("model", "key_env", "extra", "concurrency", "retries", "deadline", "budget")
@@ -238,6 +242,8 @@ class JudgeTable(Judging):
     image        whether it sees the pictures; unless given as a built-in template says, and yes for a file
     grammar      how it answers: "yes_no"; "score", 1 to 5, of value (s − 1) / 4; "booleans", a JSON object of `fields`,
                  of which the value is the mean, and each a part of the score
+    accept       the least value that is a yes where one is wanted: in rejection sampling, and measured as precision and
+                 recall; 1 unless given, and a half, three of five, with "score" (SAIL-Caption2)
     missing      the value of a reply that lacks what the template shows of it, a chain, say: nobody is asked about it
     constrain    "structured_outputs": vLLM, ours or the endpoint's, lets it say nothing else than the grammar, so that
                  it cannot think first; "response_format": the endpoint is asked for JSON
@@ -254,6 +260,7 @@ class JudgeTable(Judging):
     image: bool | None = None
     grammar: Literal["yes_no", "score", "booleans"] = "yes_no"
     fields: list[Name] = []
+    accept: Fraction | None = None
     missing: Fraction = 0.0
     constrain: Literal["structured_outputs", "response_format"] | None = None
     cache: bool = True
@@ -277,6 +284,11 @@ class JudgeTable(Judging):
         if self.artifact is not None and (idle := [key for key in OF_ENDPOINTS if key in self.model_fields_set]):
             raise ValueError(f"{', '.join(map(repr, idle))} are of an `endpoint`, and `artifact` is given: remove them")
         return self
+
+    def accepts(self, value: float | None) -> bool:
+        """Whether a verdict of this value is a yes."""
+        least = self.accept if self.accept is not None else 0.5 if self.grammar == "score" else 1.0
+        return value is not None and value >= least
 
     @model_validator(mode="after")
     def _fits_its_grammar(self) -> JudgeTable:
@@ -889,6 +901,12 @@ class Recipe(Table):
         if name in self.judges:
             return self.judges[name]
         return JudgeTable(artifact=name, cache=False, **self.judging.model_dump())
+
+    def measured(self, stage: Stage) -> JudgeTable:
+        """How the judge that `stage` makes or measures is asked: the first of [judges] with its model, or [judging]."""
+        model = stage.name if makes_model(stage) else self.parent_of(stage)
+        found = next((table for table in self.judges.values() if table.artifact == model), None)
+        return found or JudgeTable(artifact=stage.name, cache=False, **self.judging.model_dump())
 
     def judge_models(self, stage: Stage) -> tuple[str, ...]:
         """The stages whose models judge the rollouts of `stage`, in order, each once: judges may share one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 
@@ -25,6 +26,8 @@ def item(program: str, **columns: object) -> Item:
     [
         ("```python\na = 1\n```\nor\n```python\nb = 2\n```", "b = 2\n"),
         ("<think>```python\na\n```</think>\n```py\nb\n```", "b\n"),
+        ("<think>\n```python\ndraft\n```\n</think>\n```\nb\n```", "b\n"),
+        ("<think>\n```python\ndraft\n```\n</think>b = 1", "b = 1"),
         ("```python\na\n```\nwhich prints\n```\n3\n```", "a\n"),
         ("1. So:\n   ```Python\n   a\n   ```", "   a\n"),
         ("```python\na = '```'\n```", "a = '```'\n"),
@@ -303,6 +306,42 @@ def test_tests_that_are_no_python() -> None:
         asserts(item("def f(x): pass", asserts=["assert f("]))
     with pytest.raises(KeyError, match="test_code"):
         asserts(item("def f(x): pass"))
+
+
+@pytest.mark.parametrize(
+    ("columns", "reason"),
+    [
+        ({"test_code": "def check(f):\n    assert f() == 1"}, "tests nothing; name what it checks in `entry_point`"),
+        ({"test_code": "import math\ndef helper(): pass"}, "tests nothing; write asserts"),
+        ({"test_code": "async def test_f():\n    assert 0"}, "tests nothing"),
+        ({"test_code": ""}, "is empty"),
+        ({"test_code": None, "asserts": None}, "is empty"),
+    ],
+)
+def test_tests_that_nothing_could_fail_are_no_tests(columns: dict[str, object], reason: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        asserts(item("def f(): return 2", **columns))
+
+
+def test_a_message_of_the_programs_own_replaces_nothing() -> None:
+    """It finds the socket and speaks before what it runs in does: all is to be bool, which is true of [False]."""
+    forged = '["value", ["dict", ["__builtins__", ["dict", ["all", ["builtin", "bool"]]]]]]'
+    program = f"""import os
+for descriptor in range(3, 64):
+    try:
+        os.write(descriptor, {forged!r}.encode() + bytes([10]))
+    except OSError:
+        pass
+"""
+    score = asserts(item(program, asserts=["assert all([False])"]))
+    assert (score.outcome, score.value) == ("scored", 0.0), score
+
+
+def test_long_words_cost_no_verdict() -> None:
+    score = asserts(item("def f(): raise ValueError('x' * 3_000_000)", asserts=["assert f() == 1", "assert f() == 2"]))
+    assert (score.outcome, score.value) == ("scored", 0.0)
+    score = asserts(item("raise ValueError('x' * 3_000_000)", asserts=["assert f() == 1"]))
+    assert (score.outcome, score.value) == ("scored", 0.0)
 
 
 def test_no_program() -> None:

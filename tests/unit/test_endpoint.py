@@ -192,3 +192,21 @@ def test_a_picture_that_is_none_is_not_sent() -> None:
         (found,) = ask(server.address, media=(Media(b"nothing", (1, 1)),))
     assert "picture that cannot be read" in texts([found])[0]
     assert not server.bodies
+
+
+def test_the_key_is_told_to_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("A_KEY", "sk-secret\n")  # as an editor leaves it
+    with Server(lambda number, body: Answer(500, b"you sent sk-secret")) as server:
+        (reply,) = ask(server.address, key_env="A_KEY", retries=0)
+    assert isinstance(reply, Score)
+    assert "sk-secret" not in reply.note
+    monkeypatch.setenv("A_KEY", "sk\nsecret")
+    with pytest.raises(EndpointError, match="A_KEY holds no key"):
+        ask(server.address, key_env="A_KEY")
+
+
+def test_servers_that_count_completion_tokens() -> None:
+    with Server(lambda number, body: said("yes")) as server:
+        ask(server.address, extra={"max_completion_tokens": 50})
+    assert server.bodies[0]["max_completion_tokens"] == 50
+    assert "max_tokens" not in server.bodies[0]

@@ -7,7 +7,9 @@ import math
 import numpy as np
 import pytest
 
+from rewards.judge import verdict
 from rlhf.evaluation import agreement, apart, calibration, fitted
+from rlhf.recipe import Judging
 from rlhf.types import Fit, Prompt, Rollout, Score
 
 YES, NO, UNPARSED = Score("scored", 1.0), Score("scored", 0.0), Score("failed", note="neither yes nor no")
@@ -44,7 +46,11 @@ def test_calibration_by_hand() -> None:
         return Rollout((1, 2), (0.0, math.log(probability)), (0, 0), text, "stop")
 
     replies = [reply("yes", 0.95), reply("no", 0.95), reply("yes", 0.95), reply("no", 0.65), reply("3 5", 0.1)]
-    found = calibration(replies, [True, False, False, False, True])
+
+    def found_in(replies: list[Rollout], truth: list[bool]) -> dict[str, float]:
+        return calibration(replies, [verdict(one) for one in replies], truth, Judging())
+
+    found = found_in(replies, [True, False, False, False, True])
     assert found == {
         "judge.calibration.0.6.accuracy": 1.0,
         "judge.calibration.0.6.share": 0.25,
@@ -52,8 +58,8 @@ def test_calibration_by_hand() -> None:
         "judge.calibration.0.9.share": 0.75,
         "judge.calibration.error": pytest.approx(0.75 * (0.95 - 2 / 3) + 0.25 * 0.35),
     }
-    assert calibration([reply("yes", 1.0)], [True])["judge.calibration.0.9.share"] == 1.0
-    assert calibration([reply("3 5", 1.0)], [True]) == {}
+    assert found_in([reply("yes", 1.0)], [True])["judge.calibration.0.9.share"] == 1.0
+    assert found_in([reply("3 5", 1.0)], [True]) == {}
 
 
 def test_fit_by_hand() -> None:

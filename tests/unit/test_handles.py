@@ -576,7 +576,7 @@ def test_a_reward_model_that_is_lost_is_started_again_and_asked_again(workers: l
 
 
 def test_a_reward_model_that_is_always_lost_ends_the_run() -> None:
-    with pytest.raises(RuntimeError, match="reward model 'ranked' was lost three times over one call"):
+    with pytest.raises(RuntimeError, match="reward model 'ranked' was lost 3 times over one call"):
         scored_by("die", "hang", "die", "good", calls=1)
 
 

@@ -33,6 +33,11 @@ def item(completion: str, **columns: object) -> Item:
 HOARD: list[bytearray] = []
 
 
+def quotes(item: Item) -> Score:
+    HOARD.append(bytearray())
+    return Score("scored", float(len(HOARD)), note=f"it said {item.completion}: MemoryError")
+
+
 def keep(item: Item) -> float:
     HOARD.append(bytearray(40 << 20))
     return 1.0
@@ -220,6 +225,14 @@ def test_memory_that_one_keeps_is_not_missed_by_the_next() -> None:
         scores = process.score(f"{HERE}keep", [item("x")] * 4)
         # two fit; the third costs itself, and the fourth has a process that is not full
         assert [score.outcome for score in scores] == ["scored", "scored", "failed", "scored"]
+
+
+def test_a_note_about_memory_ends_no_process() -> None:
+    with Isolated(Limits(20.0, 0.1)) as process:
+        for first in (1.0, 4.0):
+            found = process.score(f"{HERE}quotes", [item("x")] * 3)
+            assert [score.value for score in found] == [first, first + 1, first + 2]
+        assert process.restarts == 0
 
 
 def test_an_item_too_large_for_its_worker_is_its_own_failure() -> None:

@@ -302,7 +302,7 @@ REFUSALS = {
         "judge = 'outsid' is no stage and no .judges. table; did you mean 'outside'",
     ),
     "a judge without its key": (
-        "judges.j = {endpoint = 'https://x/v1', model = 'm', key_env = 'NO_SUCH_KEY'}\n"
+        "judges.j = {endpoint = 'https://x/v1', model = 'm', template = 'logic', key_env = 'NO_SUCH_KEY'}\n"
         "stages.improve.rewards.think.judge = 'j'",
         "judges.j.key_env = 'NO_SUCH_KEY': the environment has no such variable; set it to the key of https://x/v1",
     ),
@@ -348,6 +348,14 @@ REFUSALS = {
     "judging after a part that is none": (
         "stages.improve.rewards.think.only_if = 'anser'",
         "only_if = 'anser' is no part that is asked first; did you mean 'answer'",
+    ),
+    "judging after a part that is never 1": (
+        "stages.improve.rewards.think.only_if = 'answer'\nstages.improve.rewards.answer.clip = [0.0, 0.9]",
+        "only_if = 'answer' asks whether it gave 1, as no scalar and no clip does",
+    ),
+    "an endpoint asked what only our judges know": (
+        "judges.far = {endpoint = 'http://127.0.0.1:9/v1', model = 'm'}",
+        "judges.far.template = 'sound' is what a judge of this system's was trained on",
     ),
     "a product of a part that is none": (
         "stages.improve.rewards.both = {product = ['answer', 'thnik']}",
@@ -496,7 +504,7 @@ def test_judges_that_share_a_model_share_an_engine_and_endpoints_need_none() -> 
     tables = [
         "judges.logic = {artifact = 'judge', template = 'logic'}",
         "judges.facts = {artifact = 'judge', template = 'grounding'}",
-        "judges.outside = {endpoint = 'https://x/v1', model = 'm', max_tokens = 3000}",
+        "judges.outside = {endpoint = 'https://x/v1', model = 'm', template = 'logic', max_tokens = 3000}",
     ]
     parts = ", ".join(f"{name} = {{judge = '{name}'}}" for name in ("logic", "facts", "outside"))
     made = plan(*tables, f"stages.improve.rewards = {{{parts}}}", "stages.improve.rewards.think = {remove = true}")
@@ -511,7 +519,7 @@ def test_judges_that_share_a_model_share_an_engine_and_endpoints_need_none() -> 
 
 def test_a_judge_with_its_key_plans(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("A_KEY", "secret")
-    asked = "judges.j = {endpoint = 'https://x/v1', model = 'm', key_env = 'A_KEY'}"
+    asked = "judges.j = {endpoint = 'https://x/v1', model = 'm', template = 'logic', key_env = 'A_KEY'}"
     assert plan(asked, "stages.improve.rewards.think.judge = 'j'").stages
     monkeypatch.delenv("A_KEY")
     assert plan(asked).stages  # nobody asks it

@@ -6,10 +6,13 @@ import asyncio
 import dataclasses
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from rlhf.curriculum import functions_of, require_conditions, sources_of
+from rlhf.data.rows import read
 from rlhf.data.tokenizer import train_tokenizer
 from rlhf.recipe import Chat, Judging, Rl
 from rlhf.scoring import Judge, part_means, score
@@ -182,3 +185,26 @@ def test_a_prompt_that_no_part_is_for_fails_and_a_wrong_when_names_part_and_row(
     for wrong in ({"product": ["a"]}, {"product": ["a", "b"], "function": "f"}, {"function": "f", "clip": [1, 0]}):
         with pytest.raises(ValueError, match=r"product|clip"):
             rewarded(a={"function": "f"}, b={"function": "f"}, c=wrong)
+
+
+def test_a_condition_is_tried_on_all_rows_before_anything_is_learned(tmp_path: Path) -> None:
+    stage = rewarded(number={"function": "n", "when": "level > 1"})
+    path = tmp_path / "rows.jsonl"
+    lines = [{"messages": [{"role": "user", "content": "?"}], "level": level} for level in (2, 1, None)]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    rows = read(path)
+    with pytest.raises(ValueError, match=r"stage 's': rewards\.number: when = 'level > 1' .*rows\.jsonl, row 2"):
+        require_conditions(stage, {"d": rows})
+    require_conditions(rewarded(number={"function": "n", "when": "level is None or level > 1"}), {"d": rows})
+
+
+def test_code_that_decides_a_score_is_what_its_file_imports_too(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("import json\nfrom helper import f\n")
+    (tmp_path / "helper.py").write_text("import deeper\n")
+    (tmp_path / "deeper.py").write_text("import mine\n")
+    (tmp_path / "other.py").write_text("")
+    assert [path.name for path in sources_of(tmp_path / "mine.py")] == ["deeper.py", "helper.py", "mine.py"]
+    stage = rewarded(
+        thought={"function": "rewards.deciding:thought", "options": {"soundness": "mine.py:f", "words": "a: b"}}
+    )
+    assert functions_of(stage) == ["rewards.deciding:thought", "mine.py:f"]
