@@ -19,6 +19,7 @@ from rewards.mixture import clipped, combine, holds, product
 from rlhf.preference import sigmoid
 from rlhf.recipe import Judging, Reward, Rl
 from rlhf.roles import Engine, Rewards
+from rlhf.tasks import ended
 from rlhf.types import Group, Prompt, Rollout, Sampling, Score
 
 RIGHT = Score("scored", 1.0)
@@ -49,9 +50,20 @@ class Judge:
         known = self.cache.get(keys.values()) if self.cache is not None else {}
         said = {place: known[key] for place, key in keys.items() if key in known}
         left = {place: prompt for place, prompt in distinct.items() if place not in said}
-        said |= dict(zip(left, await self._said(list(left.values())), strict=True))
-        if self.cache is not None:
-            self.cache.put({keys[place]: said[place] for place in left})
+        # a call that somebody is paid for is kept as it comes, whatever becomes of the others
+        parts = [[place] for place in left] if isinstance(self.engine, Endpoint) else [list(left)]
+
+        async def ask(part: list[tuple[int, str]]) -> None:
+            found = dict(zip(part, await self._said([left[place] for place in part]), strict=True))
+            said.update(found)
+            if self.cache is not None:
+                self.cache.put({keys[place]: score for place, score in found.items()})
+
+        tasks = [asyncio.create_task(ask(part)) for part in parts if part]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            await ended(tasks)
         return [
             [
                 said[g, prompt.question] if prompt is not None else self._unasked(None if row is None else row[r])

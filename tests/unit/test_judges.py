@@ -19,6 +19,7 @@ import pytest
 
 from rewards.base import Item, items_of
 from rewards.cache import Cache, key_of
+from rewards.endpoint import Endpoint, EndpointError
 from rewards.grammar import Grammar
 from rewards.judge import FOREIGN, SOUND, Question, ask, texts
 from rewards.mixture import combine
@@ -28,6 +29,7 @@ from rlhf.data.tokenizer import train_tokenizer
 from rlhf.recipe import Chat, JudgeTable, Reward, Rl
 from rlhf.scoring import Judge, part_means, score
 from rlhf.types import Group, Media, Prompt, Rollout, Sampling, Score
+from tests.unit.judge_server import Answer, Server, said
 
 REPLY = "<judge>needs counting</judge><think>i see 3.\nso 3.</think>\\boxed{3}"
 TOKENIZER = train_tokenizer([REPLY, "question: read the digits. reply: sound?"] * 5, 300, Chat())
@@ -373,6 +375,31 @@ def test_a_cache_of_other_scores(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("not a database at all, but long enough to be read as one " * 20)
     with pytest.raises(ValueError, match=r"text: no cache of scores .*; delete it"):
         Cache(tmp_path / "text")
+
+
+def test_what_came_before_a_refusal_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls behind an address cost money."""
+    monkeypatch.setenv("NO_PROXY", "*")
+
+    def first_only(number: int, body: dict[str, Any]) -> Answer:
+        return said("yes") if number == 0 else Answer(401, b"no more")
+
+    async def asks(address: str, digits: Sequence[int]) -> list[list[Score]]:
+        table = JudgeTable(endpoint=address, model="m", template="logic", image=False, concurrency=1)
+        question, cache = Question.of(table), Cache(tmp_path / "kept.sqlite")
+        try:
+            async with Endpoint(table, question.grammar) as endpoint:
+                judge = Judge(endpoint, TOKENIZER, table, question, cache, ("k",))
+                return await asyncio.wait_for(judge.score([group(*map(chain, digits))]), timeout=30)
+        finally:
+            cache.close()
+
+    with Server(first_only) as server:
+        with pytest.raises(EndpointError, match="refuses the key"):
+            asyncio.run(asks(server.address, [3, 8]))
+        asked = len(server.bodies)
+        assert asyncio.run(asks(server.address, [3]))[0][0].value == 1.0
+        assert len(server.bodies) == asked
 
 
 def test_a_kill_in_the_middle_of_keeping_leaves_the_cache_whole(tmp_path: Path) -> None:
