@@ -658,6 +658,8 @@ def sources_of(path: Path) -> list[Path]:
         if file in found:
             continue
         found.append(file)
+        if file.suffix != ".py":  # compiled
+            continue
         for node in ast.walk(ast.parse(file.read_bytes())):
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             names += [one.name for one in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []

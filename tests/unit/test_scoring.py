@@ -203,6 +203,8 @@ def test_code_that_decides_a_score_is_what_its_file_imports_too(tmp_path: Path) 
     (tmp_path / "helper.py").write_text("import deeper\n")
     (tmp_path / "deeper.py").write_text("import mine\n")
     (tmp_path / "other.py").write_text("")
+    (tmp_path / "built.so").write_bytes(b"\0")
+    assert sources_of(tmp_path / "built.so") == [tmp_path / "built.so"]
     assert [path.name for path in sources_of(tmp_path / "mine.py")] == ["deeper.py", "helper.py", "mine.py"]
     stage = rewarded(
         thought={"function": "rewards.deciding:thought", "options": {"soundness": "mine.py:f", "words": "a: b"}}
