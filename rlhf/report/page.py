@@ -22,6 +22,7 @@ _STATES = {
 }
 _PHASES = ("data", "rollout", "reward", "train", "sync", "proof", "checkpoint")
 _REST = "exams, sampling and set-up"
+CHOOSES = 0.2  # by how much thinking rates of kinds of questions differ where a model chooses when to think
 _MODES = (("think", "thinking first"), ("direct", "answering at once"))
 _THEME_SCRIPT = (
     "document.getElementById('theme').onclick=function(){var r=document.documentElement,"
@@ -228,13 +229,13 @@ def _accuracy(run: RunView) -> str:
     )
     axis = Axis("answers that are right", percent, 0.0, 1.0)
     names = [stage.name for stage in examined]
+    both = len({line.tone for line in series}) > 1
+    ways = " in two ways: with a request to think first, and without" if both else ""
     wide = line_chart(series, axis, summary=summary, x_names=names, size=(900, 340))
     narrow = line_chart(series, axis, summary=summary, x_names=names, size=(380, 340))
     return (
-        "<p>The same held-out questions are asked after a stage in two ways: with a request to think first, "
-        "and without. "
-        "Each question is asked several times; the shaded interval is the 95 % confidence, hollow circles "
-        "are the single most "
+        f"<p>The same held-out questions are asked after a stage{ways}. Each question is asked several times; the "
+        "shaded interval is the 95 % confidence, hollow circles are the single most "
         f"likely (greedy) answer.</p>{legend(series)}"
         f'<div class="wide">{wide}</div><div class="narrow">{narrow}</div>{_quality(examined)}'
     )
@@ -248,11 +249,12 @@ def _quality(examined: Sequence[StageView]) -> str:
         "eval.think.gain": "change to the stage before",
         "eval.think.greedy": "greedy",
         **{name: f"one of {name.rpartition('@')[2]} right" for name in best},
-        "eval.think.format_rate": "thinks when asked",
+        "eval.think.format_rate": "in the form asked for",
         "eval.think.soundness": "whole chain sound",
         "eval.think.right_but_unsound": "right, but chain unsound",
         "eval.direct.accuracy": "right, at once",
         "eval.direct.think_rate": "thinks unasked",
+        **_apart(examined),
     }
     shown = {name: label for name, label in columns.items() if any(s.metric(name) is not None for s in examined)}
     heads = "".join(f'<th scope="col">{label}</th>' for label in shown.values())
@@ -272,6 +274,17 @@ def _quality(examined: Sequence[StageView]) -> str:
         f'<div class="scroll numbers"><table><thead><tr><th>after</th>{heads}</tr></thead><tbody>{rows}</tbody></table>'
         f"</div><p>Shares of the held-out answers; small print: 95 % intervals.{sound}</p>"
     )
+
+
+def _apart(examined: Sequence[StageView]) -> dict[str, str]:
+    """Columns of how often a model thinks, and is right, by kind of question, where it chooses when to think."""
+    rate = "eval.think.think_rate."
+    kinds = sorted({name.removeprefix(rate) for stage in examined for name in stage.metrics if name.startswith(rate)})
+    rates = [[stage.metrics[rate + kind] for kind in kinds if rate + kind in stage.metrics] for stage in examined]
+    if not any(max(row) - min(row) > CHOOSES for row in rates if row):
+        return {}
+    looks = {rate: "thinks", "eval.think.accuracy.": "right"}
+    return {name + kind: f"{label}: {escape(kind)}" for name, label in looks.items() for kind in kinds}
 
 
 def _share(stage: StageView, name: str) -> str:

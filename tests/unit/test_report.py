@@ -11,7 +11,8 @@ import pytest
 
 from rlhf.report import ReportError, write
 from rlhf.report.charts import Axis, Series, _ticks, lanes, line_chart, number, percent, smooth
-from rlhf.report.run import read
+from rlhf.report.page import _quality
+from rlhf.report.run import StageView, read
 from rlhf.report.samples import card, followed, is_right, split
 from tests.unit.synthetic_run import STAGES, rollout, write_lines, write_run
 
@@ -338,3 +339,14 @@ def test_numbers_as_people_read_them():
     assert number(0.0) == "0"
     assert number(0.12345) == "0.123"
     assert number(-2e-5) == "-2×10⁻⁵"
+
+
+def test_when_a_model_thinks_is_shown_where_it_chooses() -> None:
+    def shown(easy: float) -> str:
+        rates = {f"eval.think.think_rate.{kind}": rate for kind, rate in (("easy", easy), ("<hard>", 0.99))}
+        return _quality([StageView(1, "rl", "rl", "done", "done", metrics={"eval.think.accuracy": 0.9, **rates})])
+
+    assert "thinks: easy" in shown(0.007)
+    assert "<td>0.7\N{NO-BREAK SPACE}%</td>" in shown(0.007)
+    assert "thinks: &lt;hard&gt;" in shown(0.007)
+    assert "thinks: easy" not in shown(1.0)
