@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from rewards.bias import kappa
 from rewards.format import thinks
 from rewards.grammar import LEVELS
 from rewards.judge import Question, certainty, verdict
@@ -234,15 +235,13 @@ def agreement(said: Sequence[Score], truth: Sequence[bool], prefix: str) -> dict
     pairs = [(score.value == 1.0, true) for score, true in zip(said, truth, strict=True) if score.outcome == "scored"]
     count = max(len(pairs), 1)
     both = sum(verdict_ and true for verdict_, true in pairs)
-    positive, sound = sum(verdict_ for verdict_, _ in pairs), sum(true for _, true in pairs)
+    positive = sum(verdict_ for verdict_, _ in pairs)
     existing = sum(truth[: len(said)])
     agreed = sum(verdict_ == true for verdict_, true in pairs) / count
-    chance = (positive * sound + (count - positive) * (count - sound)) / count**2
     return {
         f"{prefix}.precision": both / max(positive, 1),
         f"{prefix}.recall": both / max(existing, 1),
-        # where chance alone agrees always κ is not defined: 1, but for a judge that never answered
-        f"{prefix}.kappa": (agreed - chance) / (1 - chance) if chance < 1 else float(bool(pairs)),
+        f"{prefix}.kappa": kappa(*zip(*pairs, strict=True)) if pairs else 0.0,
         f"{prefix}.accuracy": agreed,
         f"{prefix}.failed": 1 - len(pairs) / max(len(said), 1),
         f"{prefix}.rows": float(len(said)),
