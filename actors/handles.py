@@ -24,7 +24,7 @@ from ray.exceptions import RayActorError
 
 from actors.artifacts import read_probes, write_probes
 from rewards.base import Item, items_of
-from rewards.isolation import START
+from rewards.isolation import CHUNK, START
 from rlhf.agreement import Agreement, compare, localise
 from rlhf.architecture import base_of
 from rlhf.recipe import Deadlines
@@ -35,7 +35,6 @@ from rlhf.types import Batch, Fit, Group, Probe, ProbeScores, Prompt, Publicatio
 T = TypeVar("T")
 
 SCALAR_CHUNK, LIVES = 8, 3  # groups a call of a reward model; how often one may be lost over a call
-REWARD_CHUNK = 64  # items a call: small enough that a hang costs little, large enough to be cheap
 CALLS = 24  # streams a worker answers at once; further ones wait here
 GRACE_SECONDS = 10.0  # for Ray's word that a rank died, after other ranks lost their connection to it
 
@@ -587,7 +586,7 @@ class RewardsHandle:
         self, function: str, groups: Sequence[Group], options: Mapping[str, Any] | None = None
     ) -> list[list[Score]]:
         items = [item for group in groups for item in items_of(group)]
-        chunks = [items[start : start + REWARD_CHUNK] for start in range(0, len(items), REWARD_CHUNK)]
+        chunks = [items[start : start + CHUNK] for start in range(0, len(items), CHUNK)]
         queues = [chunks[worker :: len(self.workers)] for worker in range(len(self.workers))]
         done = await asyncio.gather(
             *(self._work(worker, function, queue, options or {}) for worker, queue in enumerate(queues))

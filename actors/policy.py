@@ -118,11 +118,8 @@ class Policy(Learner):
             return loss, usage
         spec, used = self.spec.loss, Usage.of(routed, tensors, self.processor.image_token_id)
         if spec.router_aux and self._shares is not None:
-            length = sum(
-                len(s.token_ids) for mine in batch.micro_batches for part in mine for s in part if s.weight > 0
-            )
             times = len(routed) if spec.router_layers == "sum" else 1
-            loss = loss + spec.router_aux * times * used.imbalance(self._shares, length)
+            loss = loss + spec.router_aux * times * used.imbalance(self._shares, batch.num_read)
         return loss, used.detach() if usage is None else usage + used.detach()
 
     def divergences(self, batch: Batch, estimator: str) -> dict[str, float]:

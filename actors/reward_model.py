@@ -11,10 +11,9 @@ from actors.learner import Totals
 from actors.policy import Policy
 from actors.scalar import at_ends, one_output, restore_head, write_head
 from rlhf.batching import collate
+from rlhf.reward_model import HEAD
 from rlhf.routing import Usage, routers
 from rlhf.types import Batch
-
-HEAD = "lm_head"  # under which name a model has its output, and `train` the head
 
 
 class RewardModel(Policy):

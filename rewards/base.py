@@ -11,6 +11,7 @@ Any of them may be `async`.
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import hashlib
 import importlib
@@ -180,6 +181,24 @@ def file_of(name: str) -> Path | None:
             return None
         spec = PathFinder.find_spec(f"{spec.name}.{part}", list(spec.submodule_search_locations))
     return Path(spec.origin) if spec is not None and spec.origin is not None else None
+
+
+def sources_of(path: Path) -> list[Path]:
+    """A file of Python, and those beside it that it imports, and so on."""
+    found, left = list[Path](), [path.resolve()]
+    while left:
+        file = left.pop()
+        if file in found:
+            continue
+        found.append(file)
+        if file.suffix != ".py":  # compiled
+            continue
+        for node in ast.walk(ast.parse(file.read_bytes())):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [one.name for one in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            beside = (file.with_name(f"{name.rpartition('.')[2]}.py") for name in names)
+            left += [one for one in beside if one.is_file()]
+    return sorted(found)
 
 
 def evaluate(reward: Reward, items: Sequence[Item], now: Callable[[int], None] | None = None) -> list[Score]:

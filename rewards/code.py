@@ -37,8 +37,8 @@ def inputs(
 
     all_or_nothing: 1.0 where it passes all, else 0.0. cpu_seconds, memory_mib: of each test. seconds: of all of them by
     the clock, after which no test is passed; keep it below the deadline of rewards. at_once: how many tests run at a
-    time. Raises KeyError when the row has no `tests`, ValueError for tests
-    of another form, SandboxError where there is no sandbox.
+    time. Raises KeyError when the row has no `tests`, ValueError for tests of another form, SandboxError where there is
+    no sandbox.
     """
     tests = item.columns["tests"]
     if not tests or not all(isinstance(test, dict) and {"input", "output"} <= test.keys() for test in tests):
@@ -116,15 +116,10 @@ def _tested(test: object, entry: str, row: str) -> str:
     except SyntaxError as error:
         raise ValueError(f"row {row}: the test {_short(test)} is no Python: {error}") from error
     if list(counted(tree, entry)) == [""] and all(isinstance(statement, PREPARING) for statement in tree.body):
-        advice = (
-            "name what it checks in `entry_point`" if "check" in _named(tree) else "write asserts, or test_… functions"
-        )
+        checks = any(isinstance(node, ast.FunctionDef) and node.name == "check" for node in tree.body)
+        advice = "name what it checks in `entry_point`" if checks else "write asserts, or test_… functions"
         raise ValueError(f"row {row}: the test {_short(test)} only defines, and tests nothing; {advice}")
     return test
-
-
-def _named(tree: ast.Module) -> set[str]:
-    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
 def _compared(outcome: Outcome, expected: str) -> str:
@@ -165,8 +160,8 @@ def _scored(verdicts: list[tuple[str, str]], all_or_nothing: bool) -> Score:
     if not wrong:
         return Score("scored", value, note=f"{passed} of {len(verdicts)} tests")
     name, fault = wrong[0]
-    counted = "not all" if all_or_nothing else f"{passed} of {len(verdicts)}"
-    return Score("scored", value, note=f"{counted} tests; {_cut(name)}: {_cut(fault, 3 * SHOWN)}")
+    how_many = "not all" if all_or_nothing else f"{passed} of {len(verdicts)}"
+    return Score("scored", value, note=f"{how_many} tests; {_cut(name)}: {_cut(fault, 3 * SHOWN)}")
 
 
 def _last(error: str) -> str:

@@ -14,10 +14,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from rewards.base import Item, evaluate, resolve
-from rewards.format import JUDGED
+from rewards.format import JUDGED, MALFORMED
 from rlhf.types import Score
-
-MALFORMED = Score("scored", 0.0, note="not <judge>…</judge><think>…</think> and an answer, once each")
 
 
 def judgement(item: Item, always: bool = False) -> Score:

@@ -14,6 +14,7 @@ NO_TAG = r"(?:(?!</?(?:judge|think)>).)*"
 JUDGED = re.compile(
     rf"<judge>(?P<judge>{NO_TAG})</judge>\s*<think>(?P<think>{NO_TAG})</think>(?P<answer>{NO_TAG})", re.DOTALL
 )
+MALFORMED = Score("scored", 0.0, note="not <judge>…</judge><think>…</think> and an answer, once each")
 
 
 def think(item: Item) -> Score:
@@ -28,7 +29,7 @@ def judge_think(item: Item) -> Score:
     a box. The judgement has words; the chain may be empty, where the model answers at once."""
     parts = JUDGED.fullmatch(item.completion.strip())
     if parts is None:
-        return Score("scored", 0.0, note="not <judge>…</judge><think>…</think> and an answer, once each")
+        return MALFORMED
     if not parts["judge"].strip():
         return Score("scored", 0.0, note="an empty judgement")
     fault = _answer_fault(parts["answer"].strip())

@@ -35,6 +35,7 @@ from rewards.base import Item, Reward, RewardError, evaluate, resolve
 from rlhf.types import Score
 
 PRELOADED = ("rewards.base", "rewards.answer")  # by the nursery: the latter brings math-verify, most of a second
+CHUNK = 64  # items a call: small enough that a hang costs little, large enough to be cheap
 KEPT = 2000  # characters of what a worker printed, for the note of a sample that ended it
 START = 60.0  # seconds a nursery, or a function's module, may take to import
 PLACE = struct.Struct("q")  # of the item whose turn it is, in shared memory

@@ -257,7 +257,7 @@ def _command(limits: Limits, code: int, rules: int, ready: int, status: int) -> 
         *("--die-with-parent", "--new-session", "--clearenv", "--hostname", "sandbox"),
         *_view(),
         *("--perms", "0444", "--file", str(code), PROGRAM),
-        *("--perms", "0777", "--size", str(limits.files_mib * mib), "--tmpfs", "/work", "--chdir", "/work"),
+        *("--perms", "0777", "--size", str(limits.files_mib * mib), "--tmpfs", "/scratch", "--chdir", "/scratch"),
         *("--remount-ro", "/"),
         # an arena for each thread would use up the memory limit in addresses alone
         *("--setenv", "LD_LIBRARY_PATH", "/lib", "--setenv", "MALLOC_ARENA_MAX", "1"),

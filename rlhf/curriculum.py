@@ -15,7 +15,6 @@ from its last checkpoint; a synthesize or evaluate stage has none and begins ane
 
 from __future__ import annotations
 
-import ast
 import asyncio
 import dataclasses
 import functools
@@ -28,11 +27,10 @@ import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Set
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from rewards.base import file_of
+from rewards.base import file_of, sources_of
 from rewards.cache import Cache
 from rewards.endpoint import Endpoint
 from rewards.judge import Question
@@ -66,7 +64,7 @@ from rlhf.recipe import (
     Synthesize,
     makes_model,
 )
-from rlhf.reward_model import as_ranked
+from rlhf.reward_model import HEAD, as_ranked, with_head
 from rlhf.roles import ActorLostError, Actors, Engine
 from rlhf.scoring import Judge
 from rlhf.stage import Context, GateError, derive, packs
@@ -77,7 +75,6 @@ from rlhf.types import Correction, Loss, Media, Sample, TrainSpec
 NUM_PROBES, PROBE_LENGTH = 12, 48
 PROBE_ROWS = 1000  # of a source, in which to look for pictures
 RENEWALS = 2  # times one stage may lose the trainer
-HEAD, HEAD_WEIGHT = "lm_head.*", "lm_head.weight"  # of a reward model, as `train` names it
 JUDGEMENTS = "judgements.sqlite"  # of a run: what judges said
 ANSWERS = "answers.json"  # mode → question → share of right samples, for paired differences between stages
 
@@ -368,7 +365,7 @@ class Curriculum:
             for name in stage.judges:
                 table = self.recipe.judge(name)
                 question = Question.of(table)
-                if remembers(table) and cache is None:
+                if remembers(table) and cache is None:  # one for all
                     cache = Cache(self.folder / JUDGEMENTS)
                     opened.callback(cache.close)
                 engine: Engine | Endpoint
@@ -423,7 +420,6 @@ class Curriculum:
         for stage in self.recipe.stages:
             if stage.evaluate == "judge" and stage.eval_data in self.sources:
                 evaluation.require_verdicts(self.sources[stage.eval_data], stage.eval_data)
-        for stage in self.recipe.stages:
             if isinstance(stage, Rl):
                 require_conditions(stage, {name: self.sources[name] for name in stage.data if name in self.sources})
         if bridge:
@@ -455,14 +451,17 @@ class Curriculum:
         """Everything that determines a stage's artifact, and apart from that, what it is measured with, as digests:
         a change in the former makes the stage run again, in the latter makes it measured again."""
         parent = self.recipe.parent_of(stage)
-        judging = self.recipe.measured(stage).model_dump(mode="json", exclude={"artifact", "template", "image"})
         judges = {name: self._judge_inputs(name) for name in stage.judges}
         scalars = {name: self.results[name]["artifact"]["digest"] for name in stage.scalars}
         shared = self._shared() | {"precision": self.recipe.resources.precision}
         config = stage.model_dump(mode="json", exclude={"gates", "budget_minutes", "checkpoint_every"})
         measure = [config.pop(name, None) for name in ("evaluate", "eval_data", "temperatures")]
-        measure.append(judging if stage.evaluate == "judge" else self.recipe.evaluation.model_dump(mode="json"))
         asked = self.recipe.evaluation
+        if stage.evaluate == "judge":
+            judge = self.recipe.measured(stage)
+            measure.append(judge.model_dump(mode="json", exclude={"artifact", "template", "image"}))
+        else:
+            measure.append(asked.model_dump(mode="json"))
         measure.append(_code([asked.answer, asked.format, asked.soundness]))
         if stage.evaluate == "none":
             measure = ["none"]
@@ -562,7 +561,7 @@ def train_spec(
         model=str(model),
         seed=derive(recipe.seed, stage.name, "trainer") % 2**31,
         loss=loss,
-        train=_with_head(train) if scalar else train,
+        train=with_head(train) if scalar else train,
         steps=stage.steps * updates,
         schedule=stage.schedule,
         warmup=stage.warmup,
@@ -576,7 +575,7 @@ def train_spec(
         upcycle=upcycle,
         lora=(stage.lora.rank, stage.lora.alpha, tuple(stage.lora.target_modules)) if stage.lora else None,
         rows_of=tuple(stage.rows_of),
-        whole=(*stage.lora.whole, *([HEAD] if scalar else [])) if stage.lora else (),
+        whole=(*stage.lora.whole, *([f"{HEAD}.*"] if scalar else [])) if stage.lora else (),
         muon=(stage.muon.ratio, stage.muon.momentum) if stage.muon else None,
         objectives={str(name): weight for name, weight in stage.objectives.items()} if isinstance(stage, Sft) else {},
         signals=stage.signals if isinstance(stage, Sft) else 0.0,
@@ -587,12 +586,6 @@ def train_spec(
         critic=stage.foretelling.lr if isinstance(stage, Rl) and stage.foretelling else None,
         scalar=scalar,
     )
-
-
-def _with_head(train: Mapping[str, float]) -> dict[str, float]:
-    """What trains of a reward model: its head, too, at the highest rate unless a glob gives it one."""
-    named = any(fnmatchcase(HEAD_WEIGHT, glob) for glob in train)
-    return dict(train) if named else {**train, HEAD: max(train.values())}
 
 
 def facts_of(folder: Path) -> list[tuple[str, int, int]]:
@@ -648,24 +641,6 @@ def _code(functions: Iterable[str | None]) -> dict[str, str]:
         for name, path in files.items()
         if path is not None and path.is_file()
     }
-
-
-def sources_of(path: Path) -> list[Path]:
-    """A file of Python, and those beside it that it imports, and so on."""
-    found, left = list[Path](), [path.resolve()]
-    while left:
-        file = left.pop()
-        if file in found:
-            continue
-        found.append(file)
-        if file.suffix != ".py":  # compiled
-            continue
-        for node in ast.walk(ast.parse(file.read_bytes())):
-            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            names += [one.name for one in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
-            beside = (file.with_name(f"{name.rpartition('.')[2]}.py") for name in names)
-            left += [one for one in beside if one.is_file()]
-    return sorted(found)
 
 
 def _clear(folder: Path, inputs: Mapping[str, Any]) -> None:

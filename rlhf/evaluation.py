@@ -33,7 +33,7 @@ from rlhf.tracking import record_image
 from rlhf.types import Fit, Group, Probe, Prompt, Rollout, Sample, Sampling, Score
 
 PLAIN = 2000  # characters of a column that is kept beside a rollout
-BINS = 10  # of a reward model's confidence, between ½ and 1
+BINS = 10  # of equal width, of how sure a judge or a reward model is
 
 Answers = Mapping[str, Mapping[str, float]]  # mode → question key → share of right samples
 
@@ -163,8 +163,6 @@ def preferred(
     by_kind = defaultdict[str, list[float]](list)
     for key, one in zip(keys, right, strict=True):
         by_kind[kinds[key]].append(float(one))
-    bins = np.minimum((sure - 0.5) * 2 * BINS, BINS - 1).astype(int)
-    apart = [abs(float((right - sure)[bins == each].sum())) for each in range(BINS)]
     return {
         "reward_model.accuracy": float(right.mean()),
         "reward_model.accuracy.low": low,
@@ -172,7 +170,7 @@ def preferred(
         "reward_model.margin": float(np.mean([pair.preferred for pair in pairs])),
         "reward_model.loss": float(np.mean([pair.loss(0.0) for pair in pairs])),
         "reward_model.confidence": float(sure.mean()),
-        "reward_model.calibration": sum(apart) / len(pairs),
+        "reward_model.calibration": calibration_error(sure, right, bins_of(sure, 0.5)),
         "reward_model.chosen": float(np.mean([pair.chosen for pair in pairs])),
         "reward_model.rejected": float(np.mean([pair.rejected for pair in pairs])),
         "reward_model.rows": float(len(pairs)),
@@ -186,16 +184,15 @@ async def judge_quality(context: Context, engine: Engine, source: str, table: Ju
     and the judge gives one, also judge.score_error, by how many levels it is off on average."""
     prompts = held_out(context, source, len(context.rows(source)), think=False)
     grammar = Question.of(table).grammar
-
     groups = await engine.generate(prompts, Sampling(temperature=0.0, max_tokens=table.max_tokens))
-    given = [verdict(group.rollouts[0], table.confidence, grammar) for group in groups]
+    replies = [group.rollouts[0] for group in groups]
+    given = [verdict(reply, table.confidence, grammar) for reply in replies]
     said = [
         dataclasses.replace(score, value=float(table.accepts(score.value))) if score.outcome == "scored" else score
         for score in given
     ]
     truth = [bool(group.prompt.columns["sound"]) for group in groups]
     metrics = agreement(said, truth, "judge")
-    replies = [group.rollouts[0] for group in groups]
     metrics |= calibration(replies, [verdict(reply, grammar=grammar) for reply in replies], truth, table)
     levels = [group.prompt.columns.get("score") for group in groups]
     if table.grammar == "score" and None not in levels:
@@ -254,18 +251,35 @@ def calibration(
     """How often a judge's words are right, by how sure it was of them (the probability of its least likely token), in
     ten bins of equal width: judge.calibration.0.9.accuracy and .share of the replies, of 0.9 to 1, say; and
     judge.calibration.error, by which the two differ on average. Of replies that parse, before any `confidence`."""
-    bins: dict[int, list[tuple[float, bool]]] = defaultdict(list)
-    for reply, score, true in zip(replies, said, truth, strict=True):
-        if score.outcome == "scored":
-            sure = certainty(reply)
-            bins[min(int(sure * 10), 9)].append((sure, judging.accepts(score.value) == true))
-    total, found, error = sum(map(len, bins.values())), dict[str, float](), 0.0
-    for place, pairs in sorted(bins.items()):
-        right, sure = (sum(values) / len(pairs) for values in zip(*((r, s) for s, r in pairs), strict=True))
-        error += abs(right - sure) * len(pairs) / total
-        name = f"judge.calibration.{place / 10:.1f}"
-        found |= {f"{name}.accuracy": right, f"{name}.share": len(pairs) / total}
-    return found | ({"judge.calibration.error": error} if bins else {})
+    heard = [
+        (certainty(reply), judging.accepts(score.value) == true)
+        for reply, score, true in zip(replies, said, truth, strict=True)
+        if score.outcome == "scored"
+    ]
+    if not heard:
+        return {}
+    sure, right = (np.array(each, dtype=float) for each in zip(*heard, strict=True))
+    bins = bins_of(sure, 0.0)
+    found = {"judge.calibration.error": calibration_error(sure, right, bins)}
+    for place in np.unique(bins):
+        name = f"judge.calibration.{place / BINS:.1f}"
+        found |= {
+            f"{name}.accuracy": float(right[bins == place].mean()),
+            f"{name}.share": float((bins == place).mean()),
+        }
+    return found
+
+
+def bins_of(sure: np.ndarray, low: float) -> np.ndarray:
+    """For each probability [N] between `low` and 1, in which of BINS bins it is."""
+    return np.minimum((sure - low) / (1 - low) * BINS, BINS - 1).astype(int)
+
+
+def calibration_error(sure: np.ndarray, right: np.ndarray, bins: np.ndarray) -> float:
+    """By how much how sure one is [N] and how often one is right [N] lie apart, on average over bins (expected
+    calibration error, arXiv:1706.04599)."""
+    apart = [abs(float((right - sure)[bins == each].sum())) for each in np.unique(bins)]
+    return sum(apart) / len(sure)
 
 
 def held_out(context: Context, source: str, limit: int, think: bool) -> list[Prompt]:

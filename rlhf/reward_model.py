@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 from rlhf.data.formatting import CHOSEN, REJECTED, Processor, as_pair
@@ -20,6 +21,8 @@ from rlhf.preference import log_sigmoid, sigmoid
 from rlhf.recipe import Chat, RewardModel
 from rlhf.roles import Trainer
 from rlhf.types import Batch, Sample
+
+HEAD = "lm_head"  # under which name a model has its output, and a recipe's `train` the head
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,12 @@ class Pair:
         """Of the loss in the rewards of the chosen and of the rejected reply."""
         missed, drift = sigmoid(self.margin - self.preferred), 2 * center * (self.chosen + self.rejected)
         return drift - missed, drift + missed
+
+
+def with_head(train: Mapping[str, float]) -> dict[str, float]:
+    """What trains of a reward model: its head, too, at the highest rate unless a glob gives it one."""
+    named = any(fnmatchcase(f"{HEAD}.weight", glob) for glob in train)
+    return dict(train) if named else {**train, f"{HEAD}.*": max(train.values())}
 
 
 async def weigh(stage: RewardModel, trainer: Trainer, batch: Batch) -> tuple[Batch, dict[str, float]]:

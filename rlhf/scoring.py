@@ -119,7 +119,7 @@ async def score(groups: Sequence[Group], stage: Rl, rewards: Rewards, judges: Ma
             found = await rewards.score(part.function, chosen, part.options)
         columns[name] = {g: [clipped(s, part.clip) for s in row] for g, row in zip(places, found, strict=True)}
 
-    asked = {name: part for name, part in stage.rewards.items() if part.product is None}
+    asked, shares = {name: part for name, part in stage.rewards.items() if part.product is None}, stage.weights
     for waits in (False, True):  # first what depends on nothing
         wave = [ask(name, part) for name, part in asked.items() if (part.only_if is not None) == waits]
         await asyncio.gather(*wave)
@@ -132,7 +132,7 @@ async def score(groups: Sequence[Group], stage: Rl, rewards: Rewards, judges: Ma
                 parts |= {name: found[name]} if name in found else {}
             elif factors := {factor: found[factor] for factor in part.product if factor in found}:
                 parts[name] = clipped(product(factors), part.clip)
-        weights = {name: stage.weights[name] for name in parts}
+        weights = {name: shares[name] for name in parts}
         if not any(weights.values()):
             return Score("failed", note=f"no part of the reward is for {groups[g].prompt.key}: see their `when`")
         return combine(parts, weights)

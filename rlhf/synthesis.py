@@ -66,21 +66,20 @@ async def run(
                 ]
                 context.log.rollouts(step, records[: context.recipe.tracking.rollout_samples])
     metrics = _counts(stage, asked, answers) | {"synthesis.kept": float(len(kept))}
+    silent = [verdict for verdict in verdicts if verdict.outcome != "scored"]
     if judge is not None:
-        silent = [verdict for verdict in verdicts if verdict.outcome != "scored"]
         metrics["synthesis.unjudged"] = len(silent) / max(len(verdicts), 1)
     if len(kept) < stage.min_rows:
         raise ValueError(
             f"stage {stage.name!r} kept {len(kept)} of {len(asked)} prompts, fewer than min_rows = {stage.min_rows}: "
-            "ask more prompts, or start from a model whose answers vary more" + _silence(verdicts)
+            "ask more prompts, or start from a model whose answers vary more" + _silence(silent, len(verdicts))
         )
     return kept, metrics
 
 
-def _silence(verdicts: Sequence[Score]) -> str:
+def _silence(silent: Sequence[Score], asked: int) -> str:
     """What to say of a judge that gave some no verdict."""
-    silent = [verdict for verdict in verdicts if verdict.outcome != "scored"]
-    told = f". The judge gave {len(silent)} of {len(verdicts)} replies no verdict; the last: "
+    told = f". The judge gave {len(silent)} of {asked} replies no verdict; the last: "
     return told + silent[-1].note if silent else ""
 
 

@@ -18,11 +18,10 @@ from typing import Any
 
 from rewards.base import Item
 from rewards.bias import kappa
-from rewards.isolation import Isolated, Limits
+from rewards.isolation import CHUNK, Isolated, Limits
 from rlhf.data.rows import DataError, Row, media_of, read
 from rlhf.types import Prompt, Score
 
-CALL = 64  # items a call, as in a run
 TIMED = 200  # items asked one by one, to know how long each takes
 PROVOKED = 16  # items whose completions are changed
 BINS = 20
@@ -135,7 +134,7 @@ def hold(
         process.score(function, items[:1], options)  # what imports take is nobody's latency
         begun, scores = time.monotonic(), list[Score]()
         while len(scores) < len(items) and (time.monotonic() < until or not scores):
-            found = process.score(function, items[len(scores) : len(scores) + CALL], options)
+            found = process.score(function, items[len(scores) : len(scores) + CHUNK], options)
             scores += found
             scored(len(found))
         seconds = time.monotonic() - begun

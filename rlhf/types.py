@@ -16,6 +16,7 @@ import hashlib
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 from PIL import Image
@@ -185,6 +186,11 @@ class Batch:
     num_rows: int
     index: int = 0
     scale: float = 1.0
+
+    @cached_property
+    def num_read(self) -> int:
+        """Tokens of all rows that weigh something, prompts among them."""
+        return sum(len(s.token_ids) for rank in self.micro_batches for part in rank for s in part if s.weight > 0)
 
 
 @dataclass(frozen=True)

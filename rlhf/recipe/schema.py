@@ -906,7 +906,7 @@ class Recipe(Table):
         """How the judge that `stage` makes or measures is asked: the first of [judges] with its model, or [judging]."""
         model = stage.name if makes_model(stage) else self.parent_of(stage)
         found = next((table for table in self.judges.values() if table.artifact == model), None)
-        return found or JudgeTable(artifact=stage.name, cache=False, **self.judging.model_dump())
+        return found or self.judge(stage.name)
 
     def judge_models(self, stage: Stage) -> tuple[str, ...]:
         """The stages whose models judge the rollouts of `stage`, in order, each once: judges may share one."""

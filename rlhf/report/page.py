@@ -22,7 +22,7 @@ _STATES = {
 }
 _PHASES = ("data", "rollout", "reward", "train", "sync", "proof", "checkpoint")
 _REST = "exams, sampling and set-up"
-CHOOSES = 0.2  # by how much thinking rates of kinds of questions differ where a model chooses when to think
+_CHOOSES = 0.2  # by how much thinking rates of kinds of questions differ where a model chooses when to think
 _MODES = (("think", "thinking first"), ("direct", "answering at once"))
 _THEME_SCRIPT = (
     "document.getElementById('theme').onclick=function(){var r=document.documentElement,"
@@ -281,7 +281,7 @@ def _apart(examined: Sequence[StageView]) -> dict[str, str]:
     rate = "eval.think.think_rate."
     kinds = sorted({name.removeprefix(rate) for stage in examined for name in stage.metrics if name.startswith(rate)})
     rates = [[stage.metrics[rate + kind] for kind in kinds if rate + kind in stage.metrics] for stage in examined]
-    if not any(max(row) - min(row) > CHOOSES for row in rates if row):
+    if not any(max(row) - min(row) > _CHOOSES for row in rates if row):
         return {}
     looks = {rate: "thinks", "eval.think.accuracy.": "right"}
     return {name + kind: f"{label}: {escape(kind)}" for name, label in looks.items() for kind in kinds}

@@ -496,11 +496,14 @@ class Worker:
     async def _ready(self) -> None:
         pass
 
-    async def _score(self, function: str, items: list[Item], options: dict[str, float]) -> list[Score]:
+    async def _told(self) -> None:
         if self.does == "hang":
             await asyncio.Event().wait()
         if self.does == "die":
             raise RayActorError
+
+    async def _score(self, function: str, items: list[Item], options: dict[str, float]) -> list[Score]:
+        await self._told()
         return [Score("scored", options["worth"]) for _ in items]
 
 
@@ -535,22 +538,11 @@ def test_a_reward_worker_that_is_lost_is_replaced_and_asked_once_more(
     assert all("reward worker 0" in score.note for score in found if outcome != "scored")
 
 
-class Scoring:
+class Scoring(Worker):
     """A reward model that answers, or does what is told."""
 
-    def __init__(self, does: str) -> None:
-        self.does = does
-        self.score = Remote(self._score)
-        self.__ray_ready__ = Remote(self._ready)
-
-    async def _ready(self) -> None:
-        pass
-
     async def _score(self, groups: list[Group]) -> list[list[Score]]:
-        if self.does == "hang":
-            await asyncio.Event().wait()
-        if self.does == "die":
-            raise RayActorError
+        await self._told()
         return [[Score("scored", 0.5)] for _ in groups]
 
 

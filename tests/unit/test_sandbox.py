@@ -137,7 +137,7 @@ with open(os.devnull, "w") as nowhere: print("x", file=nowhere)
 time.sleep(0.001)
 print("fine", os.getcwd(), sorted(name for name in globals() if "limit" in name or name in ("ready", "source")))
 """
-    assert attempt(source) == Outcome(0, "fine /work []\n", "", "")
+    assert attempt(source) == Outcome(0, "fine /scratch []\n", "", "")
 
 
 def test_an_error_is_told_as_python_tells_it() -> None:
@@ -298,7 +298,7 @@ for place, folders, files in os.walk('/'):
         "/python",
         "/python/bin",
         "/python/lib",
-        "/work",
+        "/scratch",
     }
     packages = f"/python/lib/{version}/site-packages"
     if Path(sysconfig.get_path("stdlib"), "site-packages").is_dir():
@@ -331,7 +331,7 @@ def test_links_lead_nowhere(folder: Path) -> None:
     link = """import os
 os.symlink('/etc/passwd', 'link')
 os.symlink('/etc', 'up')
-for one in ('link', 'up/passwd', '/work/../etc/passwd'):
+for one in ('link', 'up/passwd', '/scratch/../etc/passwd'):
   try: print(len(open(one).read()))
   except FileNotFoundError: pass"""
     assert attempt(link).output == ""
@@ -415,14 +415,14 @@ def test_other_processes(filtered: bool) -> None:
 ESCAPES = {
     "unshare, users": "libc.unshare(0x10000000)",
     "unshare, mounts": "libc.unshare(0x00020000)",
-    "mount": "libc.mount(b'none', b'/work', b'tmpfs', 0, None)",
+    "mount": "libc.mount(b'none', b'/scratch', b'tmpfs', 0, None)",
     "remount": "libc.mount(None, b'/', None, 32, None)",
-    "unmount": "libc.umount2(b'/work', 2)",
-    "chroot": "libc.chroot(b'/work')",
+    "unmount": "libc.umount2(b'/scratch', 2)",
+    "chroot": "libc.chroot(b'/scratch')",
     "setuid": "libc.setresuid(0, 0, 0)",
     "setgid": "libc.setresgid(0, 0, 0)",
     "raise a limit": "libc.setrlimit(9, (ctypes.c_ulong * 2)(1 << 62, 1 << 62))",
-    "device": "libc.mknod(b'/work/disk', 0o60666, ctypes.c_ulong(254 << 8))",
+    "device": "libc.mknod(b'/scratch/disk', 0o60666, ctypes.c_ulong(254 << 8))",
     "host name": "libc.sethostname(b'x', 1)",
     "io_uring": "libc.syscall(425, 8, ctypes.create_string_buffer(256))",
     "bpf": "libc.syscall(321, 0, ctypes.create_string_buffer(256), 128)",
@@ -441,7 +441,7 @@ def test_escapes(way: str, filtered: bool) -> None:
 def test_controls_of_escapes() -> None:
     harmless = ["unshare, users", "keys"] + (["unshare, mounts", "chroot", "setuid"] if os.geteuid() == 0 else [])
     for way in harmless:
-        assert int(bare(f"{CALL}print({ESCAPES[way].replace('/work', '/')})")) >= 0, way
+        assert int(bare(f"{CALL}print({ESCAPES[way].replace('/scratch', '/')})")) >= 0, way
 
 
 def test_no_right_is_left() -> None:

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from rlhf.curriculum import functions_of, require_conditions, sources_of
+from rewards.base import sources_of
+from rlhf.curriculum import functions_of, require_conditions
 from rlhf.data.rows import read
 from rlhf.data.tokenizer import train_tokenizer
 from rlhf.recipe import Chat, Judging, Rl
