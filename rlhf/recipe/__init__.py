@@ -9,48 +9,38 @@ path. An override may still change one key of it (`stages.NAME.data.text = 1`), 
 a source or a reward. An unknown key is an error that names the nearest known one.
 """
 
+from rlhf.recipe.cluster import ClusterTable, NodesTable
 from rlhf.recipe.composition import RecipeError, load, validate
-from rlhf.recipe.schema import (
-    BUILDERS,
-    Chat,
-    Deadlines,
+from rlhf.recipe.rewards import JudgeTable, Judging, Reward
+from rlhf.recipe.schema import Recipe
+from rlhf.recipe.settings import BUILDERS, Chat, Deadlines, Evaluation, Model, Resources, Source, Tokenizer, Tracking
+from rlhf.recipe.stages import (
     Draws,
     Evaluate,
-    Evaluation,
     Gate,
-    Implementation,
-    JudgeTable,
-    Judging,
     Lora,
     Merge,
-    Model,
     Optimised,
     Pairs,
     Part,
     Preference,
     Rebuild,
-    Recipe,
-    Resources,
-    Reward,
     RewardModel,
     Rl,
     Search,
     Sft,
-    Slot,
-    Source,
-    SparseLayers,
     Stage,
     Synthesize,
-    Tokenizer,
-    Tracking,
     Upcycle,
     makes_model,
     trains,
 )
+from rlhf.recipe.table import Implementation, Slot, SparseLayers
 
 __all__ = [
     "BUILDERS",
     "Chat",
+    "ClusterTable",
     "Deadlines",
     "Draws",
     "Evaluate",
@@ -62,6 +52,7 @@ __all__ = [
     "Lora",
     "Merge",
     "Model",
+    "NodesTable",
     "Optimised",
     "Pairs",
     "Part",

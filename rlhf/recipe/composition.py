@@ -10,7 +10,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from rlhf.recipe.schema import Evaluate, Merge, Preference, Rebuild, Recipe, RewardModel, Rl, Sft, Synthesize, Table
+from rlhf.recipe.schema import Recipe
+from rlhf.recipe.stages import Evaluate, Merge, Preference, Rebuild, RewardModel, Rl, Sft, Synthesize
+from rlhf.recipe.table import Table
 
 KINDS: dict[str, type[Table]] = {
     "sft": Sft,

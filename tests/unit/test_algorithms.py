@@ -16,7 +16,7 @@ from rlhf.algorithms.logprobs import logprobs_of, processed_logprobs
 from rlhf.algorithms.losses import OBJECTIVES, Tokens, policy_loss
 from rlhf.algorithms.table import ALGORITHMS, GENERALISED, estimator_of, method_of
 from rlhf.recipe import Rl
-from rlhf.recipe.schema import Critic
+from rlhf.recipe.stages import Critic
 from rlhf.types import Correction, Loss, Normalise
 
 POLICIES = [name for name in OBJECTIVES if name != "nll"]

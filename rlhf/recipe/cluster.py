@@ -1,0 +1,75 @@
+"""Where a job runs, and what is there: [cluster], in a recipe or in a site's own file that is laid over one.
+
+    rlhf plan   recipe.toml --cluster site.toml
+    rlhf submit recipe.toml --cluster site.toml
+
+Nothing here changes what a stage learns, so a run may move from one cluster to another and continue.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PositiveInt
+
+from rlhf.recipe.table import Positive, Table, UserPath
+
+
+class NodesTable(Table):
+    """`count` alike machines, as a job may use each: cores, GiB of memory, GPUs, GiB of one GPU."""
+
+    count: PositiveInt = 1
+    cpus: PositiveInt
+    memory_gib: Positive
+    gpus: Annotated[int, Field(ge=0)] = 0
+    gpu_memory_gib: Positive | None = None
+
+
+class RayTable(Table):
+    """A Ray head that runs already. `address`: http://HOST:PORT of its dashboard (none: one is started here); `pip`:
+    packages that its nodes lack; `env`: environment variables of the job."""
+
+    address: str | None = None
+    pip: list[str] = []
+    env: dict[str, str] = {}
+
+
+class KubeRayTable(Table):
+    """A Kubernetes cluster with KubeRay. `image`: built of docker/; `claim`: the volume claim that all pods share and
+    run folders lie in; `secrets`: names whose keys become environment variables; `node_selector` and `tolerations`: of
+    worker pods."""
+
+    image: str = "thinkfusion:cpu"
+    namespace: str = "default"
+    claim: str | None = None
+    service_account: str | None = None
+    secrets: list[str] = []
+    node_selector: dict[str, str] = {}
+    tolerations: list[dict[str, Any]] = []
+
+
+class SlurmTable(Table):
+    """A Slurm cluster. `setup`: lines of shell that each node runs first (modules, an environment); `options`: more of
+    sbatch's, such as { constraint = "h100" }."""
+
+    account: str | None = None
+    setup: list[str] = []
+    options: dict[str, str] = {}
+
+
+class ClusterTable(Table):
+    """`to`: where `rlhf submit` sends a job; `nodes`: the machines of one job; `queue`: Kueue's LocalQueue or Slurm's
+    partition; `priority`: Kueue's WorkloadPriorityClass or Slurm's QOS; `hours`: the most a job may take;
+    `grace_seconds`: between the notice that a job has to go and its end; `runs`: where run folders lie there, seen by
+    all nodes under this path."""
+
+    to: Literal["ray", "kuberay", "slurm"] = "ray"
+    nodes: list[NodesTable] = []
+    queue: str | None = None
+    priority: str | None = None
+    hours: Positive | None = None
+    grace_seconds: Annotated[int, Field(ge=10)] = 120
+    runs: UserPath | None = None
+    ray: RayTable = RayTable()
+    kuberay: KubeRayTable = KubeRayTable()
+    slurm: SlurmTable = SlurmTable()
