@@ -31,6 +31,7 @@ class Cache:
         try:
             with self._file:
                 self._file.execute("CREATE TABLE IF NOT EXISTS scores (key TEXT PRIMARY KEY, score TEXT NOT NULL)")
+                self._file.execute("CREATE TABLE IF NOT EXISTS calls (key TEXT PRIMARY KEY, count INTEGER NOT NULL)")
         except sqlite3.DatabaseError as error:
             self._file.close()
             raise ValueError(
@@ -57,6 +58,18 @@ class Cache:
         if kept:
             with self._file:
                 self._file.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?)", kept)
+
+    def calls(self, key: str) -> int:
+        """So many calls were counted under this key."""
+        found = self._file.execute("SELECT count FROM calls WHERE key = ?", [key]).fetchone()
+        return 0 if found is None else int(found[0])
+
+    def count(self, key: str) -> None:
+        """Count one call more under this key, before it is made: a budget must hold over any kill."""
+        with self._file:
+            self._file.execute(
+                "INSERT INTO calls VALUES (?, 1) ON CONFLICT (key) DO UPDATE SET count = count + 1", [key]
+            )
 
     def close(self) -> None:
         self._file.close()

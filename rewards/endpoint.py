@@ -11,7 +11,7 @@ import json
 import os
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -47,14 +47,23 @@ class Endpoint:
     n / concurrency times that. 401 and 403 end the stage; so do addresses at which there is no such service.
     """
 
-    def __init__(self, table: JudgeTable, grammar: Grammar, pause: float = PAUSE) -> None:
+    def __init__(
+        self,
+        table: JudgeTable,
+        grammar: Grammar,
+        pause: float = PAUSE,
+        spent: int = 0,
+        spend: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`spent`: calls of the budget that were made before; `spend` is told of each one more."""
         assert table.endpoint is not None
         self._table, self._grammar, self._pause = table, grammar, pause
         self._address = table.endpoint.rstrip("/") + "/chat/completions"
         self._key = os.environ.get(table.key_env, "").strip() if table.key_env is not None else ""
         if not self._key.isascii() or not self._key.isprintable():
             raise EndpointError(f"the environment variable {table.key_env} holds no key: a key is one line of ASCII")
-        self._left = table.budget
+        self._left = None if table.budget is None else max(0, table.budget - spent)
+        self._spend = spend
         self._refusal: EndpointError | None = None
         self._client: httpx.AsyncClient | None = None
         self._places = asyncio.Semaphore(table.concurrency)
@@ -92,7 +101,9 @@ class Endpoint:
                 raise self._refusal
             if self._left == 0:
                 return Score("failed", note=f"not asked: the stage's budget of {self._table.budget} calls is spent")
-            self._left = None if self._left is None else self._left - 1
+            if self._left is not None:
+                self._left -= 1
+                self._spend()
             try:
                 body = self._body(prompt)
             except OSError as error:

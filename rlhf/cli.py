@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     tried = reward.add_subparsers(required=True, metavar="test | new")
     test = tried.add_parser("test", help="what it gives, how long it takes, what it fails on, what fools it")
     test.set_defaults(command=reward_test_command)
-    test.add_argument("function", help='"module:function" or "path/file.py:function"')
+    test.add_argument("function", help='"module:function", "path/file.py:function" or "recipe.toml:judges.NAME"')
     source = test.add_mutually_exclusive_group(required=True)
     source.add_argument("--data", type=Path, metavar="ROWS", help="parquet or JSONL: prompt, completion, any columns")
     source.add_argument("--rollouts", type=Path, metavar="RUN", help="what a run kept of its rollouts: runs/NAME")

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from rewards.base import file_of, sources_of
-from rewards.cache import Cache
+from rewards.cache import Cache, key_of
 from rewards.endpoint import Endpoint
 from rewards.judge import Question
 from rewards.mixture import holds
@@ -372,12 +372,22 @@ class Curriculum:
                 if table.artifact is not None:
                     engine, tokenizer = engines[table.artifact], load_processor(self.artifact(table.artifact)).tokenizer
                 else:
-                    engine = await opened.enter_async_context(Endpoint(table, question.grammar))
+                    endpoint = self._endpoint(name, table, question, context, cache if remembers(table) else None)
+                    engine = await opened.enter_async_context(endpoint)
                     tokenizer = context.tokenizer
                 kept = cache if remembers(table) else None
                 key = self._judge_inputs(name, {"budget", "missing"})  # which change nothing that was said
                 found[name] = Judge(engine, tokenizer, table, question, kept, (key,))
             yield found
+
+    def _endpoint(
+        self, name: str, table: JudgeTable, question: Question, context: Context, cache: Cache | None
+    ) -> Endpoint:
+        """A judge's; its budget is the stage's, however often that is killed, where its calls are kept."""
+        if cache is None or table.budget is None:
+            return Endpoint(table, question.grammar)
+        key = key_of("budget", context.folder.name, name, read_json(context.folder / "inputs.json"))
+        return Endpoint(table, question.grammar, spent=cache.calls(key), spend=functools.partial(cache.count, key))
 
     def _judge_inputs(self, name: str, also_spared: Set[str] = frozenset()) -> list[Any]:
         """What decides a judge's verdicts."""

@@ -28,12 +28,12 @@ RIGHT = Score("scored", 1.0)
 @dataclass(frozen=True)
 class Judge:
     """A model that reads question and reply, and pictures, and says what its `question` asks: served by an engine, or
-    behind an endpoint, whose `tokenizer` is the policy's, for the marks that replies must not spell.
+    behind an endpoint, whose `tokenizer` is the policy's where there is one, for the marks that replies must not spell.
 
     What a `cache` holds is not asked again; `key` is of everything that decides what the model says to a prompt."""
 
     engine: Engine | Endpoint
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase | None
     settings: Judging = field(default_factory=Judging)
     question: Question = SOUND
     cache: Cache | None = None
@@ -77,12 +77,14 @@ class Judge:
         also the Score of what failed. `rewards.bias.compared` asks so."""
         if isinstance(self.engine, Endpoint):
             return await self.engine.ask(prompts)
+        assert self.tokenizer is not None  # the judge's own
         rendered = [judging.rendered(prompt, place, self.tokenizer) for place, prompt in enumerate(prompts)]
         sampling = Sampling(temperature=0.0, max_tokens=self.settings.max_tokens, regex=regex)
         return [group.rollouts[0] for group in await self.engine.generate(rendered, sampling)]
 
     def _ask(self, group: Group, wanted: Sequence[bool] | None) -> list[Prompt | None]:
-        marks, foreign = self.tokenizer.get_added_vocab(), isinstance(self.engine, Endpoint)
+        marks = self.tokenizer.get_added_vocab() if self.tokenizer is not None else ()
+        foreign = isinstance(self.engine, Endpoint)
         return judging.texts(group, self.question, marks, wanted, foreign)
 
     async def _said(self, prompts: Sequence[Prompt]) -> list[Score]:

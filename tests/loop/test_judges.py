@@ -113,6 +113,14 @@ def test_a_judge_that_is_out_of_order_stops_the_stage_by_its_share_of_failures(p
         improve(prepared, tmp_path / "run", server.address)
 
 
+def test_a_budget_holds_over_what_ends_the_run(prepared: Path, tmp_path: Path) -> None:
+    with Server(verdicts) as server:
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="budget of 3 calls is spent"):
+                improve(prepared, tmp_path / "run", server.address, budget=3)
+            assert len(server.bodies) == 3
+
+
 def test_two_judges_of_one_model_share_its_engine(prepared: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(prepared, folder)

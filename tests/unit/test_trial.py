@@ -6,12 +6,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rewards.bias import kappa
 from rlhf.cli import main
 from rlhf.trial import answered, rolled_out
+from tests.unit.judge_server import Answer, Server, said
 
 REWARD = """
 def right(item, worth=1.0):
@@ -145,3 +147,71 @@ def test_agreement_beyond_chance() -> None:
     assert kappa([True, True, False, False], [True, False, True, False]) == 0.0
     assert kappa([True, False], [False, True]) == -1.0
     assert kappa([True, True], [True, True]) == 1.0
+
+
+JUDGES = """
+[judges.thinking]
+endpoint = "{address}"
+model = "m"
+template = "logic"
+retries = 0
+
+[judges.ours]
+artifact = "judge"
+
+[judges.odd]
+endpoint = "{address}"
+models = "m"
+"""
+
+
+def test_a_judge_is_tried_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One that likes what is long, and of two replies the first."""
+
+    def likes_length(number: int, body: dict[str, Any]) -> Answer:
+        text = body["messages"][0]["content"]
+        if "Two assistants" in text:
+            return said("The first came first.\nfirst: 8, second: 4")
+        if "breaks" in text:
+            return Answer(status=500)
+        return said("yes" if "nothing out" in text or "long" in text else "no")
+
+    rows = tmp_path / "rows.jsonl"
+    chains = ["<think>a long chain</think>8", "<think>short</think>8", "<think>breaks</think>8", "no chain"]
+    lines = [
+        {"prompt": "so?", "completion": chain, "sound": place == 0, "rejected": "<think>nine</think>9"}
+        for place, chain in enumerate(chains)
+    ]
+    rows.write_text("\n".join(map(json.dumps, lines)))
+    with Server(likes_length) as server:
+        (tmp_path / "site.toml").write_text(JUDGES.format(address=server.address))
+        judge = f"{tmp_path}/site.toml:judges.thinking"
+        told = ["reward", "test", judge, "--data", str(rows)]
+        assert main([*told, "--truth", "sound", "--json", str(tmp_path / "found.json")]) == 0
+        text = capsys.readouterr().out
+        assert main([*told, "--against", judge]) == 0
+        assert "κ = 1.000" in capsys.readouterr().out
+        for name, message in (("ours", 'evaluate = "judge"'), ("none", "no [judges.none]"), ("odd", "odd.models: ")):
+            assert main(["reward", "test", f"{tmp_path}/site.toml:judges.{name}", "--data", str(rows)]) == 2
+            assert message in capsys.readouterr().err
+        assert main([*told, "--option", "a = 1"]) == 2
+        assert "a judge takes no options" in capsys.readouterr().err
+    assert json.loads((tmp_path / "found.json").read_text())["values"] == [1.0, 0.0, None, 0.0]
+    for part in (
+        "4 completions: 3 scored, 1 failed",
+        "500 ''",
+        # the one without a chain is judged by nobody, before and after
+        "verbosity: five empty sentences change 33% of 3 scores, by +0.333 on average",
+        "position: the order decides 100% of 4 pairs; completions get 100 % of what the rejected replies",
+        "κ = 1.000",
+    ):
+        assert part in text
+
+
+def test_a_judge_that_refuses_everybody_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "so?", "completion": "<think>so</think>8"}))
+    with Server(lambda number, body: Answer(status=401)) as server:
+        (tmp_path / "site.toml").write_text(JUDGES.format(address=server.address))
+        assert main(["reward", "test", f"{tmp_path}/site.toml:judges.thinking", "--data", str(rows)]) == 2
+    assert "refuses the key" in capsys.readouterr().err
