@@ -13,7 +13,6 @@ from rewards.base import Item, items_of
 from rewards.grammar import Grammar
 from rewards.templates import BUILT_IN, Template, template_of
 from rlhf.data.formatting import as_prompt
-from rlhf.data.judging import judge_question
 from rlhf.recipe import Chat, JudgeTable
 from rlhf.types import Group, Prompt, Rollout, Score
 
@@ -44,7 +43,7 @@ class Question:
         template = template_of(table.template)
         if table.image is not None:
             template = replace(template, image=table.image)
-        trained = table.template == "sound" and table.artifact is not None
+        trained = not template.fenced and table.artifact is not None
         grammar = Grammar(table.grammar, tuple(table.fields), anywhere=trained)
         return Question(template, grammar, table.missing, table.constrain == "structured_outputs")
 
@@ -95,11 +94,8 @@ def texts(
             found.append(None)
             continue
         harmless = {name: _harmless(text, pattern, foreign) for name, text in values.items()}
-        if question.template.name == "sound":
-            text = judge_question(item.question, harmless["completion"])
-        else:
-            told = {"question": item.question, "format": question.grammar.words}
-            text = question.template.render(harmless | told | _reference(item, question))
+        told = {"question": item.question, "format": question.grammar.words}
+        text = question.template.render(harmless | told | _reference(item, question))
         key, media = f"{item.prompt.key}/judge/{place}", item.prompt.media if question.template.image else ()
         found.append(Prompt(key, item.prompt.source, text, (), media, False, item.columns))
     return found
@@ -139,10 +135,8 @@ def certainty(reply: Rollout) -> float:
 
 def _values(item: Item, question: Question) -> dict[str, str] | None:
     """What the policy wrote, by the template's inputs; None where it lacks some."""
-    said, wanted = item.completion, question.template.inputs
+    said, wanted = item.completion, (*question.template.inputs, *question.template.needs)
     chain, judgement, answer = CHAIN.search(said), JUDGEMENT.search(said), ANSWER.fullmatch(said)
-    if question.template.name == "sound":
-        wanted = (*wanted, "chain")  # it judges the chain, and shows all
     found = {
         "completion": said,
         "chain": chain[1] if chain is not None else "",

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf.data.judging import RATED, SOUND
+from rlhf.data.judging import RATED, SOUND, squeezed
 
 WRITTEN = ("chain", "answer", "completion", "judgement")  # by the policy
 INPUTS = ("question", "reference", *WRITTEN, "format")
@@ -33,7 +33,8 @@ class TemplateError(ValueError):
 class Template:
     """A question to a judge. image: whether it sees the pictures; grammar: the only one that answers it, if there is
     one; fields: the booleans it asks for, where it asks for certain ones; fenced: whether what the policy wrote is set
-    apart, which those do not do that judges are trained on (rlhf.data.judging)."""
+    apart, which those do not do that judges are trained on (rlhf.data.judging): they show it on one line, without tags;
+    needs: what a reply must have, though it is not shown by itself."""
 
     name: str
     text: str
@@ -41,6 +42,7 @@ class Template:
     grammar: str | None = None
     fields: tuple[str, ...] = ()
     fenced: bool = True
+    needs: tuple[str, ...] = ()
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -54,7 +56,9 @@ class Template:
             if found[1]:
                 return f"{{{found[1]}}}"
             value = values[found[2]]
-            return fence(found[2], value) if self.fenced and found[2] in WRITTEN else value
+            if found[2] not in WRITTEN:
+                return value
+            return fence(found[2], value) if self.fenced else squeezed(value)
 
         return PLACEHOLDER.sub(filled, self.text)
 
@@ -113,7 +117,7 @@ _CONSISTENCY = (
 BUILT_IN: Mapping[str, Template] = {
     template.name: template
     for template in (
-        Template("sound", SOUND, grammar="yes_no", fenced=False),
+        Template("sound", SOUND, grammar="yes_no", fenced=False, needs=("chain",)),
         Template("rate", RATED, grammar="score", fenced=False),
         Template(
             "judgement",
