@@ -79,8 +79,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def test_it_finishes_every_stage(run: Run) -> None:
-    assert [stage["status"] for stage in run.summary["stages"]] == ["done"] * 19
-    assert {stage["kind"] for stage in run.summary["stages"]} == {"sft", "preference", "rl", "synthesize", "evaluate"}
+    assert [stage["status"] for stage in run.summary["stages"]] == ["done"] * 21
+    kinds = {stage["kind"] for stage in run.summary["stages"]}
+    assert kinds == {"sft", "preference", "reward_model", "rl", "synthesize", "evaluate"}
     assert 0 < run.summary["peak_rss_gib"] <= 8
 
 
@@ -108,6 +109,14 @@ def test_preferences_move_an_adapter_away_from_its_base(run: Run) -> None:
     assert steps[0]["metrics"]["loss"] == pytest.approx(math.log(2), abs=1e-4)  # the adapter begins as its base
     assert all(line["metrics"]["margin"] != 0 for line in steps[1:])  # which way, three steps cannot tell
     assert (run.folder / "stages/18-preferred/artifact/adapter_config.json").exists()
+
+
+def test_a_reward_model_says_what_a_policy_learns_from(run: Run) -> None:
+    steps = run.steps("19-liking")
+    assert steps[0]["metrics"]["loss"] == pytest.approx(math.log(2), abs=1e-6)  # it begins with 0 for every reply
+    metrics = run.stage("rl-liked")["metrics"]
+    assert 0 < metrics["rl.reward.liked"] < 1
+    assert metrics["rl.reward_failures"] == 0
 
 
 def test_trainer_and_engine_agree(run: Run) -> None:
