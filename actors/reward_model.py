@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from actors.learner import Totals
 from actors.policy import Policy
-from actors.scalar import at_ends, one_output, restore_head, write_head
+from actors.scalar import one_output, pooled, restore_head, write_head
 from rlhf.batching import collate
 from rlhf.reward_model import HEAD
 from rlhf.routing import Usage, routers
-from rlhf.types import Batch
+from rlhf.types import Batch, Pool
 
 
 class RewardModel(Policy):
@@ -33,6 +33,11 @@ class RewardModel(Policy):
         restore_head(head, Path(self.spec.model))
         return super().shaped(model)
 
+    @property
+    def _pool(self) -> Pool:
+        assert self.spec.scalar is not None
+        return self.spec.scalar
+
     def accumulate(
         self,
         batch: Batch,
@@ -45,7 +50,7 @@ class RewardModel(Policy):
         for index, samples in enumerate(rows):
             tensors = collate(samples, self.visual).to(self.device)
             with routers(self.model) as routed:
-                rewards = at_ends(self.engine, tensors)
+                rewards = pooled(self.engine, tensors, self._pool)
             # of a dummy row 0 times its reward: every rank must run backward through the whole model
             loss = -(tensors.advantages[:, 0] * tensors.weights * rewards).sum() / max(1, batch.num_rows)
             loss, usage = self.balanced(loss, routed, tensors, batch, usage)
@@ -58,8 +63,9 @@ class RewardModel(Policy):
         found: dict[str, float] = {}
         with self.evaluating(), torch.no_grad():
             for samples in batch.micro_batches[self.rank]:
-                said = at_ends(self.engine, collate(samples, self.visual).to(self.device)).tolist()
-                found |= {sample.key: value for sample, value in zip(samples, said, strict=False)}  # a blank may follow
+                tensors = collate(samples, self.visual).to(self.device)
+                each = pooled(self.engine, tensors, self._pool).tolist()
+                found |= {sample.key: value for sample, value in zip(samples, each, strict=False)}  # a blank may follow
         return found
 
     def export(self, folder: Path) -> None:
@@ -72,5 +78,5 @@ class RewardModel(Policy):
                 tensors[f"{HEAD}.weight"] = self._words
             saved.save_pretrained(folder, state_dict=tensors, safe_serialization=True)
             self.processor.save_pretrained(folder)
-            write_head(folder, head)
+            write_head(folder, head, self._pool)
         torch.distributed.barrier()

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from actors.learner import prepare
-from actors.scalar import at_ends, one_output, restore_head
+from actors.scalar import one_output, pool_of, pooled, restore_head
 from rlhf.batching import Cached, Visual, collate, make_batch
 from rlhf.foreign import loop_over_experts, mixes_experts
 from rlhf.types import Group, Loss, Sample, Score, TrainSpec
@@ -38,15 +38,15 @@ class Scorer:
             folder, 0, Loss(), {}, steps=1, precision=settings.precision, packed=settings.packed
         )  # opened as a trainer opens it
         model, self._processor, visual = prepare(looks)
-        if not restore_head(one_output(model, bias=False), Path(folder)):
-            raise ValueError(f"{folder} holds no reward model: name the artifact of a reward_model stage")
+        self._pool = pool_of(Path(folder))
+        restore_head(one_output(model, bias=False), Path(folder))
         if settings.device == "cpu" and mixes_experts(model):
             loop_over_experts(model)
         self._model: Any = model.to(settings.device).eval().requires_grad_(False)
         self._visual: Visual = Cached(visual)
 
     def score(self, groups: Sequence[Group]) -> list[list[Score]]:
-        """One Score a rollout, for each group; a reply that was cut off is scored at its last token. The rollouts of a
+        """One Score a rollout, for each group; a reply that was cut off is scored as far as it goes. The rollouts of a
         group go through the model together, and no others with them: what else is asked never changes a digit. A
         picture that cannot be read, or a reward that is not finite, fails its own rollouts."""
         return [self._group(group) for group in groups]
@@ -58,8 +58,8 @@ class Scorer:
             batch = make_batch(samples, 1, self._settings.token_budget, packed=self._settings.packed)
             found: dict[str, float] = {}
             for part in batch.micro_batches[0]:
-                said = at_ends(self._model, collate(part, self._visual).to(self._settings.device))
-                found |= {sample.key: value for sample, value in zip(part, said.tolist(), strict=False)}
+                each = pooled(self._model, collate(part, self._visual).to(self._settings.device), self._pool)
+                found |= {sample.key: value for sample, value in zip(part, each.tolist(), strict=False)}
         except ValueError as error:  # of the row: its pictures, its length
             return [Score("failed", note=str(error))] * len(group.rollouts)
         return [_scored(found[sample.key]) for sample in samples]

@@ -276,6 +276,12 @@ class Tensors:
         kept, column = self._kept(where[:, 0], where[:, 1])
         return (kept if len(kept) else kept.new_zeros(1)), column
 
+    def replies(self) -> tuple[Tensor, Tensor]:
+        """The same of the completion tokens themselves: what the model gives where they are, which has read them."""
+        where = self.completion.nonzero()  # [tokens, 2]
+        kept, column = self._kept(where[:, 0], where[:, 1] + 1)
+        return (kept if len(kept) else kept.new_zeros(1)), column
+
     def ends(self) -> tuple[Tensor, Tensor]:
         """The same of every row's last token: which positions of the model's input [kept], and for each of the B rows
         which of what the model gives there, rows end to end, is of its last token."""

@@ -566,12 +566,13 @@ def train_spec(
         updates = 1
         made = stage.upcycle
         upcycle = (made.num_experts, made.top_k, made.layers) if made else None
-    resources, scalar, train = recipe.resources, isinstance(stage, RewardModel), stage.train or {"*": stage.lr}
+    resources, train = recipe.resources, stage.train or {"*": stage.lr}
+    scalar = stage.pool if isinstance(stage, RewardModel) else None
     return TrainSpec(
         model=str(model),
         seed=derive(recipe.seed, stage.name, "trainer") % 2**31,
         loss=loss,
-        train=with_head(train) if scalar else train,
+        train=with_head(train) if scalar is not None else train,
         steps=stage.steps * updates,
         schedule=stage.schedule,
         warmup=stage.warmup,

@@ -24,6 +24,7 @@ from PIL import Image
 MediaKind = Literal["image", "video"]
 Outcome = Literal["scored", "failed", "timed_out"]
 Finish = Literal["stop", "length", "abort"]
+Pool = Literal["last", "mean"]  # of what a reward model says at a reply's tokens
 Normalise = Literal["token", "row", "row_mean", "constant"]
 
 
@@ -315,7 +316,7 @@ class TrainSpec:
     objectives  of a stage that teaches the connector alone, and their weights: `rlhf.bridge.alignment`
     signals  weight of what signal tokens say beside their captions (`actors.signals`); 0: they say nothing
     critic   the learning rate of a second model, begun from `model`, that foretells the rewards; None: there is none
-    scalar   one output in place of the language head: a reward model, not a policy
+    scalar   one output in place of the language head, and at which tokens of a reply it is asked: a reward model
     """
 
     model: str
@@ -345,4 +346,4 @@ class TrainSpec:
     critic: float | None = None
     objectives: Mapping[str, float] = field(default_factory=dict)
     signals: float = 0.0
-    scalar: bool = False
+    scalar: Pool | None = None

@@ -224,13 +224,16 @@ class Preference(Pairs):
 
 class RewardModel(Pairs):
     """A reward model (Bradley–Terry) for an rl stage to name as a `scalar`: the model that the stage starts from, with
-    one output in place of its language head, learns to say more at the end of a chosen reply than of the rejected one,
-    and more by the row's column `margin` where it has one. `center` weighs the square of what it says of both together,
-    which holds rewards around 0. The head learns at the rate of the glob of `train` that names it, else at the highest.
-    What it leaves is no policy: only rl stages, and stages that measure or train it further, can name it."""
+    one output in place of its language head, learns to say more of a chosen reply than of the rejected one, and more by
+    the row's column `margin` where it has one. It is asked at a reply's "last" token, or `pool` takes the "mean" over
+    all (arXiv:2306.00398), which tells it where a reply went wrong. `center` weighs the square of what it says of both
+    together, which holds rewards around 0. The head learns at the rate of the glob of `train` that names it, else at
+    the highest. What it leaves is no policy: only rl stages, and stages that measure or train it further, can name
+    it."""
 
     kind: Literal["reward_model"]
     center: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    pool: Literal["last", "mean"] = "last"
 
     @model_validator(mode="after")
     def _learns_whole_tables(self) -> RewardModel:

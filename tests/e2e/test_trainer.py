@@ -653,7 +653,7 @@ def test_a_reward_model_is_learned_alike_on_two_ranks_and_one_and_scores_as_it_d
     rates = {"*": 1e-2, "lm_head.*": 3e-2}
     loss = Loss("reinforce", normalise="row", router_aux=0.01 if model == "sparse" else 0.0)
     more: dict[str, Any] = {"lora": lora, "whole": ("lm_head.*",) if lora else ()}
-    spec = spec_of(begun, loss=loss, train=rates, warmup=0.0, scalar=True, **more)
+    spec = spec_of(begun, loss=loss, train=rates, warmup=0.0, scalar="last", **more)
     one.begin(dataclasses.replace(spec, zero_stage=0 if zero_stage == 0 else 2))
     two.begin(dataclasses.replace(spec, zero_stage=zero_stage))
     losses = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import Qwen3Config, Qwen3ForSequenceClassification
 
-from actors.scalar import HEAD, at_ends, one_output, restore_head, write_head
+from actors.scalar import HEAD, one_output, pooled, restore_head, write_head
 from actors.scorer import Scorer, ScorerSettings
 from rlhf.batching import BridgeVisual, collate, make_batch
 from rlhf.data.digits import build
@@ -25,7 +26,7 @@ from rlhf.packing import attend_by_row
 from rlhf.recipe import Chat, Reward, RewardModel, Rl
 from rlhf.reward_model import as_ranked, weigh
 from rlhf.scoring import score
-from rlhf.types import Batch, Group, Media, Prompt, Rollout, Sample, Score
+from rlhf.types import Batch, Group, Media, Pool, Prompt, Rollout, Sample, Score
 from tests.unit.test_bridge_build import MOE, tiny
 from tests.unit.test_bridge_training import TEMPLATE, settings
 from tests.unit.test_packing import media, rows
@@ -104,8 +105,9 @@ def valued(decoder: dict[str, Any], seed: int = 0) -> tuple[Any, Any]:
     return model, processor
 
 
+@pytest.mark.parametrize("pool", ["last", "mean"])
 @pytest.mark.parametrize("decoder", [{}, {"decoder": MOE}])
-def test_the_step_on_packed_rows_is_autograds_of_the_loss_row_by_row(decoder: dict[str, Any]) -> None:
+def test_the_step_on_packed_rows_is_autograds_of_the_loss_row_by_row(decoder: dict[str, Any], pool: Pool) -> None:
     model, processor = valued(decoder)
     shown = {sample.key: sample for sample in rows(processor)}
     samples = []
@@ -114,10 +116,10 @@ def test_the_step_on_packed_rows_is_autograds_of_the_loss_row_by_row(decoder: di
             samples.append(dataclasses.replace(shown[key], key=f"{index}/{kind}", margin=margin))
 
     def alone(sample: Sample) -> Tensor:
-        """The reward by a forward of this row only, read at the last place of all its logits."""
+        """The reward by a forward of this row only, read at the last of its logits, or at all of its reply."""
         inputs = collate([sample], BridgeVisual(processor)).model_inputs()
-        found: Tensor = model(**inputs, use_cache=False).logits[0, -1, 0]
-        return found
+        found: Tensor = model(**inputs, use_cache=False).logits[0, :, 0]
+        return found[-1] if pool == "last" else found[sample.prompt_length :].mean()
 
     each = {sample.key: alone(sample) for sample in samples}
     chosen, rejected = (torch.stack([each[f"{index}/{kind}"] for index in (2, 0)]) for kind in ("chosen", "rejected"))
@@ -131,13 +133,15 @@ def test_the_step_on_packed_rows_is_autograds_of_the_loss_row_by_row(decoder: di
         said = {
             sample.key: value
             for part in batch.micro_batches[0]
-            for sample, value in zip(part, at_ends(model, collate(part, visual)).tolist(), strict=True)
+            for sample, value in zip(part, pooled(model, collate(part, visual), pool).tolist(), strict=True)
         }
     weighed, metrics = asyncio.run(weigh(stage(center=0.3), Said(said), batch))
     assert metrics["loss"] == pytest.approx(float(loss.detach()), abs=1e-5)
     for part in weighed.micro_batches[0]:
         tensors = collate(part, visual)
-        (-(tensors.advantages[:, 0] * tensors.weights * at_ends(model, tensors)).sum() / weighed.num_rows).backward()
+        (
+            -(tensors.advantages[:, 0] * tensors.weights * pooled(model, tensors, pool)).sum() / weighed.num_rows
+        ).backward()
     for (name, parameter), gradient in zip(model.named_parameters(), expected, strict=True):
         found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         torch.testing.assert_close(found, torch.zeros_like(parameter) if gradient is None else gradient, msg=name)
@@ -167,7 +171,9 @@ def test_the_loss_is_trls_on_the_same_rows(tmp_path: Path, center: float | None)
         said = {
             sample.key: value
             for part in batch.micro_batches[0]
-            for sample, value in zip(part, at_ends(model, collate(part, BridgeVisual(processor))).tolist(), strict=True)
+            for sample, value in zip(
+                part, pooled(model, collate(part, BridgeVisual(processor)), "last").tolist(), strict=True
+            )
         }
     _, metrics = asyncio.run(weigh(stage(center=center or 0.0), Said(said), batch))
 
@@ -248,7 +254,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any]:
     processor.save_pretrained(folder)
     head = one_output(model, bias=False)
     torch.nn.init.normal_(head.weight, std=0.5, generator=torch.Generator().manual_seed(0))
-    write_head(folder, head.weight.detach())
+    write_head(folder, head.weight.detach(), "last")
     return folder, model, processor
 
 
@@ -282,8 +288,12 @@ def values(scores: list[list[Score]]) -> list[float]:
     return [one.value for row in scores for one in row if one.value is not None]
 
 
-def test_scores_are_those_of_each_row_alone(artifact: tuple[Path, Any, Any]) -> None:
+@pytest.mark.parametrize("pool", ["last", "mean"])
+def test_scores_are_those_of_each_row_alone(artifact: tuple[Path, Any, Any], tmp_path: Path, pool: Pool) -> None:
     folder, model, processor = artifact
+    if pool == "mean":  # the same model, asked otherwise
+        folder = Path(shutil.copytree(folder, tmp_path / "mean"))
+        write_head(folder, model.lm_head.weight.detach(), "mean")
     asked = groups(processor)
     expected = []
     for group in asked:
@@ -291,7 +301,8 @@ def test_scores_are_those_of_each_row_alone(artifact: tuple[Path, Any, Any]) -> 
             row = Sample("x", group.prompt_ids + rollout.token_ids, len(group.prompt_ids), group.prompt.media)
             inputs = collate([row], BridgeVisual(processor)).model_inputs()
             with torch.no_grad():
-                expected.append(float(model(**inputs, use_cache=False).logits[0, -1, 0]))
+                said = model(**inputs, use_cache=False).logits[0, :, 0]
+            expected.append(float(said[-1] if pool == "last" else said[len(group.prompt_ids) :].mean()))
     assert max(expected) - min(expected) > 0.1
     packed, padded = Scorer(str(folder), settings_of()), Scorer(str(folder), settings_of(packed=False))
     for scorer in (packed, padded):
@@ -331,7 +342,7 @@ def test_only_a_reward_models_folder_is_taken(artifact: tuple[Path, Any, Any], t
     processor.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="holds no reward model: name the artifact of a reward_model stage"):
         Scorer(str(tmp_path), settings_of())
-    write_head(tmp_path, torch.zeros(1, 5))
+    write_head(tmp_path, torch.zeros(1, 5), "last")
     with pytest.raises(ValueError, match=rf"{HEAD} is \[1, 5\], and the model beside it needs \[1, 32\]"):
         restore_head(one_output(model, bias=False), tmp_path)
 
