@@ -161,7 +161,7 @@ def _tiles(run: RunView) -> str:
     judged = [(stage, v) for stage in run.stages if (v := stage.metric("judge.precision")) is not None]
     if judged:  # the last one: a judge is first measured on made-up chains, then on a policy's own
         stage, precision = judged[-1]
-        tiles.append((percent(precision), "judge precision", f"when it calls a chain sound ({escape(stage.name)})", ""))
+        tiles.append((percent(precision), "judge precision", f"of what it accepts ({escape(stage.name)})", ""))
     ranked = [(stage, v) for stage in run.stages if (v := stage.metric("reward_model.accuracy")) is not None]
     if ranked:  # as of a judge
         stage, accuracy = ranked[-1]

@@ -46,13 +46,17 @@ def _judge_panel(run: RunView) -> list[str]:
         ]
         if meters:
             on = f" on the rows of <em>{escape(stage.measured_on)}</em>" if stage.measured_on else ""
-            exams.append(f'<h4>{escape(stage.name)}{on}</h4><ul class="meters">{meters}</ul>{_calibration(bins)}')
+            off = stage.metric("judge.score_error")
+            off_by = f"<p>Its scores of 1 to 5 are off by {number(off)} on average.</p>" if off is not None else ""
+            exams.append(
+                f'<h4>{escape(stage.name)}{on}</h4><ul class="meters">{meters}</ul>{off_by}{_calibration(bins)}'
+            )
     if not exams:
         return []
     return [
         "<figure><figcaption><b>The judge</b></figcaption>"
-        "<p>A second model reads each chain of thought and says whether it is sound. Precision: of the chains it calls "
-        "sound, how many are. Recall: of the sound ones, how many it finds. Kappa: agreement beyond chance.</p>"
+        "<p>A second model reads what was written beside the picture and says whether it is sound. Precision: of what it "
+        "accepts, how much is. Recall: of what is sound, how much it accepts. Kappa: agreement beyond chance.</p>"
         f"{''.join(exams)}</figure>"
     ]
 
