@@ -55,8 +55,8 @@ def _judge_panel(run: RunView) -> list[str]:
         return []
     return [
         "<figure><figcaption><b>The judge</b></figcaption>"
-        "<p>A second model reads what was written beside the picture and says whether it is sound. Precision: of what it "
-        "accepts, how much is. Recall: of what is sound, how much it accepts. Kappa: agreement beyond chance.</p>"
+        "<p>A second model reads what was written beside the picture and says whether it is sound. Precision: of what "
+        "it accepts, how much is. Recall: of what is sound, how much it accepts. Kappa: agreement beyond chance.</p>"
         f"{''.join(exams)}</figure>"
     ]
 
