@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import signal
 import socket
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -34,7 +33,7 @@ from actors.vllm_worker import VllmWorker
 from rewards.isolation import Limits
 from rlhf.architecture import GIB, base_of, from_folder
 from rlhf.models import architecture_as_saved, load_processor, masked_ids
-from rlhf.plan import Cluster, Plan
+from rlhf.plan import Cluster, Node, Plan, reserved
 from rlhf.recipe import Implementation, Recipe
 from rlhf.stage import packs
 from rlhf.types import Publication
@@ -131,24 +130,6 @@ def rendezvous() -> str:
         return f"{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
 
 
-def reserved(plan: Plan) -> tuple[list[dict[str, float]], dict[str, list[int]]]:
-    """The bundles of a plan, and which of them each process of a role stands in: one of its own or, where trainer and
-    engines share GPUs, that of a GPU. Processes go round the GPUs, so that no two trainer ranks meet on one."""
-    shares = [{"CPU": 0.0, "GPU": 1.0} for _ in range(plan.cluster.gpus if plan.colocated else 0)]
-    turns, bundles = itertools.cycle(range(len(shares))), dict[str, list[int]]()
-    for actor in plan.actors:
-        places = bundles[actor.role] = []
-        for _ in range(actor.count):
-            if plan.colocated and actor.gpus:
-                place = next(turns)
-                shares[place]["CPU"] += actor.cpus
-            else:
-                place = len(shares)
-                shares.append({"CPU": actor.cpus} | ({"GPU": actor.gpus} if actor.gpus else {}))
-            places.append(place)
-    return shares, bundles
-
-
 @dataclass
 class Placement:
     """Where actors stand: a placement group with the plan's bundles (`reserved`)."""
@@ -162,7 +143,7 @@ class Placement:
     @classmethod
     async def reserve(cls, recipe: Recipe, plan: Plan) -> Placement:
         """Reserve every process's share at once, so that a job never half-starts. Raises ActorTimeoutError."""
-        shares, bundles = reserved(plan)
+        shares, bundles = reserved(plan.actors, plan.shared_gpus)
         group = placement_group(shares, strategy="PACK")
         await within(recipe.deadlines.start, "start", f"reserving {shares} on the cluster", group.ready())
         return cls(recipe, plan, group, bundles, plan.implementation)
@@ -314,15 +295,18 @@ class Cast:
 
 
 def cluster_of(address: str) -> Cluster:
-    """What the running Ray cluster at `address` has, over all its nodes; Ray does not know the memory of its GPUs."""
+    """The nodes of the running Ray cluster at `address`; Ray does not know the memory of its GPUs."""
     ray.init(address=address, log_to_driver=False, configure_logging=False)
     try:
-        found = ray.cluster_resources()
-        nodes = sum(bool(node["Alive"]) for node in ray.nodes())
+        alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     finally:
         ray.shutdown()
+    return Cluster(tuple(map(_node, alive)))
+
+
+def _node(found: Mapping[str, float]) -> Node:
     memory = found.get("memory", 0.0) + found.get("object_store_memory", 0.0)
-    return Cluster(int(found.get("CPU", 0)), memory / GIB, int(found.get("GPU", 0)), nodes=nodes)
+    return Node(int(found.get("CPU", 0)), memory / GIB, int(found.get("GPU", 0)))
 
 
 @contextlib.asynccontextmanager

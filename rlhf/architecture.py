@@ -1,4 +1,4 @@
-"""What a model weighs, from its configuration alone: parameters, bytes of training state, bytes of KV cache.
+"""What a model is, from its configuration alone: its parts, their sizes, its parameters.
 
 Reads a recipe's `[model.bridge]`, or a folder's config.json and safetensors headers. Imports no torch.
 """
@@ -119,6 +119,12 @@ class Architecture:
         return self.tables.get("decoder", {})
 
     @property
+    def plain_decoder(self) -> dict[str, Any]:
+        """The decoder's table, or that of the Qwen3 inside of one that is built around it."""
+        decoder = own(self.decoder)
+        return self.decoder if decoder is None else decoder.plain(self.decoder)
+
+    @property
     def is_bridge(self) -> bool:
         return self.name in (DENSE, MOE)
 
@@ -142,30 +148,61 @@ class Architecture:
         )
         return (int(number), int(self.decoder.get("num_experts_per_tok", 1))) if number else None
 
+    @cached_property
+    def pictures(self) -> tuple[tuple[int, int], ...]:
+        """(tokens, features of the encoder) of a picture of each extreme size; none for models other than bridges."""
+        if not self.is_bridge:
+            return ()
+        geometry = geometry_of(self.tables)
+        layouts = [geometry.layout(*size) for size in geometry.tiler.extremes]
+        return tuple(
+            (len(geometry.pattern(one)), sum(rows * cols for rows, cols in map(geometry.features, one.tiles)))
+            for one in layouts
+        )
+
     @property
     def image_tokens(self) -> int | None:
         """Most tokens one picture can become; None for models other than bridges."""
-        return geometry_of(self.tables).most_tokens if self.is_bridge else None
+        return max(tokens for tokens, _ in self.pictures) if self.is_bridge else None
 
-    @property
+    @cached_property
     def shapes_differ(self) -> bool:
         """Whether a bridge's encoder is called once for each shape of tile."""
         return self.is_bridge and geometry_of(self.tables).shapes_differ
+
+    @cached_property
+    def parts(self) -> dict[str, int] | None:
+        """How many parameters each part of a bridge has, tied ones once, the decoder's with embeddings and head. None
+        where the configuration does not tell."""
+        if not self.is_bridge or _defaults("decoder", self.decoder["type"]) is None:
+            return None
+        geometry, vision, width = geometry_of(self.tables), self.tables["vision"], self.decoder["hidden_size"]
+        sizes = geometry.encoder.width(vision), width, self.decoder["vocab_size"]
+        head = head_of(self.tables)
+        return {
+            "vision": _vision(vision, self.tables["encoder"]) + geometry.encoder.parameters(vision),
+            "connector": geometry.connector.parameters(*sizes),
+            "packer": geometry.packer.parameters(width),
+            "head": 0 if head is None else head.parameters(*sizes),
+            "decoder": _decoder(self.decoder),
+        }
 
     @property
     def parameters(self) -> int | None:
         """How many, tied ones once. None when neither the files nor the configuration tell."""
         if self.stored_parameters is not None:
             return self.stored_parameters
-        if not self.is_bridge or _defaults("decoder", self.decoder["type"]) is None:
-            return None
-        geometry, vision, width = geometry_of(self.tables), self.tables["vision"], self.decoder["hidden_size"]
-        sizes = geometry.encoder.width(vision), width, self.decoder["vocab_size"]
-        connector = geometry.connector.parameters(*sizes)
-        between = geometry.encoder.parameters(vision) + connector + geometry.packer.parameters(width)
-        head = head_of(self.tables)
-        beside = 0 if head is None else head.parameters(*sizes)
-        return _vision(vision, self.tables["encoder"]) + between + _decoder(self.decoder) + beside
+        return None if self.parts is None else sum(self.parts.values())
+
+    @property
+    def active_parameters(self) -> int | None:
+        """Those that one token meets: of a mixture's experts only the ones it visits."""
+        total, experts = self.parameters, self.experts
+        if total is None or experts is None or not self.is_bridge:
+            return total
+        plain = self.plain_decoder
+        idle = experts[0] - experts[1]
+        return total - _sparse_layers(plain) * idle * 3 * plain["hidden_size"] * plain["moe_intermediate_size"]
 
     def lora_parameters(self, lora: Lora) -> int | None:
         """Parameters of the adapters on the decoder's linear layers."""
@@ -407,33 +444,6 @@ def head_of(tables: Mapping[str, Mapping[str, Any]]) -> Head | None:
     return HEADS.make(table)
 
 
-def weight_bytes(parameters: int, trainable: int, precision: str, zero_stage: int, ranks: int) -> int:
-    """Weights and gradients of one rank (ZeRO, 1910.02054): stage 2 splits the gradients over ranks, 3 the weights
-    too."""
-    width = 4 if precision == "float32" else 2
-    return width * parameters // (ranks if zero_stage >= 3 else 1) + width * trainable // (
-        ranks if zero_stage >= 2 else 1
-    )
-
-
-def optimizer_bytes(trainable: int, precision: str, zero_stage: int, ranks: int) -> int:
-    """AdamW's state of one rank, which ZeRO splits over ranks from stage 1 on. bfloat16 keeps a float32 master copy; so
-    does ZeRO for its own partition."""
-    master = 4 if precision != "float32" or zero_stage >= 1 else 0
-    return (8 + master) * trainable // (ranks if zero_stage >= 1 else 1)
-
-
-def activation_bytes(architecture: Architecture, tokens: int, checkpointing: bool = False) -> int:
-    """A rough upper estimate for one micro-batch in float32: what backward keeps of each layer (with `checkpointing` of
-    one, and the input of the others), and the logits with their gradient. 0 where the configuration is unknown."""
-    decoder = architecture.decoder
-    if not {"num_hidden_layers", "hidden_size", "vocab_size"} <= decoder.keys():
-        return 0
-    layers = decoder["num_hidden_layers"]
-    kept = 16 + layers if checkpointing else 16 * layers
-    return int(4 * tokens * (kept * decoder["hidden_size"] + 3 * decoder["vocab_size"]))
-
-
 def _vision(v: Mapping[str, Any], encoder: Mapping[str, Any]) -> int:
     if v["type"] == "patches":
         return 0
@@ -467,14 +477,19 @@ def _decoder(d: Mapping[str, Any]) -> int:
     dense = 3 * hidden * d["intermediate_size"]
     total = layers * (attention + 2 * hidden)
     if d.get("num_experts"):
-        step, only_dense = d.get("decoder_sparse_step", 1), d.get("mlp_only_layers") or []
-        sparse = sum(layer not in only_dense and (layer + 1) % step == 0 for layer in range(layers))
+        sparse = _sparse_layers(d)
         expert = 3 * hidden * d["moe_intermediate_size"]
         total += sparse * d["num_experts"] * (expert + hidden) + (layers - sparse) * dense
     else:
         total += layers * dense
     heads = 1 if d.get("tie_word_embeddings") else 2
     return int(total + hidden + heads * d["vocab_size"] * hidden)
+
+
+def _sparse_layers(d: Mapping[str, Any]) -> int:
+    """How many layers of a mixture have experts."""
+    step, only_dense = d.get("decoder_sparse_step", 1), d.get("mlp_only_layers") or []
+    return sum(layer not in only_dense and (layer + 1) % step == 0 for layer in range(d["num_hidden_layers"]))
 
 
 def _head_dim(d: Mapping[str, Any]) -> int:

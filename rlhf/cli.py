@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from rlhf.plan import VERDICTS, Plan, PlanError, Verdict, check, describe, make_plan, read_verdicts
+from rlhf.plan import VERDICTS, Cluster, Plan, PlanError, Verdict, check, describe, make_plan, read_verdicts
 from rlhf.recipe import Recipe, RecipeError, load
 
 ABOUT = """Post-training of vision-language models: a recipe is a curriculum, a run works through it.
@@ -69,7 +69,10 @@ def _parser() -> argparse.ArgumentParser:
 
     run = verb("run", run_command, "run a curriculum, or continue it where it stood")
     run.add_argument("--address", help="a running Ray cluster to join (default: start one for this job)")
-    verb("plan", plan_command, "show and check what a recipe would do, without starting anything")
+    planned = verb("plan", plan_command, "show and check what a recipe would do, without starting anything")
+    planned.add_argument(
+        "--cluster", type=Path, metavar="SITE", help="a file with [cluster] nodes (default: this machine)"
+    )
     verb("check", check_command, "measure what only an engine can tell: implementation and log-prob gap of [model]")
     evaluate = verb("eval", eval_command, "evaluate a model folder on the recipe's held-out questions")
     evaluate.add_argument("--model", type=Path, required=True, help="an artifact folder")
@@ -232,7 +235,9 @@ def _report(folder: Path) -> None:
 
 
 def plan_command(parsed: argparse.Namespace) -> int:
-    print(describe(make_plan(load(parsed.recipe, parsed.override), verdicts=_verdicts(parsed))))
+    recipe = load(parsed.recipe, parsed.override, parsed.cluster)
+    cluster = None if parsed.cluster is None else Cluster.of(recipe.cluster)
+    print(describe(make_plan(recipe, cluster, _verdicts(parsed))))
     return 0
 
 

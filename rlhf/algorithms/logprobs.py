@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-LOGITS = 2**25  # at once, of tokens times vocabulary: 128 MiB in float32
+from rlhf.memory import LOGITS
 
 
 def logprobs_of(

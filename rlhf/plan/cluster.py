@@ -1,26 +1,33 @@
-"""What there is to run on: cores, memory and GPUs, as this process may use them."""
+"""What there is to run on: nodes with cores, memory and GPUs, those here or those of a site file."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import subprocess
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf.architecture import GIB
+from rlhf.recipe import ClusterTable
 
 
 @dataclass(frozen=True)
-class Cluster:
-    """What there is to run on, all nodes together. gpu_memory_gib is that of the smallest GPU, None where it is not
-    known."""
+class Node:
+    """One machine, as a job may use it. gpu_memory_gib: of its smallest GPU, None where that is not known."""
 
     cpus: int
     memory_gib: float
     gpus: int = 0
     gpu_memory_gib: float | None = None
-    nodes: int = 1
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What there is to run on: one node or several."""
+
+    nodes: tuple[Node, ...]
 
     @classmethod
     def here(cls) -> Cluster:
@@ -28,7 +35,53 @@ class Cluster:
         gpus = _gpu_memories()
         known = [memory for memory in gpus if memory is not None]
         smallest = min(known) if known else None
-        return cls(len(os.sched_getaffinity(0)), _memory_bytes() / GIB, len(gpus), smallest)
+        return cls((Node(len(os.sched_getaffinity(0)), _memory_bytes() / GIB, len(gpus), smallest),))
+
+    @classmethod
+    def of(cls, table: ClusterTable) -> Cluster:
+        """The machines that `[cluster] nodes` describes."""
+        return cls(
+            tuple(
+                Node(kind.cpus, kind.memory_gib, kind.gpus, kind.gpu_memory_gib)
+                for kind in table.nodes
+                for _ in range(kind.count)
+            )
+        )
+
+    @property
+    def cpus(self) -> int:
+        return sum(node.cpus for node in self.nodes)
+
+    @property
+    def memory_gib(self) -> float:
+        return sum(node.memory_gib for node in self.nodes)
+
+    @property
+    def gpus(self) -> int:
+        return sum(node.gpus for node in self.nodes)
+
+    @property
+    def most_gpus(self) -> int:
+        """Of one node: what an engine's tensor-parallel group can have."""
+        return max(node.gpus for node in self.nodes)
+
+    @property
+    def gpu_memory_gib(self) -> float | None:
+        """Of the smallest GPU whose memory is known."""
+        known = [node.gpu_memory_gib for node in self.nodes if node.gpus and node.gpu_memory_gib is not None]
+        return min(known) if known else None
+
+    def __str__(self) -> str:
+        """In words, such as "4 nodes of 96 cores, 1024.0 GiB, 8 GPUs of 80 GiB"."""
+        kinds = Counter(self.nodes)
+        if len(self.nodes) == 1:
+            return f"machine: {_in_words(self.nodes[0])}"
+        return "; ".join(f"{count} nodes of {_in_words(node)}" for node, count in kinds.items())
+
+
+def _in_words(node: Node) -> str:
+    gpus = f"{node.gpus} GPUs" + (f" of {node.gpu_memory_gib:g} GiB" if node.gpus and node.gpu_memory_gib else "")
+    return f"{node.cpus} cores, {node.memory_gib:.1f} GiB, {gpus}"
 
 
 def _memory_bytes() -> int:

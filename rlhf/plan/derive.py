@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from rlhf.architecture import Architecture, algorithm_of, architecture_of
+from rlhf.architecture import GIB, Architecture, algorithm_of, architecture_of
+from rlhf.memory import row_bytes
 from rlhf.plan import feasibility
+from rlhf.plan.advice import Needs, advice
 from rlhf.plan.cluster import Cluster
 from rlhf.plan.engines import engine_uses
-from rlhf.plan.placement import actors_of, awake_of, memory_of, scalars_of, tenants_of, too_large
-from rlhf.plan.refusals import crowded_cores, misplaced, unenforced, unfit_stages
-from rlhf.plan.types import EngineUse, Plan, PlanError, StagePlan, Transport
+from rlhf.plan.nodes import gpu_needs, homeless, node_plans, seated, too_large
+from rlhf.plan.placement import awake_of, rows_at_once, scalars_of, serving_of, sizes_of, tenants_of
+from rlhf.plan.refusals import crowded_cores, misplaced, undivided, unenforced, unfit_stages, unshared
+from rlhf.plan.types import EngineUse, Memory, MisfitError, Plan, PlanError, StagePlan, Transport
 from rlhf.plan.verdicts import Verdict, chosen
 from rlhf.recipe import Evaluate, Merge, Pairs, Rebuild, Recipe, Rl, Sft, Stage, Synthesize
 
@@ -19,12 +22,27 @@ from rlhf.recipe import Evaluate, Merge, Pairs, Rebuild, Recipe, Rl, Sft, Stage,
 def make_plan(recipe: Recipe, cluster: Cluster | None = None, verdicts: Sequence[Verdict] = ()) -> Plan:
     """Derive the plan of a recipe on a cluster (default: this machine).
 
-    Raises PlanError with every problem of the first kind that there is (`check`, then the machine, then its memory),
-    each in a sentence that says what to change.
+    Raises PlanError with every problem of the first kind that there is (`check`, then the machine, then its room and
+    memory), each in a sentence that says what to change; where memory or room is short, with what would fit.
     """
     cluster = cluster or Cluster.here()
     architectures = check(recipe)
-    _refuse(misplaced(recipe, cluster), crowded_cores(recipe, cluster))
+    try:
+        return _planned(recipe, cluster, architectures, verdicts)
+    except MisfitError as error:
+
+        def trial(changed: Recipe, on: Cluster) -> Plan:
+            _refuse(unfit_stages(changed, architectures))
+            return _planned(changed, on, architectures, verdicts)
+
+        found = advice(recipe, cluster, _needs(recipe, architectures, verdicts), trial)
+        raise PlanError(f"{error}\n{found}", found.changes, found.nodes) from None
+
+
+def _planned(
+    recipe: Recipe, cluster: Cluster, architectures: Mapping[str, Architecture], verdicts: Sequence[Verdict]
+) -> Plan:
+    _refuse(misplaced(recipe, cluster), crowded_cores(recipe, cluster), undivided(recipe, architectures))
     # one kind of engine for all stages: transformers serves what vLLM can, too
     served = sorted(architectures.values(), key=lambda architecture: architecture.served == "vllm")
     implementation = chosen(recipe.model.implementation, served[0], verdicts)
@@ -33,24 +51,41 @@ def make_plan(recipe: Recipe, cluster: Cluster | None = None, verdicts: Sequence
     stages = tuple(_stage(recipe, stage, architectures[stage.name], uses[stage.name]) for stage in recipe.stages)
     engines, scalars = sum(stage.cold_starts for stage in stages), scalars_of(recipe)
     tenants = tenants_of(recipe, cluster, engines, scalars)
+    _refuse(unshared(recipe, cluster, tenants))
     transport = _transport(recipe, cluster, tenants > 1)
-    memory = memory_of(recipe, stages, tenants, transport in ("ipc", "nccl"))
-    _refuse(too_large(recipe, cluster, tenants, awake_of(stages, tenants), min(scalars, max(tenants - 1, 0)), memory))
+    sizes = sizes_of(recipe, stages, tenants, transport)
+    seating = seated(recipe, cluster, engines, scalars, tenants, sizes)
+    _refuse(homeless(cluster, seating), error=MisfitError)
+    needs = gpu_needs(seating, awake_of(stages) if tenants > 1 else 0, transport, sizes)
+    nodes = tuple(node_plans(cluster, seating, needs, transport, sizes))
+    longest_rows, short = rows_at_once(recipe, stages)
+    _refuse(short, too_large(recipe, cluster, nodes, needs, sizes), error=MisfitError)
     resources = recipe.resources
     return Plan(
         recipe=recipe.name,
         cluster=cluster,
-        actors=actors_of(recipe, cluster, engines, scalars, tenants, memory),
+        actors=seating.actors,
         stages=stages,
         world_size=resources.trainer_ranks,
         transport=transport,
         colocated=tenants > 1,
         implementation=implementation,
-        memory=memory,
+        memory=Memory(sum(n.memory_gib for n in nodes), sizes.trainer_parts, sizes.engine_parts, sizes.scalar),
         memory_limit_gib=resources.memory_gib,
+        nodes=nodes,
+        longest_rows=longest_rows,
         budget_minutes=recipe.budget_minutes,
         notes=tuple(_notes(recipe, stages)),
     )
+
+
+def _needs(recipe: Recipe, architectures: Mapping[str, Architecture], verdicts: Sequence[Verdict]) -> Needs:
+    """What any size of a recipe has to have room for."""
+    one = recipe.model_copy(update={"resources": recipe.resources.model_copy(update={"rollout_workers": 1})})
+    uses = engine_uses(one, architectures, "auto", verdicts)
+    engines = sum(use.cold for stage in uses.values() for use in stage)
+    rows = (row_bytes(use.architecture, serving_of(recipe)) for stage in uses.values() for use in stage)
+    return Needs(engines + scalars_of(recipe), max(rows, default=0) / GIB)
 
 
 def _transport(recipe: Recipe, cluster: Cluster, colocated: bool) -> Transport:
@@ -60,7 +95,7 @@ def _transport(recipe: Recipe, cluster: Cluster, colocated: bool) -> Transport:
         return r.transport
     if r.device == "cuda" and (not colocated or r.trainer_ranks == cluster.gpus):
         return "ipc" if colocated else "nccl"
-    return "shm" if cluster.nodes == 1 else "cpu"
+    return "shm" if len(cluster.nodes) == 1 else "cpu"
 
 
 def check(recipe: Recipe) -> dict[str, Architecture]:
@@ -71,9 +106,9 @@ def check(recipe: Recipe) -> dict[str, Architecture]:
     return architectures
 
 
-def _refuse(*problems: Iterator[str]) -> None:
+def _refuse(*problems: Iterable[str], error: type[PlanError] = PlanError) -> None:
     if found := [problem for checks in problems for problem in checks]:
-        raise PlanError("\n".join(found))
+        raise error("\n".join(found))
 
 
 def _architectures(recipe: Recipe) -> dict[str, Architecture]:

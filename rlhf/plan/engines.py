@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from rlhf.architecture import Architecture
 from rlhf.plan.types import EngineUse
@@ -11,7 +11,10 @@ from rlhf.recipe import Implementation, Recipe, Rl, Stage, Synthesize
 
 
 def engine_uses(
-    recipe: Recipe, architectures: dict[str, Architecture], implementation: Implementation, verdicts: Sequence[Verdict]
+    recipe: Recipe,
+    architectures: Mapping[str, Architecture],
+    implementation: Implementation,
+    verdicts: Sequence[Verdict],
 ) -> dict[str, tuple[EngineUse, ...]]:
     """Stage name → engines it uses. Engines outlive stages: one of the same architecture takes new weights, a role
     that finds none free starts its own."""
@@ -43,7 +46,7 @@ def _samples(stage: Stage) -> bool:
 
 
 def _serving(
-    recipe: Recipe, stage: Stage, architectures: dict[str, Architecture]
+    recipe: Recipe, stage: Stage, architectures: Mapping[str, Architecture]
 ) -> Iterator[list[tuple[str, Architecture]]]:
     """The sets of (role, architecture) that must serve at once: during the stage, then in its evaluation."""
     if _samples(stage):

@@ -147,15 +147,50 @@ def crowded_cores(recipe: Recipe, cluster: Cluster) -> Iterator[str]:
             )
 
 
+def undivided(recipe: Recipe, architectures: Mapping[str, Architecture]) -> Iterator[str]:
+    """Problems of splitting a decoder over an engine's GPUs."""
+    parallel = recipe.resources.tensor_parallel
+    for name, architecture in architectures.items():
+        heads = architecture.decoder.get("num_attention_heads", parallel)
+        if heads % parallel:
+            yield (
+                f"resources.tensor_parallel = {parallel} does not divide the {heads} heads of the decoder of stage "
+                f"{name!r}; use a number that does"
+            )
+            return
+
+
+def unshared(recipe: Recipe, cluster: Cluster, tenants: int) -> Iterator[str]:
+    """Problems of `tenants` processes that hold a GPU together."""
+    r = recipe.resources
+    if r.device == "cpu":
+        return
+    if tenants > 1 and r.tensor_parallel > 1:
+        yield (
+            f"{tenants} processes would share a GPU of the {cluster.gpus} here, which engines with "
+            f"tensor_parallel = {r.tensor_parallel} cannot; use tensor_parallel = 1, or more GPUs"
+        )
+    if r.transport == "nccl" and tenants > 1:
+        yield (
+            f'resources.transport = "nccl": {tenants} processes would share a GPU of the {cluster.gpus} here, and two '
+            'on one GPU can be in no NCCL group; use "auto", or more GPUs'
+        )
+    if r.transport == "ipc" and (tenants == 1 or r.trainer_ranks != cluster.gpus):
+        yield (
+            f'resources.transport = "ipc": an engine reads the weights of a trainer rank on its own GPU, and there are '
+            f'{r.trainer_ranks} rank(s) for {cluster.gpus} GPU(s), {tenants} process(es) on each; use "auto"'
+        )
+
+
 def misplaced(recipe: Recipe, cluster: Cluster) -> Iterator[str]:
     """Problems of placing the recipe on the machine."""
     r = recipe.resources
     if r.transport in ("ipc", "nccl") and r.device == "cpu":
         yield f'resources.transport = "{r.transport}" is for device = "cuda"; on a CPU use "auto", "shm" or "cpu"'
-    if r.transport == "shm" and cluster.nodes > 1:
+    if r.transport == "shm" and len(cluster.nodes) > 1:
         yield (
-            f'resources.transport = "shm": the cluster has {cluster.nodes} nodes, which share no memory; use "auto" or '
-            '"cpu"'
+            f'resources.transport = "shm": the cluster has {len(cluster.nodes)} nodes, which share no memory; use '
+            '"auto" or "cpu"'
         )
     if r.precision == "bfloat16" and any(is_served(stage) for stage in recipe.stages):
         yield (
@@ -178,8 +213,12 @@ def misplaced(recipe: Recipe, cluster: Cluster) -> Iterator[str]:
             return
         if r.trainer_ranks > cluster.gpus:
             yield f"resources.trainer_ranks = {r.trainer_ranks} on {cluster.gpus} GPUs; use at most {cluster.gpus}"
-        if r.tensor_parallel > cluster.gpus:
-            yield f"resources.tensor_parallel = {r.tensor_parallel} on {cluster.gpus} GPUs; use at most {cluster.gpus}"
+        if r.tensor_parallel > cluster.most_gpus:
+            nodes = "" if len(cluster.nodes) == 1 else " of one node, which an engine does not go beyond"
+            yield (
+                f"resources.tensor_parallel = {r.tensor_parallel} on {cluster.most_gpus} GPUs{nodes}; use at most "
+                f"{cluster.most_gpus}"
+            )
         elif r.rollout_workers * r.tensor_parallel > cluster.gpus:
             yield (
                 f"resources.rollout_workers × tensor_parallel = {r.rollout_workers * r.tensor_parallel} on "

@@ -35,7 +35,7 @@ def describe(plan: Plan) -> str:
         f"{plan.world_size} trainer rank(s); weights go to the engines by {plan.transport}{shared}; "
         f"engines: {ENGINES[plan.implementation]}; {plan.cold_starts} engine cold start(s)",
         f"memory: about {plan.memory.together:.1f} GiB of resources.memory_gib = {plan.memory_limit_gib:g} "
-        f"(machine: {plan.cluster.cpus} cores, {plan.cluster.memory_gib:.1f} GiB, {plan.cluster.gpus} GPUs)",
+        f"({plan.cluster})",
     ]
     lines += [f"note: {note}" for note in plan.notes]
     for table in _tables(plan):

@@ -49,22 +49,17 @@ class RecipeError(ValueError):
     """A recipe that cannot be used; the message names the file, the key, what is wrong and what to do."""
 
 
-def load(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> Recipe:
-    """Read and compose recipe files, then apply overrides written as TOML (`stages.NAME.key = value`).
+def load(paths: Sequence[str | Path], overrides: Sequence[str] = (), site: str | Path | None = None) -> Recipe:
+    """Read and compose recipe files, lay the [cluster] of a `site` file over them, then apply overrides written as TOML
+    (`stages.NAME.key = value`).
 
     Raises RecipeError naming file and key.
     """
     if not paths:
         raise RecipeError("no recipe given; try recipes/think_fusion_digits.toml")
-    layers: list[Layer] = []
-    for path in map(Path, paths):
-        try:
-            text = path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise RecipeError(f"{path}: cannot be read ({error.strerror})") from error
-        except UnicodeDecodeError as error:
-            raise RecipeError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from error
-        layers.append((str(path), _parse(text, str(path)), 0))
+    layers: list[Layer] = [(str(path), _read(Path(path)), 0) for path in paths]
+    if site is not None:
+        layers.append((str(site), _site(Path(site)), 0))
     for override in overrides:
         origin = f"override {override!r}"
         layers.append((origin, _parse(override, origin), _keys_written(override)))
@@ -81,6 +76,31 @@ def validate(table: dict[str, Any], origin: str, layers: Sequence[Layer] = ()) -
         return Recipe.model_validate(table)
     except ValidationError as error:
         raise RecipeError("\n".join(_explain(table, origin, layers, error))) from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from error
+    return _parse(text, str(path))
+
+
+def _site(path: Path) -> dict[str, Any]:
+    """A site's own file: where a job runs, and nothing of what it does."""
+    table = _read(path)
+    if other := sorted(table.keys() - {"cluster"}):
+        raise RecipeError(
+            f"{path}: a site file holds [cluster] alone, and this one {', '.join(other)} too; move that to a recipe"
+        )
+    if not isinstance(table.get("cluster"), dict) or not table["cluster"].get("nodes"):
+        raise RecipeError(
+            f"{path}: a site file says what machines there are; write [cluster] with nodes = [{{ cpus = 96, "
+            "memory_gib = 1024, gpus = 8, gpu_memory_gib = 80 }]"
+        )
+    return table
 
 
 def _parse(text: str, origin: str) -> dict[str, Any]:

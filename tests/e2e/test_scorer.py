@@ -47,13 +47,13 @@ import ray
 from actors.handles import RewardsHandle, TrainerHandle
 from actors.launch import Cast, Placement
 from rlhf.models import load_processor
-from rlhf.plan import Cluster, make_plan
+from rlhf.plan import Cluster, Node, make_plan
 from rlhf.recipe import load
 from tests.unit.test_reward_model import groups, values
 
 async def work():
     recipe = load([folder.parent / "recipe.toml"])
-    placement = await Placement.reserve(recipe, make_plan(recipe, Cluster(2, 24)))
+    placement = await Placement.reserve(recipe, make_plan(recipe, Cluster((Node(2, 24),))))
     rewards = RewardsHandle(placement.reward, recipe.deadlines)
     cast = Cast(placement, TrainerHandle([], recipe.deadlines), rewards)
     asked = groups(load_processor(folder))

@@ -8,7 +8,7 @@ import pytest
 
 from rlhf.architecture import architecture_of, geometry_of
 from rlhf.models import bridges_of
-from rlhf.plan import Cluster, PlanError, make_plan
+from rlhf.plan import Cluster, Node, PlanError, make_plan
 from rlhf.recipe import RecipeError, load
 
 FOLDER = Path(__file__).parents[2] / "recipes"
@@ -68,7 +68,7 @@ def test_a_recipe_runs_small(name):
         assert getattr(small, "steps", 0) <= 2
     slots = {slot: table["type"] for slot, table in full.model.bridge.items()}
     assert slots == {slot: table["type"] for slot, table in toy.model.bridge.items()}
-    make_plan(toy, Cluster(cpus=2, memory_gib=24))  # raises where it could not run
+    make_plan(toy, Cluster((Node(cpus=2, memory_gib=24),)))  # raises where it could not run
     parameters = architecture_of(toy.model).parameters
     assert parameters is not None
     assert parameters < 500_000
@@ -134,13 +134,13 @@ def test_sizes_change_only_what_a_bridge_has(tmp_path):
 def test_what_does_not_fit_is_refused_by_the_plan(name, change, says):
     recipe = load([FOLDER / "bridges" / f"{name}.toml", TOY], [change])
     with pytest.raises(PlanError, match=says):
-        make_plan(recipe, Cluster(cpus=2, memory_gib=24))
+        make_plan(recipe, Cluster((Node(cpus=2, memory_gib=24),)))
 
 
 def test_shapes_that_differ_are_not_sharded_by_zero_3():
     files = [FOLDER / "bridges" / "llava_uhd.toml", TOY]
     two = ["resources.trainer_ranks = 2", "resources.trainer_threads = 1"]
-    laptop = Cluster(cpus=2, memory_gib=24)
+    laptop = Cluster((Node(cpus=2, memory_gib=24),))
     make_plan(load(files, [*two, "resources.zero_stage = 2"]), laptop)
     with pytest.raises(PlanError, match=r"stage 'align' and \d+ more: tiles of this bridge differ in shape"):
         make_plan(load(files, [*two, "resources.zero_stage = 3"]), laptop)
@@ -150,7 +150,7 @@ def test_shapes_that_differ_are_not_sharded_by_zero_3():
 def test_a_recipe_fits_a_node_of_eight_gpus(name):
     recipe = load([FOLDER / "bridges" / f"{name}.toml"])
     rows = [f"data.{source} = {{ builder = 'digits', table = 'direct' }}" for source in recipe.data]
-    make_plan(load([FOLDER / "bridges" / f"{name}.toml"], rows), Cluster(128, 1024, 8, 80.0))
+    make_plan(load([FOLDER / "bridges" / f"{name}.toml"], rows), Cluster((Node(128, 1024, 8, 80.0),)))
 
 
 def test_a_head_that_was_removed_is_gone():

@@ -7,16 +7,26 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from rlhf.plan import Cluster, Plan, PlanError, Verdict, describe, installed_versions, make_plan, read_verdicts
+from rlhf.plan import (
+    Cluster,
+    Node,
+    Plan,
+    PlanError,
+    Verdict,
+    describe,
+    installed_versions,
+    make_plan,
+    read_verdicts,
+    reserved,
+)
 from rlhf.recipe import load
 
 ROOT = Path(__file__).parents[2]
-LAPTOP = Cluster(cpus=2, memory_gib=24)
+LAPTOP = Cluster((Node(cpus=2, memory_gib=24),))
 TOY = """
 name = "toy"
 [model.bridge.vision]
@@ -148,9 +158,9 @@ def test_shares_of_the_machine_add_up() -> None:
 
 
 def test_transport_and_placement_on_gpus() -> None:
-    one, two = (Cluster(16, 128, gpus, 80.0) for gpus in (1, 2))
+    one, two = (Cluster((Node(16, 128, gpus, 80.0),)) for gpus in (1, 2))
     assert (plan().transport, plan().colocated) == ("shm", False)
-    several = replace(LAPTOP, nodes=3)
+    several = Cluster(LAPTOP.nodes * 3)
     assert plan(cluster=several).transport == plan("resources.transport = 'cpu'").transport == "cpu"
     with pytest.raises(PlanError, match=r"the cluster has 3 nodes, which share no memory"):
         plan("resources.transport = 'shm'", cluster=several)
@@ -159,7 +169,7 @@ def test_transport_and_placement_on_gpus() -> None:
     assert made.colocated
     assert [actor.gpus for actor in made.actors] == [0.33, 0.33, 0]
     assert [actor.gpus for actor in plan("resources.device = 'cuda'", cluster=two).actors] == [0.5, 0.5, 0]
-    three = plan("resources.device = 'cuda'", cluster=Cluster(16, 128, 3, 80.0))
+    three = plan("resources.device = 'cuda'", cluster=Cluster((Node(16, 128, 3, 80.0),)))
     assert not three.colocated
     # two on one GPU share memory and no NCCL group; an engine beside no trainer rank shares no memory
     assert (three.transport, plan("resources.device = 'cuda'", cluster=two).transport) == ("nccl", "shm")
@@ -169,23 +179,22 @@ def test_transport_and_placement_on_gpus() -> None:
         plan("resources = {device = 'cuda', transport = 'ipc'}", cluster=two)
     assert [actor.gpus for actor in three.actors] == [1, 1, 0]
     with pytest.raises(PlanError, match=r"a trainer rank and 2 engine\(s\) awake on one GPU would need about"):
-        plan("resources.device = 'cuda'", "resources.kv_cache_gib = 1", cluster=Cluster(16, 128, 1, 1.5))
+        plan("resources.device = 'cuda'", "resources.kv_cache_gib = 1", cluster=Cluster((Node(16, 128, 1, 1.5),)))
     with pytest.raises(PlanError, match=r"3 processes would share a GPU .* use tensor_parallel = 1"):
         plan("resources = {device = 'cuda', tensor_parallel = 2}", cluster=two)
     with pytest.raises(PlanError, match=r"3 processes would share a GPU"):  # how much memory it has is no matter
-        plan("resources = {device = 'cuda', tensor_parallel = 2}", cluster=Cluster(16, 128, 2, None))
+        plan("resources = {device = 'cuda', tensor_parallel = 2}", cluster=Cluster((Node(16, 128, 2, None),)))
 
 
 def test_no_two_trainer_ranks_meet_on_one_gpu() -> None:
-    from actors.launch import reserved
-
-    two = Cluster(16, 128, 2, 80.0)
-    shares, bundles = reserved(plan("resources = {device = 'cuda', trainer_ranks = 2}", cluster=two))
+    two = Cluster((Node(16, 128, 2, 80.0),))
+    made = plan("resources = {device = 'cuda', trainer_ranks = 2}", cluster=two)
+    shares, bundles = reserved(made.actors, made.shared_gpus)
     assert [share.get("GPU") for share in shares] == [1, 1, None]
     assert bundles["trainer"] == [0, 1]
     assert bundles["rollout"] == [0, 1]
     assert sum(share["CPU"] for share in shares) <= two.cpus
-    shares, bundles = reserved(plan())
+    shares, bundles = reserved(plan().actors, plan().shared_gpus)
     assert bundles == {"trainer": [0], "rollout": [1, 2], "reward": [3]}
     assert all(set(share) == {"CPU"} for share in shares)
 
@@ -239,8 +248,9 @@ def test_a_plan_is_fast_and_loads_no_torch(tmp_path: Path) -> None:
     path = tmp_path / "toy.toml"
     path.write_text(TOY)
     code = (
-        "import sys, time; from rlhf.recipe import load; from rlhf.plan import describe, make_plan, Cluster; "
-        f"start = time.time(); describe(make_plan(load([{str(path)!r}]), Cluster(2, 24))); print(time.time() - start);"
+        "import sys, time; from rlhf.recipe import load; from rlhf.plan import describe, make_plan, Cluster, Node; "
+        f"here = Cluster((Node(2, 24),)); start = time.time(); describe(make_plan(load([{str(path)!r}]), here)); "
+        "print(time.time() - start);"
         " print([m for m in ('torch', 'transformers', 'ray', 'vllm', 'deepspeed') if m in sys.modules])"
     )
     done = subprocess.run(
@@ -255,7 +265,7 @@ def test_a_plan_is_fast_and_loads_no_torch(tmp_path: Path) -> None:
 def test_every_shipped_recipe_plans(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     loaded = load([recipe])
-    cluster = Cluster(16, 512, gpus=8, gpu_memory_gib=80) if loaded.resources.device == "cuda" else LAPTOP
+    cluster = Cluster((Node(16, 512, gpus=8, gpu_memory_gib=80),)) if loaded.resources.device == "cuda" else LAPTOP
     started = time.monotonic()
     assert make_plan(loaded, cluster).stages
     assert time.monotonic() - started < 5
@@ -526,7 +536,7 @@ def test_a_judge_with_its_key_plans(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_gpu_refusals() -> None:
-    cluster = Cluster(16, 128, gpus=2, gpu_memory_gib=0.5)
+    cluster = Cluster((Node(16, 128, gpus=2, gpu_memory_gib=0.5),))
     for override, words in {
         "resources.tensor_parallel = 4": "tensor_parallel = 4 on 2 GPUs",
         "resources.trainer_ranks = 4": "trainer_ranks = 4 on 2 GPUs",
@@ -552,17 +562,19 @@ def test_gpus_are_those_the_process_may_use(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_offloaded_states_lie_in_host_memory() -> None:
-    cluster = Cluster(16, 128, gpus=2, gpu_memory_gib=80)
+    cluster = Cluster((Node(16, 128, gpus=2, gpu_memory_gib=80),))
     cuda = ("resources.device = 'cuda'", "resources.zero_stage = 2")
     held, offloaded = plan(*cuda, cluster=cluster), plan(*cuda, "resources.offload = true", cluster=cluster)
     moved = held.memory.trainer - offloaded.memory.trainer
+    # 20 bytes a parameter: gradients twice, a copy of the weights, two moments; 16 on the host, where 4 were needed to
+    # open the model
     assert moved > 0
-    assert offloaded.memory.together - held.memory.together == pytest.approx(moved)
+    assert offloaded.memory.together - held.memory.together == pytest.approx(moved * 12 / 20)
 
 
 def test_a_critic_is_a_second_model_to_hold() -> None:
     """Weights and gradients with the trainer, its optimizer's state where the policy's is."""
-    cluster = Cluster(16, 128, gpus=2, gpu_memory_gib=80)
+    cluster = Cluster((Node(16, 128, gpus=2, gpu_memory_gib=80),))
     cuda = ("resources.device = 'cuda'", "resources.zero_stage = 2", "resources.offload = true")
     ppo = "stages.improve.algorithm = 'ppo'"
     without, beside = (plan(*cuda, *more, cluster=cluster).memory for more in ((), (ppo,)))
@@ -714,14 +726,14 @@ def test_a_reward_model_is_a_process_of_its_own_and_nobodys_default() -> None:
 
 
 def test_a_reward_model_holds_a_gpu_with_the_others() -> None:
-    cluster = Cluster(16, 128, gpus=2, gpu_memory_gib=80)
+    cluster = Cluster((Node(16, 128, gpus=2, gpu_memory_gib=80),))
     made = plan(*RANKED, "resources.device = 'cuda'", cluster=cluster)
     shares = {actor.role: actor.gpus for actor in made.actors if actor.count}
     # a rank, two kinds of engines and a reward model on two GPUs
     assert shares == {"trainer": 0.5, "rollout": 0.5, "reward": 0, "scalar": 0.5}
     assert made.colocated
     assert made.memory.scalar > 0
-    small = Cluster(16, 128, gpus=2, gpu_memory_gib=made.memory.trainer + made.memory.engine + 1e-3)
+    small = Cluster((Node(16, 128, gpus=2, gpu_memory_gib=made.memory.trainer + made.memory.engine + 1e-3),))
     with pytest.raises(PlanError, match=r"a trainer rank, 1 reward model\(s\) and 1 engine\(s\) awake on one GPU"):
         plan(*RANKED, "resources.device = 'cuda'", cluster=small)
 

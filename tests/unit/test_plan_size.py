@@ -18,8 +18,6 @@ from rlhf.architecture import (
     architecture_of,
     from_bridge,
     from_folder,
-    optimizer_bytes,
-    weight_bytes,
 )
 from rlhf.bridge import BridgeConfig, BridgeForConditionalGeneration, BridgeMoeForConditionalGeneration
 from rlhf.bridge.builder import VISION_TYPES
@@ -156,18 +154,3 @@ def test_hub_names_are_unknown_not_guessed() -> None:
 def test_lora_parameters() -> None:
     q, o = (48 + 64) * 4, (64 + 48) * 4  # rank × (in + out)
     assert described(BRIDGES["dense"]).lora_parameters(Lora(rank=4, target_modules=["q_proj", "o_proj"])) == 3 * (q + o)
-
-
-def held(parameters: int, trainable: int, precision: str, zero_stage: int, ranks: int) -> int:
-    sizes = (precision, zero_stage, ranks)
-    return weight_bytes(parameters, trainable, *sizes) + optimizer_bytes(trainable, *sizes)
-
-
-def test_training_state_by_zero_stage() -> None:
-    n = 1000
-    assert held(n, n, "float32", 0, 2) == 4 * n + 4 * n + 8 * n  # weights, gradients, two moments
-    assert held(n, n, "float32", 1, 2) == 4 * n + 4 * n + 12 * n // 2  # its partition's master copy as well
-    assert held(n, n, "float32", 2, 2) == 4 * n + (4 * n + 12 * n) // 2
-    assert held(n, n, "float32", 3, 2) == (4 * n + 4 * n + 12 * n) // 2
-    assert held(n, n, "bfloat16", 3, 1) == 16 * n  # Rajbhandari et al., §3.1
-    assert held(n, 0, "float32", 2, 1) == 4 * n
