@@ -1,4 +1,4 @@
-"""With what a recipe would fit that does not: its neighbours are planned, mildest first, and the first that fits is told.
+"""With what a recipe would fit that does not: its neighbours are planned, and the mildest that fits is told.
 
 One of [resources] alone, if one will do; else as few and as mild as they come; else more nodes of the same kind.
 """
@@ -11,24 +11,25 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf.plan.cluster import Cluster, Node
+from rlhf.plan.cluster import Cluster
 from rlhf.plan.types import Plan, PlanError
 from rlhf.recipe import Recipe
 
 Trial = Callable[[Recipe, Cluster], Plan]  # raises PlanError where it does not fit
 Values = Mapping[str, Any]  # of [resources]
-MOST_NODES = 256
+MOST_NODES = 64
 LEAST_SEQUENCES, LEAST_CACHE_GIB = 16, 0.25
 COMBINED = ("tensor_parallel", "trainer_ranks", "transport", "offload")  # more of one may leave no room for another
 
 
 @dataclass(frozen=True)
 class Needs:
-    """Of a recipe: engines and reward models of the whole curriculum where the policy has one engine, and GiB of the
-    keys and values of a longest row."""
+    """Of a recipe: engines and reward models of the whole curriculum where the policy has one engine; GiB of the keys
+    and values of a longest row on one GPU; and the numbers of trainer ranks that its batches divide into."""
 
     served: int
     row_gib: float
+    ranks: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -45,25 +46,26 @@ class Advice:
 
 def advice(recipe: Recipe, cluster: Cluster, needs: Needs, trial: Trial) -> Advice:
     """What would fit, of a recipe that `trial` refuses on this cluster."""
-    search = _Search(recipe, cluster, needs, trial)
-    found = search.alone() or search.together()
+    here = _Search(recipe, cluster, needs, trial)
+    found = here.alone()
+    found = here.together() if found is None else found
     if found is not None:
-        return search.told(found, "it would fit with ")
+        return here.told(found)
     kind = max(cluster.nodes, key=lambda node: (node.gpus * (node.gpu_memory_gib or 1), node.memory_gib))
-    larger = _least(lambda number: _Search(recipe, _with(cluster, kind, number), needs, trial).together())
-    if larger is None:
-        return Advice(
-            (), 0, f"nothing in [resources] would make it fit, nor would {MOST_NODES} nodes more such as these"
-        )
-    search = _Search(recipe, _with(cluster, kind, larger), needs, trial)
-    found = search.together()
-    assert found is not None
-    words = f"on {len(cluster.nodes) + larger} nodes, {larger} more like the largest, it would fit"
-    return search.told(found, f"{words} with " if found else words)
 
+    def grown(number: int) -> _Search:
+        return _Search(recipe, Cluster((*cluster.nodes, *[kind] * number)), needs, trial)
 
-def _with(cluster: Cluster, kind: Node, number: int) -> Cluster:
-    return Cluster((*cluster.nodes, *[kind] * number))
+    more = _least(lambda number: grown(number).together())
+    if more is not None:
+        search = grown(more)
+        found = search.together()
+        assert found is not None
+        return search.told(found, f"on {len(cluster.nodes) + more} nodes, {more} more like the largest,")
+    search = grown(MOST_NODES)
+    search.together()
+    text = f"nothing in [resources] would make it fit, nor would {MOST_NODES} nodes more like the largest; even then:"
+    return Advice((), 0, f"{text} {search.refusal}")
 
 
 def _least(fits: Callable[[int], object]) -> int | None:
@@ -86,6 +88,7 @@ class _Search:
     def __init__(self, recipe: Recipe, cluster: Cluster, needs: Needs, trial: Trial) -> None:
         self.recipe, self.cluster, self._needs, self._trial = recipe, cluster, needs, trial
         self._given = recipe.resources
+        self.refusal = ""  # of what was tried last
         self._ladders = dict(self._ladder())
 
     def alone(self) -> dict[str, Any] | None:
@@ -105,21 +108,21 @@ class _Search:
                 return self._relaxed(corner)
         return None
 
-    def told(self, found: Values, before: str) -> Advice:
+    def told(self, found: Values, where: str = "") -> Advice:
         """In words, with what the processes need then."""
-        plan, changes, cluster = self._plan(found), dict(found), self.cluster
+        plan, changes = self._plan(found), dict(found)
         assert plan is not None
         if plan.memory.together > self._given.memory_gib:
             changes["memory_gib"] = math.ceil(plan.memory.together)
         overrides = tuple(f"resources.{name} = {json.dumps(value)}" for name, value in changes.items())
-        needs = []
+        needs = [f"all hosts {plan.memory.together:.1f} GiB"]
         if self._given.device == "cuda":
-            limit = "" if cluster.gpu_memory_gib is None else f" of {cluster.gpu_memory_gib:g}"
             fullest = max(need for node in plan.nodes for need in node.gpus)
-            needs = [f"a trainer rank {plan.memory.trainer:.1f} GiB", f"an engine {plan.memory.engine:.1f}"]
-            needs = [", ".join(needs if plan.memory.engine else needs[:1]), f"the fullest GPU {fullest:.1f}{limit}"]
-        needs.append(f"all hosts {plan.memory.together:.1f}")
-        return Advice(overrides, len(cluster.nodes), f"{before}{' and '.join(overrides)}: {'; '.join(needs)}")
+            engine = [f"of an engine {plan.memory.engine:.1f}"] if plan.memory.engine else []
+            shared = [f"the fullest {fullest:.1f}"] if plan.colocated else []
+            needs = [f"the GPU of a trainer rank needs {plan.memory.trainer:.1f} GiB then", *engine, *shared, *needs]
+        words = [where, f"with {' and '.join(overrides)}" if overrides else "", "it would fit"]
+        return Advice(overrides, len(self.cluster.nodes), f"{' '.join(filter(None, words))}: {', '.join(needs)}")
 
     def _plan(self, changes: Values) -> Plan | None:
         # what a recipe allows of the host may be raised to what there is
@@ -127,7 +130,8 @@ class _Search:
         resources = self._given.model_copy(update={**changes, "memory_gib": allowed})
         try:
             return self._trial(self.recipe.model_copy(update={"resources": resources}), self.cluster)
-        except PlanError:
+        except PlanError as error:
+            self.refusal = str(error).splitlines()[0]
             return None
 
     def _ladder(self) -> Iterator[tuple[str, list[Any]]]:
@@ -138,8 +142,11 @@ class _Search:
         yield "checkpointing", [True] if not r.checkpointing else []
         yield "zero_stage", list(range(max(r.zero_stage, 1) + 1, 4)) if r.trainer_ranks > 1 or cuda else []
         yield "transport", (["shm"] if len(self.cluster.nodes) == 1 else ["cpu"]) if cuda else []
-        yield "trainer_ranks", list(range(r.trainer_ranks + 1, self.cluster.gpus + 1)) if cuda else []
-        yield "tensor_parallel", [n for n in (2, 4, 8, 16) if r.tensor_parallel < n <= most]
+        ranks = [n for n in self._needs.ranks if n <= self.cluster.gpus]
+        more, fewer = [n for n in ranks if n > r.trainer_ranks], [n for n in ranks if n < r.trainer_ranks]
+        yield "trainer_ranks", [*more, *fewer[::-1]]
+        wider = [n for n in (2, 4, 8, 16) if r.tensor_parallel < n <= most]
+        yield "tensor_parallel", [*wider, *_halvings(r.tensor_parallel, 1)]
         yield "offload", [True] if cuda and not r.offload else []
         yield "kv_cache_gib", _caches(r.kv_cache_gib, self._needs.row_gib)
         yield "token_budget", _halvings(r.token_budget, rows)
@@ -152,8 +159,9 @@ class _Search:
         ends = {name: values[-1] for name, values in ladders.items() if values and name not in COMBINED}
         for parallel in (r.tensor_parallel, *ladders["tensor_parallel"]):
             spare = self.cluster.gpus - self._needs.served * parallel
-            many = [number for number in (spare, self.cluster.gpus) if number > r.trainer_ranks]
-            for ranks in dict.fromkeys((r.trainer_ranks, *(many if ladders["trainer_ranks"] else []))):
+            others = sorted(ladders["trainer_ranks"])
+            alone = [number for number in others if number <= spare]  # a GPU for each process
+            for ranks in dict.fromkeys((r.trainer_ranks, *alone[-1:], *others[-1:])):
                 for transport in (r.transport, *ladders["transport"]):
                     for offload in (r.offload, *ladders["offload"]):
                         yield ends | dict(zip(COMBINED, (parallel, ranks, transport, offload), strict=True))
@@ -186,10 +194,10 @@ def _halvings(value: float, least: float) -> list[int]:
 
 
 def _caches(given: float, row_gib: float) -> list[float]:
-    """Sizes of a cache to take in the place of the given: smaller ones, in quarters of a GiB, that hold a longest row;
-    the least that does, where the given one does not."""
+    """Sizes of a cache to take in the place of the given, mildest first: what holds a longest row, if that does not;
+    else smaller ones that still do."""
     least = max(LEAST_CACHE_GIB, math.ceil(4 * row_gib) / 4)
-    if given < row_gib:
+    if given < least:
         return [least]
     found, half = [], given
     while half > least:

@@ -13,10 +13,13 @@ from rlhf.plan.cluster import Cluster
 from rlhf.plan.engines import engine_uses
 from rlhf.plan.nodes import gpu_needs, homeless, node_plans, seated, too_large
 from rlhf.plan.placement import awake_of, rows_at_once, scalars_of, serving_of, sizes_of, tenants_of
-from rlhf.plan.refusals import crowded_cores, misplaced, undivided, unenforced, unfit_stages, unshared
+from rlhf.plan.refusals import crowded_cores, misplaced, missing_gpus, undivided, unenforced, unfit_stages, unshared
 from rlhf.plan.types import EngineUse, Memory, MisfitError, Plan, PlanError, StagePlan, Transport
 from rlhf.plan.verdicts import Verdict, chosen
 from rlhf.recipe import Evaluate, Merge, Pairs, Rebuild, Recipe, Rl, Sft, Stage, Synthesize
+
+
+MOST_RANKS = 512  # of which advice tells
 
 
 def make_plan(recipe: Recipe, cluster: Cluster | None = None, verdicts: Sequence[Verdict] = ()) -> Plan:
@@ -43,6 +46,7 @@ def _planned(
     recipe: Recipe, cluster: Cluster, architectures: Mapping[str, Architecture], verdicts: Sequence[Verdict]
 ) -> Plan:
     _refuse(misplaced(recipe, cluster), crowded_cores(recipe, cluster), undivided(recipe, architectures))
+    _refuse(missing_gpus(recipe, cluster), error=MisfitError)
     # one kind of engine for all stages: transformers serves what vLLM can, too
     served = sorted(architectures.values(), key=lambda architecture: architecture.served == "vllm")
     implementation = chosen(recipe.model.implementation, served[0], verdicts)
@@ -51,7 +55,7 @@ def _planned(
     stages = tuple(_stage(recipe, stage, architectures[stage.name], uses[stage.name]) for stage in recipe.stages)
     engines, scalars = sum(stage.cold_starts for stage in stages), scalars_of(recipe)
     tenants = tenants_of(recipe, cluster, engines, scalars)
-    _refuse(unshared(recipe, cluster, tenants))
+    _refuse(unshared(recipe, cluster, tenants), error=MisfitError)
     transport = _transport(recipe, cluster, tenants > 1)
     sizes = sizes_of(recipe, stages, tenants, transport)
     seating = seated(recipe, cluster, engines, scalars, tenants, sizes)
@@ -59,7 +63,7 @@ def _planned(
     needs = gpu_needs(seating, awake_of(stages) if tenants > 1 else 0, transport, sizes)
     nodes = tuple(node_plans(cluster, seating, needs, transport, sizes))
     longest_rows, short = rows_at_once(recipe, stages)
-    _refuse(short, too_large(recipe, cluster, nodes, needs, sizes), error=MisfitError)
+    _refuse(short, too_large(recipe, cluster, seating, nodes, needs), error=MisfitError)
     resources = recipe.resources
     return Plan(
         recipe=recipe.name,
@@ -81,11 +85,22 @@ def _planned(
 
 def _needs(recipe: Recipe, architectures: Mapping[str, Architecture], verdicts: Sequence[Verdict]) -> Needs:
     """What any size of a recipe has to have room for."""
-    one = recipe.model_copy(update={"resources": recipe.resources.model_copy(update={"rollout_workers": 1})})
+    smallest = {"rollout_workers": 1, "tensor_parallel": 1}
+    one = recipe.model_copy(update={"resources": recipe.resources.model_copy(update=smallest)})
     uses = engine_uses(one, architectures, "auto", verdicts)
     engines = sum(use.cold for stage in uses.values() for use in stage)
-    rows = (row_bytes(use.architecture, serving_of(recipe)) for stage in uses.values() for use in stage)
-    return Needs(engines + scalars_of(recipe), max(rows, default=0) / GIB)
+    rows = (row_bytes(use.architecture, serving_of(one)) for stage in uses.values() for use in stage)
+    ranks = (
+        number
+        for number in range(1, MOST_RANKS + 1)
+        if not any(problem for stage in recipe.stages for problem in feasibility.over_ranks(stage, number))
+    )
+    # a recipe of CPU cores shares them out by itself
+    return Needs(
+        engines + scalars_of(recipe),
+        max(rows, default=0) / GIB,
+        tuple(ranks) if recipe.resources.device == "cuda" else (),
+    )
 
 
 def _transport(recipe: Recipe, cluster: Cluster, colocated: bool) -> Transport:

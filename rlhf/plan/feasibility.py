@@ -347,10 +347,21 @@ def _batch(recipe: Recipe, stage: Sft | Pairs) -> Iterator[str]:
             f"batch_size = {stage.batch_size} cannot hold as many rows of each of {len(stage.data)} sources, as mix = "
             '"loss" wants; make it a multiple'
         )
-    ranks = recipe.resources.trainer_ranks
-    rows = stage.batch_size * (2 if isinstance(stage, Pairs) else 1)
-    if rows < ranks:
+    yield from over_ranks(stage, recipe.resources.trainer_ranks)
+
+
+def over_ranks(stage: Stage, ranks: int) -> Iterator[str]:
+    """Problems of dividing a stage's batches over so many trainer ranks."""
+    if isinstance(stage, Sft | Pairs) and stage.batch_size * (2 if isinstance(stage, Pairs) else 1) < ranks:
         yield f"batch_size = {stage.batch_size} gives some of {ranks} trainer ranks no row; use at least {ranks}"
+    if isinstance(stage, Rl) and not stage.prompts_per_step % stage.updates_per_step:
+        prompts, updates = stage.prompts_per_step, stage.updates_per_step
+        if prompts // updates * stage.group_size % ranks:
+            yield (
+                f"prompts_per_step × group_size = {prompts * stage.group_size} rollouts do not divide into "
+                f"updates_per_step = {updates} times trainer_ranks = {ranks}; change prompts_per_step to a multiple of "
+                f"{_multiple(stage, ranks)}"
+            )
 
 
 def _synthesize(stage: Synthesize) -> Iterator[str]:
@@ -369,19 +380,13 @@ def _synthesize(stage: Synthesize) -> Iterator[str]:
 
 
 def _rl(recipe: Recipe, stage: Rl) -> Iterator[str]:
-    ranks, updates = recipe.resources.trainer_ranks, stage.updates_per_step
-    prompts = stage.prompts_per_step
+    prompts, updates = stage.prompts_per_step, stage.updates_per_step
     if prompts % updates:
         yield (
             f"prompts_per_step = {prompts} does not divide into updates_per_step = {updates}, each of whole groups; "
             f"change prompts_per_step to a multiple of {updates}"
         )
-    elif prompts // updates * stage.group_size % ranks:
-        yield (
-            f"prompts_per_step × group_size = {prompts * stage.group_size} rollouts do not divide into "
-            f"updates_per_step = {updates} times trainer_ranks = {ranks}; change prompts_per_step to a multiple of "
-            f"{_multiple(stage, ranks)}"
-        )
+    yield from over_ranks(stage, recipe.resources.trainer_ranks)
     estimator = estimator_of(stage)
     if stage.group_size == 1 and estimator is not None and estimator.within_groups:
         named = "advantage" if stage.advantage is not None else "algorithm"

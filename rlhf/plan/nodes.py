@@ -55,23 +55,20 @@ def _actors(
 ) -> tuple[ActorPlan, ...]:
     r, cuda = recipe.resources, recipe.resources.device == "cuda"
     part = math.floor(100 / max(tenants, 1)) / 100 if cuda else 0.0
-    host = {role: max(sizes, default=0.0) for role, sizes in sizes.hosts.items()}
-    trainer, engine, scalar = (sizes_gib if cuda else 0.0 for sizes_gib in _on_gpu(sizes))
+    host = {role: max(each, default=0.0) for role, each in sizes.hosts.items()}
+    trainer, engine = (sum(size for _, size in parts) for parts in (sizes.trainer_parts, sizes.engine_parts))
+    on_gpu = {"trainer": trainer, "rollout": engine, "scalar": sizes.scalar} if cuda else dict[str, float]()
+
+    def actor(role: str, count: int, threads: int, gpus: float) -> ActorPlan:
+        return ActorPlan(role, count, share, threads, gpus, host[role], on_gpu.get(role, 0.0))
+
     return (
-        ActorPlan("trainer", r.trainer_ranks, share, r.trainer_threads, part, host["trainer"], trainer),
-        ActorPlan("rollout", engines, share, r.rollout_threads, part * r.tensor_parallel, host["rollout"], engine),
-        ActorPlan("reward", r.reward_workers, share, 1, 0, host["reward"]),
+        actor("trainer", r.trainer_ranks, r.trainer_threads, part),
+        actor("rollout", engines, r.rollout_threads, part * r.tensor_parallel),
+        actor("reward", r.reward_workers, 1, 0),
         # as many threads as the engine of a judge in its place would have
-        *([ActorPlan("scalar", scalars, share, r.rollout_threads, part, host["scalar"], scalar)] if scalars else []),
+        *([actor("scalar", scalars, r.rollout_threads, part)] if scalars else []),
     )
-
-
-def _on_gpu(sizes: Sizes) -> tuple[float, float, float]:
-    return _sum(sizes.trainer_parts), _sum(sizes.engine_parts), sizes.scalar
-
-
-def _sum(parts: Parts) -> float:
-    return sum(size for _, size in parts)
 
 
 def reserved(actors: Sequence[ActorPlan], shared_gpus: int) -> tuple[list[Bundle], dict[str, list[int]]]:
@@ -131,72 +128,84 @@ def _left(bundle: Bundle, room: Mapping[str, float]) -> float:
     return sum((room[name] - share) / room[name] for name, share in bundle.items() if share)
 
 
-def gpu_needs(
-    seating: Seating, awake: int, transport: Transport, sizes: Sizes
-) -> dict[int, tuple[float, tuple[int, int, int]]]:
-    """Bundle with GPUs → GiB needed of each of them, and how many trainer ranks, reward models and awake engines meet
-    there. `awake`: engines of a GPU that several processes hold that are awake at once; 0 where nobody shares one."""
-    rank, engine, scalar = _on_gpu(sizes)
+@dataclass(frozen=True)
+class GpuNeed:
+    """GiB needed of each GPU of a bundle, and the trainer ranks, reward models and awake engines that meet there."""
+
+    gib: float
+    ranks: int
+    scalars: int
+    engines: int
+    parts: Parts  # of one that stands alone
+
+    def __str__(self) -> str:
+        words = [
+            *(["a trainer rank"] if self.ranks else []),
+            *([f"{self.scalars} reward model(s)"] if self.scalars else []),
+            *([f"{self.engines} engine(s) awake"] if self.engines else []),
+        ]
+        if len(words) > 1 or self.engines > 1:
+            return f"{' and '.join(filter(None, (', '.join(words[:-1]), words[-1])))} on one GPU"
+        return "an engine" if self.engines else "a reward model" if self.scalars else words[0]
+
+
+def gpu_needs(seating: Seating, awake: int, transport: Transport, sizes: Sizes) -> dict[int, GpuNeed]:
+    """By bundle, where that has GPUs. `awake`: engines of a GPU that several processes hold that are awake at once; 0
+    where nobody shares one."""
+    met: dict[int, dict[str, list[int]]] = {}
+    for role, places in seating.places.items():
+        for number, bundle in enumerate(places):
+            if seating.bundles[bundle].get("GPU"):
+                met.setdefault(bundle, {}).setdefault(role, []).append(number)
+    rank, engine = (sum(size for _, size in parts) for parts in (sizes.trainer_parts, sizes.engine_parts))
     found = {}
-    for bundle, shares in enumerate(seating.bundles):
-        ranks, engines, scalars = (
-            [number for number, place in enumerate(seating.places.get(role, ())) if place == bundle]
-            for role in ("trainer", "rollout", "scalar")
-        )
-        if not shares.get("GPU") or not (ranks or engines or scalars):
-            continue
+    for bundle, roles in sorted(met.items()):
+        ranks, engines, scalars = (roles.get(role, []) for role in ("trainer", "rollout", "scalar"))
         standing = min(len(engines), awake) if awake else len(engines)
         # what goes by NCCL is a copy that the first rank alone has
         without = sum(number > 0 for number in ranks) * (sizes.copy if transport == "nccl" else 0.0)
         asleep = (len(engines) - standing) * CONTEXT_GIB
-        needed = len(ranks) * rank - without + len(scalars) * scalar + standing * engine + asleep
-        found[bundle] = needed, (len(ranks), len(scalars), standing)
+        gib = len(ranks) * rank - without + len(scalars) * sizes.scalar + standing * engine + asleep
+        parts = sizes.trainer_parts if ranks else sizes.engine_parts if engines else ()
+        alone = len(ranks) + len(scalars) + len(engines) == 1
+        found[bundle] = GpuNeed(gib, len(ranks), len(scalars), standing, parts if alone and not without else ())
     return found
 
 
 def node_plans(
-    cluster: Cluster,
-    seating: Seating,
-    needs: Mapping[int, tuple[float, tuple[int, int, int]]],
-    transport: Transport,
-    sizes: Sizes,
+    cluster: Cluster, seating: Seating, needs: Mapping[int, GpuNeed], transport: Transport, sizes: Sizes
 ) -> Iterator[NodePlan]:
     """What stands on each node that has a process, and what it needs there; the driver stands by the first rank."""
     chief = seating.nodes[seating.places["trainer"][0]]
-    for index, node in enumerate(cluster.nodes):
-        here = {
-            role: [number for number, bundle in enumerate(places) if seating.nodes[bundle] == index]
-            for role, places in seating.places.items()
-        }
-        if not any(here.values()):
-            continue
-        host = RAY_GIB + sum(sizes.hosts[role][number] for role, numbers in here.items() for number in numbers)
-        host += DRIVER_GIB if index == chief else 0.0
+    stand: dict[int, dict[str, list[int]]] = {}
+    for role, places in seating.places.items():
+        for number, bundle in enumerate(places):
+            node = seating.nodes[bundle]
+            assert node is not None
+            stand.setdefault(node, {}).setdefault(role, []).append(number)
+    gpus: dict[int, list[float]] = {}
+    for bundle, need in needs.items():
+        node = seating.nodes[bundle]
+        assert node is not None
+        gpus.setdefault(node, []).extend([need.gib] * round(seating.bundles[bundle]["GPU"]))
+    for node, roles in sorted(stand.items()):
+        host = RAY_GIB + sum(sizes.hosts[role][number] for role, numbers in roles.items() for number in numbers)
+        host += DRIVER_GIB if node == chief else 0.0
         # every node that reads it from Ray's object store has a copy
-        reads = index == chief or (transport == "cpu" and bool(here["rollout"]))
-        host += sizes.published if reads else 0.0
-        gpus = [
-            need
-            for bundle, (need, _) in needs.items()
-            if seating.nodes[bundle] == index
-            for _ in range(round(seating.bundles[bundle]["GPU"]))
-        ]
-        yield NodePlan(node, tuple((role, len(found)) for role, found in here.items() if found), host, tuple(gpus))
+        host += sizes.published if node == chief or (transport == "cpu" and "rollout" in roles) else 0.0
+        counts = tuple((role, len(numbers)) for role, numbers in roles.items())
+        yield NodePlan(cluster.nodes[node], counts, host, tuple(gpus.get(node, ())))
 
 
 def too_large(
-    recipe: Recipe,
-    cluster: Cluster,
-    nodes: Sequence[NodePlan],
-    needs: Mapping[int, tuple[float, tuple[int, int, int]]],
-    sizes: Sizes,
+    recipe: Recipe, cluster: Cluster, seating: Seating, nodes: Sequence[NodePlan], needs: Mapping[int, GpuNeed]
 ) -> Iterator[str]:
     """Problems of fitting it into the memory there is."""
-    r, together = recipe.resources, sum(planned.memory_gib for planned in nodes)
-    if together > r.memory_gib:
+    limit, together = recipe.resources.memory_gib, sum(planned.memory_gib for planned in nodes)
+    if together > limit:
         yield (
-            f"the processes need about {together:.1f} GiB, more than resources.memory_gib = {r.memory_gib:g}; raise "
-            "it, or lower resources.kv_cache_gib, token_budget or the number of workers"
+            f"the processes need about {together:.1f} GiB, more than resources.memory_gib = {limit:g}; raise it, or "
+            "lower resources.kv_cache_gib, token_budget or the number of workers"
         )
     for planned, times in Counter(nodes).items():
         if planned.memory_gib > planned.node.memory_gib:
@@ -206,30 +215,16 @@ def too_large(
                 f"the processes need about {planned.memory_gib:.1f} GiB of host memory, and {where} has "
                 f"{planned.node.memory_gib:.1f}"
             )
-    if r.device == "cpu":
-        return
-    yield from _beyond("a trainer rank", _sum(sizes.trainer_parts), cluster, sizes.trainer_parts)
-    yield from _beyond("an engine", _sum(sizes.engine_parts), cluster, sizes.engine_parts)
-    yield from _beyond("a reward model", sizes.scalar, cluster)
-    needed, meeting = max(needs.values())
-    if sum(meeting) > 1:
-        yield from _beyond(f"{_in_words(*meeting)} on one GPU", needed, cluster)
-
-
-def _in_words(ranks: int, scalars: int, engines: int) -> str:
-    words = [
-        *(["a trainer rank"] if ranks else []),
-        *([f"{scalars} reward model(s)"] if scalars else []),
-        *([f"{engines} engine(s) awake"] if engines else []),
-    ]
-    return f"{', '.join(words[:-1])} and {words[-1]}" if len(words) > 1 else words[0]
-
-
-def _beyond(who: str, needed: float, cluster: Cluster, parts: Parts = ()) -> Iterator[str]:
-    limit = cluster.gpu_memory_gib
-    if limit is not None and needed > limit:
-        told = ", ".join(f"{name} {size:.1f}" for name, size in parts if size >= 0.05)
-        yield f"{who} would need about {needed:.1f} GiB{f' ({told})' if told else ''}, and a GPU has {limit:.1f}"
+    told = set()
+    for bundle, need in needs.items():
+        node = cluster.nodes[seating.nodes[bundle] or 0]
+        if node.gpu_memory_gib is not None and need.gib > node.gpu_memory_gib and str(need) not in told:
+            told.add(str(need))
+            of = ", ".join(f"{name} {size:.1f}" for name, size in need.parts if size >= 0.05)
+            yield (
+                f"{need} would need about {need.gib:.1f} GiB{f' ({of})' if of else ''}, and a GPU has "
+                f"{node.gpu_memory_gib:.1f}"
+            )
 
 
 def homeless(cluster: Cluster, seating: Seating) -> Iterator[str]:

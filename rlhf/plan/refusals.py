@@ -182,6 +182,26 @@ def unshared(recipe: Recipe, cluster: Cluster, tenants: int) -> Iterator[str]:
         )
 
 
+def missing_gpus(recipe: Recipe, cluster: Cluster) -> Iterator[str]:
+    """Problems of how many GPUs there are."""
+    r = recipe.resources
+    if r.device == "cpu":
+        return
+    if r.trainer_ranks > cluster.gpus:
+        yield f"resources.trainer_ranks = {r.trainer_ranks} on {cluster.gpus} GPUs; use at most {cluster.gpus}"
+    if r.tensor_parallel > cluster.most_gpus:
+        nodes = "" if len(cluster.nodes) == 1 else " of one node, which an engine does not go beyond"
+        yield (
+            f"resources.tensor_parallel = {r.tensor_parallel} on {cluster.most_gpus} GPUs{nodes}; use at most "
+            f"{cluster.most_gpus}"
+        )
+    elif r.rollout_workers * r.tensor_parallel > cluster.gpus:
+        yield (
+            f"resources.rollout_workers × tensor_parallel = {r.rollout_workers * r.tensor_parallel} on "
+            f"{cluster.gpus} GPUs; lower one of them"
+        )
+
+
 def misplaced(recipe: Recipe, cluster: Cluster) -> Iterator[str]:
     """Problems of placing the recipe on the machine."""
     r = recipe.resources
@@ -207,23 +227,9 @@ def misplaced(recipe: Recipe, cluster: Cluster) -> Iterator[str]:
     if r.device == "cpu":
         if r.tensor_parallel > 1:
             yield "resources.tensor_parallel needs GPUs; on CPU use 1 and raise rollout_threads"
-    else:
-        if cluster.gpus == 0:
-            yield 'resources.device = "cuda", but there is no GPU here; use device = "cpu", or a machine with one'
-            return
-        if r.trainer_ranks > cluster.gpus:
-            yield f"resources.trainer_ranks = {r.trainer_ranks} on {cluster.gpus} GPUs; use at most {cluster.gpus}"
-        if r.tensor_parallel > cluster.most_gpus:
-            nodes = "" if len(cluster.nodes) == 1 else " of one node, which an engine does not go beyond"
-            yield (
-                f"resources.tensor_parallel = {r.tensor_parallel} on {cluster.most_gpus} GPUs{nodes}; use at most "
-                f"{cluster.most_gpus}"
-            )
-        elif r.rollout_workers * r.tensor_parallel > cluster.gpus:
-            yield (
-                f"resources.rollout_workers × tensor_parallel = {r.rollout_workers * r.tensor_parallel} on "
-                f"{cluster.gpus} GPUs; lower one of them"
-            )
+    elif cluster.gpus == 0:
+        yield 'resources.device = "cuda", but there is no GPU here; use device = "cpu", or a machine with one'
+        return
     for key, number, threads in (
         ("trainer", r.trainer_ranks, r.trainer_threads),
         ("rollout", r.rollout_workers, r.rollout_threads),

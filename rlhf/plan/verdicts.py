@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -43,6 +44,7 @@ def read_verdicts(path: Path) -> tuple[Verdict, ...]:
         raise PlanError(f"{path}: not a list of verdicts ({error}); delete it and run `rlhf check` again") from error
 
 
+@cache
 def installed_versions() -> tuple[tuple[str, str], ...]:
     """The vendors a verdict holds for, with their versions, as installed."""
     found = []
