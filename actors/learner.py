@@ -51,12 +51,21 @@ class Learner(ABC):
         self.model: Any = self.shaped(model)
         self._optimizer, self._rates = make_optimizer(self.model, spec)
         self._hold_rows()
+        if spec.zero_stage == 3:
+            self._split()
         self.engine = deepspeed.initialize(model=self.model, optimizer=self._optimizer, config=_config(spec))[0]
         parameters = list(self.model.parameters())
         self.info = TrainInfo(
             num_parameters=sum(numel(p) for p in parameters),
             num_trainable=sum(numel(p) for p in parameters if p.requires_grad),
         )
+
+    def _split(self) -> None:
+        """Divide the parameters over ranks one by one: DeepSpeed by itself would first put the whole model on the
+        device, which need not have room for it."""
+        self._deepspeed.zero.Init(module=self.model, config_dict_or_path=_config(self.spec))
+        for buffer in self.model.buffers():
+            buffer.data = buffer.data.to(self.device)
 
     def _hold_rows(self) -> None:
         """With `spec.rows_of`: no gradient for the rows of other tokens."""

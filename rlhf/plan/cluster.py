@@ -76,7 +76,7 @@ class Cluster:
         kinds = Counter(self.nodes)
         if len(self.nodes) == 1:
             return f"machine: {_in_words(self.nodes[0])}"
-        return "; ".join(f"{count} nodes of {_in_words(node)}" for node, count in kinds.items())
+        return "; ".join(f"{count} node{'s' * (count > 1)} of {_in_words(node)}" for node, count in kinds.items())
 
 
 def _in_words(node: Node) -> str:

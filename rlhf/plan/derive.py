@@ -18,7 +18,6 @@ from rlhf.plan.types import EngineUse, Memory, MisfitError, Plan, PlanError, Sta
 from rlhf.plan.verdicts import Verdict, chosen
 from rlhf.recipe import Evaluate, Merge, Pairs, Rebuild, Recipe, Rl, Sft, Stage, Synthesize
 
-
 MOST_RANKS = 512  # of which advice tells
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from rlhf.plan.types import Plan, StagePlan
+from rlhf.plan.types import Parts, Plan, StagePlan
 from rlhf.recipe import Implementation
 
 
@@ -37,6 +38,8 @@ def describe(plan: Plan) -> str:
         f"memory: about {plan.memory.together:.1f} GiB of resources.memory_gib = {plan.memory_limit_gib:g} "
         f"({plan.cluster})",
     ]
+    if plan.nodes[0].gpus:
+        lines += list(_on_gpus(plan))
     lines += [f"note: {note}" for note in plan.notes]
     for table in _tables(plan):
         lines += ["", table.title, *aligned(table)]
@@ -45,7 +48,11 @@ def describe(plan: Plan) -> str:
 
 def _tables(plan: Plan) -> tuple[Text, ...]:
     actors = tuple(
-        (a.role, str(a.count), f"{a.cpus:g}", str(a.threads), f"{a.gpus:g}", f"{a.memory_gib:.2f}") for a in plan.actors
+        (
+            *(a.role, str(a.count), f"{a.cpus:g}", str(a.threads), f"{a.gpus:g}", f"{a.memory_gib:.2f}"),
+            f"{a.gpu_memory_gib:.1f}" if a.gpus else "",
+        )
+        for a in plan.actors
     )
     stages = tuple(_stage_row(stage) for stage in plan.stages)
     engines = tuple(
@@ -54,7 +61,8 @@ def _tables(plan: Plan) -> tuple[Text, ...]:
         for use in stage.engines
     )
     return (
-        Text("Actors", ("role", "number", "cpus", "threads", "gpus", "GiB each"), actors),
+        Text("Actors", ("role", "number", "cpus", "threads", "gpus", "GiB each", "GiB of a GPU"), actors),
+        *_nodes(plan),
         Text(
             "Stages",
             (
@@ -74,6 +82,43 @@ def _tables(plan: Plan) -> tuple[Text, ...]:
     )
 
 
+def _nodes(plan: Plan) -> Iterator[Text]:
+    """What stands where, nodes that are alike in one row; nothing for a single one without GPUs."""
+    if len(plan.cluster.nodes) == 1 and not plan.nodes[0].gpus:
+        return
+    rows = []
+    for found, number in Counter(plan.nodes).items():
+        needed = Counter(f"{gib:.1f}" for gib in found.gpus)
+        limit = "?" if found.node.gpu_memory_gib is None else f"{found.node.gpu_memory_gib:g}"
+        gpus = ", ".join(f"{count} × {gib}" if count > 1 else gib for gib, count in needed.items())
+        rows.append(
+            (
+                str(number),
+                ", ".join(f"{count} {role}" for role, count in found.processes),
+                f"{found.memory_gib:.1f} of {found.node.memory_gib:g}",
+                f"{gpus} of {limit}" if gpus else "",
+                f"{len(found.gpus)} of {found.node.gpus}",
+            )
+        )
+    if idle := len(plan.cluster.nodes) - len(plan.nodes):
+        rows.append((str(idle), "nothing", "", "", ""))
+    columns = ("nodes", "processes", "host GiB", "GiB of each GPU", "GPUs in use")
+    yield Text("Nodes, each", columns, tuple(rows))
+
+
+def _on_gpus(plan: Plan) -> Iterator[str]:
+    """What takes a GPU's memory, and how far an engine's cache goes."""
+    yield f"on the GPU of a trainer rank: {_parts(plan.memory.trainer_parts)}"
+    if plan.memory.engine_parts:
+        rows = "" if plan.longest_rows is None else f"; its cache holds {plan.longest_rows:,} longest rows at once"
+        yield f"on a GPU of an engine: {_parts(plan.memory.engine_parts)}{rows}"
+
+
+def _parts(parts: Parts) -> str:
+    told = ", ".join(f"{name} {size:.1f}" for name, size in parts if size >= 0.05)
+    return f"{sum(size for _, size in parts):.1f} GiB ({told})"
+
+
 def _stage_row(stage: StagePlan) -> tuple[str, ...]:
     parameters = stage.architecture.parameters
     rollouts = stage.rollouts + stage.evaluation_rollouts
@@ -81,13 +126,19 @@ def _stage_row(stage: StagePlan) -> tuple[str, ...]:
         stage.name,
         stage.kind + (f" ({stage.algorithm})" if stage.algorithm else ""),
         stage.start or "[model]",
-        "?" if parameters is None else f"{parameters:,}",
+        "?" if parameters is None else f"{parameters:,}" + _active(stage),
         f"{stage.optimizer_steps:,}" if stage.optimizer_steps else "",
         f"{stage.rows_per_update:,}" if stage.rows_per_update else "",
         str(stage.micro_batches) if stage.micro_batches else "",
         f"{rollouts:,}" if rollouts else "",
         "" if stage.budget_minutes is None else f"{stage.budget_minutes:g}",
     )
+
+
+def _active(stage: StagePlan) -> str:
+    """Of a mixture of experts, what a token meets."""
+    found = stage.architecture.active_parameters
+    return "" if stage.architecture.experts is None or found is None else f" ({found:,} active)"
 
 
 def aligned(table: Text) -> Iterator[str]:
