@@ -350,7 +350,7 @@ def _batch(recipe: Recipe, stage: Sft | Pairs) -> Iterator[str]:
     yield from over_ranks(stage, recipe.resources.trainer_ranks)
 
 
-def over_ranks(stage: Stage, ranks: int) -> Iterator[str]:
+def over_ranks(stage: Stage | Pairs, ranks: int) -> Iterator[str]:
     """Problems of dividing a stage's batches over so many trainer ranks."""
     if isinstance(stage, Sft | Pairs) and stage.batch_size * (2 if isinstance(stage, Pairs) else 1) < ranks:
         yield f"batch_size = {stage.batch_size} gives some of {ranks} trainer ranks no row; use at least {ranks}"

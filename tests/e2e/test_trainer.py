@@ -18,6 +18,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rlhf import bridge, reward_model
 from rlhf.batching import make_batch
+from rlhf.bridge import BridgeForConditionalGeneration
 from rlhf.preference import weigh
 from rlhf.recipe import Preference, RewardModel
 from rlhf.types import Batch, Group, Loss, Media, Prompt, Rollout, Sample, TrainSpec
@@ -58,10 +60,19 @@ def serve(rank: int, world_size: int, address: str) -> None:
     logprobs.LOGITS = 60 * 8  # every batch goes through the head in several parts
 
     class Spy(TrainerRank):
-        """Keeps every parameter's gradient as the first optimizer step sees it."""
+        """Keeps every parameter's gradient as the first optimizer step sees it, and how much of a model that was whole
+        went to the device at once."""
 
         def begin(self, spec: TrainSpec) -> Any:
-            info = super().begin(spec)
+            self.moved = 0
+
+            def to(module: Any, *args: Any, **options: Any) -> Any:
+                self.moved = max(self.moved, sum(parameter.numel() for parameter in module.parameters()))
+                return move(module, *args, **options)
+
+            move = torch.nn.Module.to
+            with patch.object(torch.nn.Module, "to", to):
+                info = super().begin(spec)
             self.grads: dict[str, np.ndarray] = {}
             stage = self._begun
             apply = stage._apply
@@ -76,6 +87,9 @@ def serve(rank: int, world_size: int, address: str) -> None:
 
             stage._apply = spied  # type: ignore[method-assign]
             return info
+
+        def moved_at_once(self) -> int:
+            return self.moved
 
         def first_gradients(self) -> dict[str, np.ndarray]:
             return self.grads
@@ -387,6 +401,14 @@ def test_resume_is_bit_exact(two, sparse, tmp_path, zero_stage, muon):
         for (name, value), (other, resumed) in zip(part, again, strict=True):
             assert name == other
             assert value.tobytes() == resumed.tobytes(), name
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_zero_3_splits_a_model_before_it_is_on_the_device(two, dense, zero_stage):
+    """DeepSpeed by itself moves it whole, and a GPU need not have room for that."""
+    two.begin(spec_of(dense, zero_stage=zero_stage))
+    parameters = BridgeForConditionalGeneration.from_pretrained(dense).num_parameters()
+    assert two.moved_at_once() == (0 if zero_stage == 3 else parameters)
 
 
 @pytest.mark.parametrize("zero_stage", [2, 3])

@@ -733,8 +733,16 @@ def test_a_reward_model_holds_a_gpu_with_the_others() -> None:
     assert shares == {"trainer": 0.5, "rollout": 0.5, "reward": 0, "scalar": 0.5}
     assert made.colocated
     assert made.memory.scalar > 0
-    small = Cluster((Node(16, 128, gpus=2, gpu_memory_gib=made.memory.trainer + made.memory.engine + 1e-3),))
-    with pytest.raises(PlanError, match=r"a trainer rank, 1 reward model\(s\) and 1 engine\(s\) awake on one GPU"):
+    # round the GPUs: the rank and the second kind of engines, the first kind and the reward model
+    first, second = made.nodes[0].gpus
+    assert first == pytest.approx(made.memory.trainer + made.memory.engine)
+    assert second == pytest.approx(made.memory.engine + made.memory.scalar)
+    small = Cluster((Node(16, 128, gpus=2, gpu_memory_gib=first - 1e-3),))
+    with pytest.raises(PlanError, match=r"a trainer rank and 1 engine\(s\) awake on one GPU would need about"):
+        plan(*RANKED, "resources.device = 'cuda'", cluster=small)
+    (needed,) = plan(*RANKED, "resources.device = 'cuda'", cluster=Cluster((Node(16, 128, 1, 80),))).nodes[0].gpus
+    small = Cluster((Node(16, 128, gpus=1, gpu_memory_gib=needed - 1e-3),))
+    with pytest.raises(PlanError, match=r"a trainer rank, 1 reward model\(s\) and 2 engine\(s\) awake on one GPU"):
         plan(*RANKED, "resources.device = 'cuda'", cluster=small)
 
 
