@@ -17,7 +17,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayActorError
-from ray.util.placement_group import placement_group
+from ray.util.placement_group import placement_group, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.artifacts import read_weights
@@ -33,7 +33,7 @@ from actors.vllm_worker import VllmWorker
 from rewards.isolation import Limits
 from rlhf.architecture import GIB, base_of, from_folder
 from rlhf.models import architecture_as_saved, load_processor, masked_ids
-from rlhf.plan import Cluster, Node, Plan, reserved
+from rlhf.plan import Cluster, Node, Plan, gathered, reserved
 from rlhf.recipe import Implementation, Recipe
 from rlhf.stage import packs
 from rlhf.types import Publication
@@ -146,6 +146,8 @@ class Placement:
         shares, bundles = reserved(plan.actors, plan.shared_gpus)
         group = placement_group(shares, strategy="PACK")
         await within(recipe.deadlines.start, "start", f"reserving {shares} on the cluster", group.ready())
+        found = placement_group_table(group)["bundles_to_node_id"]
+        bundles = gathered(shares, bundles, [found[index] for index in range(len(shares))])
         return cls(recipe, plan, group, bundles, plan.implementation)
 
     def options(self, role: str, index: int, **more: Any) -> dict[str, Any]:

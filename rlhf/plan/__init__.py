@@ -15,7 +15,7 @@ Pure arithmetic on configurations: it imports no torch, starts nothing, and take
 
 from rlhf.plan.cluster import Cluster, Node
 from rlhf.plan.derive import check, make_plan
-from rlhf.plan.nodes import reserved
+from rlhf.plan.nodes import gathered, reserved
 from rlhf.plan.text import describe
 from rlhf.plan.types import Memory, Plan, PlanError
 from rlhf.plan.verdicts import VERDICTS, Verdict, implementations, installed_versions, read_verdicts
@@ -30,6 +30,7 @@ __all__ = [
     "Verdict",
     "check",
     "describe",
+    "gathered",
     "implementations",
     "installed_versions",
     "make_plan",

@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rlhf.plan.cluster import Cluster, Node
 from rlhf.plan.placement import CONTEXT_GIB, DRIVER_GIB, RAY_GIB, Sizes
@@ -36,6 +37,7 @@ def seated(recipe: Recipe, cluster: Cluster, engines: int, scalars: int, tenants
         bundles, places = reserved(actors, cluster.gpus if tenants > 1 else 0)
         nodes = packed(bundles, cluster.nodes)
         if None not in nodes:
+            places = gathered(bundles, places, nodes)
             break
     return Seating(actors, bundles, places, nodes)
 
@@ -113,6 +115,18 @@ def packed(bundles: Sequence[Bundle], nodes: Sequence[Node]) -> list[int | None]
                 later.append(index)
         waiting = later
     return found
+
+
+def gathered(bundles: Sequence[Bundle], places: Mapping[str, list[int]], where: Sequence[Any]) -> dict[str, list[int]]:
+    """`places` with bundles that are alike dealt anew, of which Ray puts any anywhere: processes of a role stand on as
+    few nodes as may be, beginning where most of these bundles are. `where`: the node of each bundle."""
+    dealt: dict[int, int] = {}
+    for kind in dict.fromkeys(tuple(sorted(bundle.items())) for bundle in bundles):
+        alike = [index for index, bundle in enumerate(bundles) if tuple(sorted(bundle.items())) == kind]
+        number = Counter(where[index] for index in alike)
+        by_node = sorted(alike, key=lambda index: (-number[where[index]], str(where[index]), index))
+        dealt |= dict(zip(alike, by_node, strict=True))
+    return {role: [dealt[index] for index in found] for role, found in places.items()}
 
 
 def _size(bundle: Bundle) -> tuple[float, float]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-DRIVER = """
+DRIVER = '''
 import json, sys
 from pathlib import Path
 from rlhf.cli import _private_ray
@@ -20,7 +20,7 @@ import ray
 from ray.cluster_utils import Cluster as Simulated
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from actors.launch import cluster_of
-from rlhf.plan import Cluster, Node, make_plan, reserved
+from rlhf.plan import Cluster, Node, gathered, make_plan, reserved
 from rlhf.plan.nodes import packed
 from rlhf.recipe import load
 
@@ -33,6 +33,16 @@ plans = {
     "8b shared": ["resources.trainer_ranks = 16", "resources.trainer_threads = 1", "resources.rollout_workers = 6",
                   "resources.memory_gib = 2000"],
 }
+
+def stand(bundles, places, where):
+    """By node, how many processes of each role."""
+    found = {}
+    for role, seats in gathered(bundles, places, where).items():
+        for bundle in seats:
+            roles = found.setdefault(f"{where[bundle]}", {})
+            roles[role] = roles.get(role, 0) + 1
+    return found
+
 simulated = Simulated(initialize_head=True, head_node_args={"num_cpus": SHAPES[0][0], "num_gpus": 0})
 try:
     for cpus, gpus in SHAPES[1:]:
@@ -47,17 +57,20 @@ try:
     found = {}
     for name, overrides in plans.items():
         made = make_plan(load(["recipes/think_fusion_digits.toml", MODELS], overrides), Cluster(nodes))
-        bundles, _ = reserved(made.actors, made.shared_gpus)
+        bundles, places = reserved(made.actors, made.shared_gpus)
         group = placement_group(bundles, strategy="PACK")
         ray.get(group.ready(), timeout=60)
         where = placement_group_table(group)["bundles_to_node_id"]
-        found[name] = [[of[where[index]] for index in range(len(bundles))], packed(bundles, nodes)]
+        by_ray, by_us = [of[where[index]] for index in range(len(bundles))], packed(bundles, nodes)
+        found[name] = [stand(bundles, places, by_ray), stand(bundles, places, by_us)]
+        assert {count for node in made.nodes for count in node.processes} == {
+            (role, count) for roles in found[name][1].values() for role, count in roles.items()}
         remove_placement_group(group)
     print(json.dumps(found), flush=True)
 finally:
     ray.shutdown()
     simulated.shutdown()
-"""
+'''
 
 
 @pytest.mark.slow
@@ -71,4 +84,4 @@ def test_ray_packs_a_plans_bundles_as_the_plan_says(tmp_path: Path) -> None:
     assert set(found) == {"8b", "8b wide", "8b of two", "8b shared"}
     for name, (by_ray, by_us) in found.items():
         assert by_us == by_ray, name
-    assert any(len(set(by_ray)) > 1 for by_ray, _ in found.values())
+    assert [len(by_ray) for by_ray, _ in found.values()] == [1, 3, 2, 3]

@@ -101,7 +101,7 @@ DENSE: dict[str, Any] = {
     "head_dim": 32,
     "tie_word_embeddings": True,
 }
-MOE = DENSE | {"type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
+MOE = DENSE | {"type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 4, "moe_intermediate_size": 96}
 PICTURES = 48
 
 

@@ -11,7 +11,7 @@ import pytest
 from rlhf.architecture import architecture_of
 from rlhf.cli import main
 from rlhf.plan import Cluster, Node, Plan, PlanError, describe, make_plan
-from rlhf.plan.nodes import packed
+from rlhf.plan.nodes import gathered, packed
 from rlhf.recipe import RecipeError, load
 
 ROOT = Path(__file__).parents[2]
@@ -110,6 +110,9 @@ REFUSED = {
         r"3 processes would share a GPU of the 4", 2, "sail_vl2_30b_a3b", Cluster((Node(96, 1800, 4, 79),)),
         "resources.trainer_ranks = 4", "resources.tensor_parallel = 4",
     ),
+    "30b on nodes of one": (
+        r"trainer_ranks = 16 on 1 GPUs", 4, "sail_vl2_30b_a3b", Cluster((Node(32, 900, 1, 139),)),
+    ),
     "hosts that open it": (
         r"need about .* GiB of host memory, and a node with 8 trainer \(\d such\) has 620\.0", 4, "sail_vl2_30b_a3b",
         Cluster((Node(96, 620, 8, 79),) * 4),
@@ -188,6 +191,24 @@ def test_what_no_cluster_of_such_nodes_can_do() -> None:
         plan("sail_vl2_8b", Cluster((SMALL,) * 4))  # one row of 20,480 tokens is too much for such a GPU
 
 
+def test_weights_on_their_way_lie_where_the_transport_has_them() -> None:
+    """Over Ray's object store on every node that has an engine; by NCCL on the first rank's GPU alone."""
+    engines, first, second = plan("sail_vl2_30b_a3b", Cluster((H100,) * 4)).nodes
+    weights = 4 * 31_230_947_840 / 2**30
+    assert [dict(node.processes).get("trainer", 0) for node in (engines, first, second)] == [0, 8, 8]
+    assert engines.memory_gib == pytest.approx(0.5 + 2 * 4 * 1.3 + 0.3 + weights)  # Ray, two engines, a reward worker
+    assert second.memory_gib == pytest.approx(0.5 + 8 * (1.0 + weights))
+    assert first.memory_gib == pytest.approx(second.memory_gib + 0.6 + weights)  # the driver, and what it publishes
+    sent = plan("sail_vl2_2b", Cluster((H100,)))
+    assert sent.transport == "nccl"
+    (node,) = sent.nodes
+    copy = 4 * 2_419_400_192 / 2**30
+    assert node.gpus[0] == pytest.approx(sent.memory.trainer)
+    assert node.gpus[1:4] == pytest.approx([sent.memory.trainer - copy] * 3)
+    assert node.gpus[4:] == pytest.approx([sent.memory.engine] * 2)
+    assert node.memory_gib < 4 * (1 + copy) + 10  # and none on the host
+
+
 def test_ray_packs_the_largest_bundle_first() -> None:
     nodes = (Node(4, 8), Node(8, 8, 4), Node(8, 8, 8))
     wide, single, core = {"CPU": 1.0, "GPU": 4.0}, {"CPU": 1.0, "GPU": 1.0}, {"CPU": 1.0}
@@ -196,6 +217,13 @@ def test_ray_packs_the_largest_bundle_first() -> None:
     assert packed([wide] * 4, nodes) == [2, 2, 1, None]
     assert packed([{"CPU": 9.0}], nodes) == [None]
     assert packed([core] * 20, nodes).count(1) == 8
+
+
+def test_processes_of_a_role_stand_together_whatever_ray_did_with_bundles_that_are_alike() -> None:
+    card, core = {"CPU": 1.0, "GPU": 1.0}, {"CPU": 1.0}
+    places = {"trainer": [0, 1, 2], "rollout": [3, 4], "reward": [5]}
+    found = gathered([card] * 5 + [core], places, ["b", "a", "b", "a", "b", "a"])
+    assert found == {"trainer": [0, 2, 4], "rollout": [1, 3], "reward": [5]}
 
 
 def test_shares_of_cores_leave_room_for_every_process() -> None:
