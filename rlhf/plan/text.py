@@ -47,10 +47,11 @@ def describe(plan: Plan) -> str:
 
 
 def _tables(plan: Plan) -> tuple[Text, ...]:
+    on_gpus = bool(plan.nodes[0].gpus)
     actors = tuple(
         (
             *(a.role, str(a.count), f"{a.cpus:g}", str(a.threads), f"{a.gpus:g}", f"{a.memory_gib:.2f}"),
-            f"{a.gpu_memory_gib:.1f}" if a.gpus else "",
+            *([f"{a.gpu_memory_gib:.1f}" if a.gpus else ""] if on_gpus else []),
         )
         for a in plan.actors
     )
@@ -61,7 +62,11 @@ def _tables(plan: Plan) -> tuple[Text, ...]:
         for use in stage.engines
     )
     return (
-        Text("Actors", ("role", "number", "cpus", "threads", "gpus", "GiB each", "GiB of a GPU"), actors),
+        Text(
+            "Actors",
+            ("role", "number", "cpus", "threads", "gpus", "GiB each", *(["GiB of a GPU"] if on_gpus else [])),
+            actors,
+        ),
         *_nodes(plan),
         Text(
             "Stages",
