@@ -38,7 +38,7 @@ def describe(plan: Plan) -> str:
         f"memory: about {plan.memory.together:.1f} GiB of resources.memory_gib = {plan.memory_limit_gib:g} "
         f"({plan.cluster})",
     ]
-    if plan.nodes[0].gpus:
+    if plan.on_gpus:
         lines += list(_on_gpus(plan))
     lines += [f"note: {note}" for note in plan.notes]
     for table in _tables(plan):
@@ -47,11 +47,10 @@ def describe(plan: Plan) -> str:
 
 
 def _tables(plan: Plan) -> tuple[Text, ...]:
-    on_gpus = bool(plan.nodes[0].gpus)
     actors = tuple(
         (
             *(a.role, str(a.count), f"{a.cpus:g}", str(a.threads), f"{a.gpus:g}", f"{a.memory_gib:.2f}"),
-            *([f"{a.gpu_memory_gib:.1f}" if a.gpus else ""] if on_gpus else []),
+            *([f"{a.gpu_memory_gib:.1f}" if a.gpus else ""] if plan.on_gpus else []),
         )
         for a in plan.actors
     )
@@ -64,7 +63,7 @@ def _tables(plan: Plan) -> tuple[Text, ...]:
     return (
         Text(
             "Actors",
-            ("role", "number", "cpus", "threads", "gpus", "GiB each", *(["GiB of a GPU"] if on_gpus else [])),
+            ("role", "number", "cpus", "threads", "gpus", "GiB each", *(["GiB of a GPU"] if plan.on_gpus else [])),
             actors,
         ),
         *_nodes(plan),
@@ -89,7 +88,7 @@ def _tables(plan: Plan) -> tuple[Text, ...]:
 
 def _nodes(plan: Plan) -> Iterator[Text]:
     """What stands where, nodes that are alike in one row; nothing for a single one without GPUs."""
-    if len(plan.cluster.nodes) == 1 and not plan.nodes[0].gpus:
+    if len(plan.cluster.nodes) == 1 and not plan.on_gpus:
         return
     rows = []
     for found, number in Counter(plan.nodes).items():

@@ -143,6 +143,10 @@ class Plan:
     notes: tuple[str, ...]
 
     @property
+    def on_gpus(self) -> bool:
+        return any(actor.gpus for actor in self.actors)
+
+    @property
     def shared_gpus(self) -> int:
         """How many GPUs trainer and engines hold together; 0 where each process has its own."""
         return self.cluster.gpus if self.colocated else 0
