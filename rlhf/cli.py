@@ -6,15 +6,20 @@ import argparse
 import asyncio
 import contextlib
 import fcntl
+import json
 import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rlhf.plan import VERDICTS, Plan, PlanError, Verdict, check, describe, make_plan, read_verdicts
 from rlhf.recipe import Recipe, RecipeError, load
+
+if TYPE_CHECKING:
+    from actors import jobs
 
 ABOUT = """Post-training of vision-language models: a recipe is a curriculum, a run works through it.
 
@@ -110,18 +115,28 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("name", help="of the function and of its file, NAME.py")
     report = verb("report", report_command, "write report.html of a run folder", recipe=False)
     report.add_argument("folder", type=Path)
-    submit = verb("submit", submit_command, "run a curriculum as a job of a Ray head (started here if none is given)")
-    submit.add_argument("--address", help="http://HOST:PORT of the head's dashboard")
-    submit.add_argument("--port", type=int, help="of the head to start where there is none (default: Ray's)")
-    for name, command, about in (
-        ("status", status_command, "the state of a submitted job"),
-        ("logs", logs_command, "what a submitted job printed"),
-        ("stop", stop_command, "stop a submitted job"),
-    ):
-        job = verb(name, command, about, recipe=False)
-        job.add_argument("job")
-        job.add_argument("--address")
-        job.add_argument("--runs", type=Path, default=Path("runs"))
+    submit = verb(
+        "submit", submit_command, "run a curriculum as a job of a cluster: [cluster], or a Ray head started here"
+    )
+    submit.add_argument("--to", choices=["ray", "kuberay", "slurm"], help="where it goes (default: cluster.to)")
+    submit.add_argument("--cluster", type=Path, metavar="FILE", help="a site's [cluster], laid over the recipe")
+    submit.add_argument(
+        "--dry-run", action="store_true", help="print exactly what would be submitted, and submit nothing"
+    )
+    submit.add_argument("--address", help="http://HOST:PORT of a Ray head's dashboard (cluster.ray.address)")
+    submit.add_argument("--port", type=int, help="of the Ray head to start where there is none (default: Ray's)")
+    jobs = [
+        verb("status", status_command, "the state of a submitted job", recipe=False),
+        (logs := verb("logs", logs_command, "what a submitted job printed", recipe=False)),
+        verb("stop", stop_command, "stop a submitted job, with time for a checkpoint", recipe=False),
+        (again := verb("resubmit", resubmit_command, "submit a job again: it continues where it stood", recipe=False)),
+    ]
+    logs.add_argument("--follow", action="store_true", help="go on until the job ends")
+    again.add_argument("--port", type=int, help="of the Ray head to start where there is none (default: Ray's)")
+    for job in jobs:
+        job.add_argument("job", help="its name: `rlhf submit` printed it, `rlhf list` knows it")
+    for listed in (*jobs, verb("list", list_command, "every job submitted from here, and its state", recipe=False)):
+        listed.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders lie (default: runs)")
     return parser
 
 
@@ -307,7 +322,6 @@ def draw_command(parsed: argparse.Namespace) -> int:
 
 
 def reward_test_command(parsed: argparse.Namespace) -> int:
-    import json
     import tomllib
 
     from rich.console import Console
@@ -372,34 +386,92 @@ def report_command(parsed: argparse.Namespace) -> int:
 
 
 def submit_command(parsed: argparse.Namespace) -> int:
-    recipe = load(parsed.recipe, parsed.override)
-    if parsed.address is None:
-        make_plan(recipe, verdicts=_verdicts(parsed))
+    from actors import jobs
+
+    files = [*parsed.recipe, *([parsed.cluster] if parsed.cluster else [])]
+    flags = {"cluster.to": parsed.to, "cluster.ray.address": parsed.address}
+    written = [f"{key} = {json.dumps(value)}" for key, value in flags.items() if value is not None]
+    recipe = load(files, [*parsed.override, *written])
+    ticket = jobs.Ticket.of(recipe, parsed.recipe, parsed.override, parsed.runs)
+    if not parsed.dry_run:
+        return _submitted(lambda: jobs.submit(ticket, recipe, parsed.runs, parsed.port), recipe, parsed)
+    return _job(lambda: jobs.render(ticket, recipe).removesuffix("\n"))
+
+
+def resubmit_command(parsed: argparse.Namespace) -> int:
+    from actors import jobs
+
+    runs = parsed.runs.absolute()
+    try:
+        ticket = jobs.ticket_of(parsed.job, runs)
+        with contextlib.chdir(ticket.folder):  # where the user stood
+            recipe = load(ticket.files, ticket.overrides).model_copy(update={"cluster": ticket.cluster})
+            return _submitted(lambda: jobs.resubmit(parsed.job, recipe, runs, parsed.port), recipe, parsed)
+    except jobs.JobError as error:
+        return _fail(error, FAILED)
+    except OSError as error:
+        return _fail(f"{ticket.folder}, where {parsed.job} was submitted, cannot be entered: {error.strerror}", FAILED)
+
+
+def _submitted(submit: Callable[[], jobs.Ticket], recipe: Recipe, parsed: argparse.Namespace) -> int:
+    """Submit, if the recipe can be run at all, and print the job's name."""
+    if recipe.cluster.to == "ray" and recipe.cluster.ray.address is None:
+        make_plan(recipe, verdicts=_verdicts(parsed))  # on this machine
     else:
         check(recipe)  # the job itself looks at the machines it gets
-    return _job("submit", recipe, parsed.recipe, parsed.override, parsed.runs, parsed.address, parsed.port)
+    return _job(lambda: submit().job)
 
 
 def status_command(parsed: argparse.Namespace) -> int:
-    return _job("status", parsed.job, parsed.runs, parsed.address)
+    from actors import jobs
+
+    return _job(lambda: jobs.status(parsed.job, parsed.runs))
 
 
 def logs_command(parsed: argparse.Namespace) -> int:
-    return _job("logs", parsed.job, parsed.runs, parsed.address)
+    from actors import jobs
+
+    def printed() -> str:
+        for piece in jobs.logs(parsed.job, parsed.runs, parsed.follow):
+            print(piece, end="", flush=True)
+        return ""
+
+    return _job(printed)
 
 
 def stop_command(parsed: argparse.Namespace) -> int:
-    return _job("stop", parsed.job, parsed.runs, parsed.address)
+    from actors import jobs
+
+    return _job(lambda: jobs.stop(parsed.job, parsed.runs))
 
 
-def _job(verb: str, *arguments: object) -> int:
+def list_command(parsed: argparse.Namespace) -> int:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from actors import jobs
+
+    def listed() -> str:
+        table = Table("job", "cluster", "state", "", box=box.SIMPLE_HEAD)
+        for found in jobs.list_jobs(parsed.runs):
+            table.add_row(found.ticket.job, found.ticket.cluster.to, found.word, found.why.partition("\n")[0])
+        Console(soft_wrap=not sys.stdout.isatty()).print(table, markup=False)
+        return ""
+
+    return _job(listed)
+
+
+def _job(verb: Callable[[], object]) -> int:
     """Call a verb of `actors.jobs` and print its answer."""
     from actors import jobs
 
     try:
-        print(getattr(jobs, verb)(*arguments))
+        answer = str(verb())
     except jobs.JobError as error:
         return _fail(error, FAILED)
+    if answer:
+        print(answer)
     return 0
 
 
