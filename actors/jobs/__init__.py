@@ -53,7 +53,13 @@ def backend(ticket: Ticket, port: int | None = None) -> Backend:
         from actors.jobs.ray_cluster import RayCluster
 
         return RayCluster(port)
-    raise JobError(f"cluster.to = {ticket.cluster.to!r} is not built yet")
+    if ticket.cluster.to == "kuberay":
+        from actors.jobs.kuberay import KubeRay
+
+        return KubeRay()
+    from actors.jobs.slurm import Slurm
+
+    return Slurm()
 
 
 def submit(ticket: Ticket, recipe: Recipe, runs: Path, port: int | None = None) -> Ticket:
