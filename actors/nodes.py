@@ -23,6 +23,13 @@ def address(peer: str) -> str:
         return str(probe.getsockname()[0])
 
 
+def port() -> int:
+    """One that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
 def join(file: Path, count: int, seconds: float, pid: int) -> None:
     """Wait until the head has written its address to `file` and `count` nodes are alive; `pid`: of what starts them,
     without which nothing is waited for. Raises JoinError."""
@@ -51,6 +58,8 @@ def main(arguments: list[str]) -> int:
     match arguments:
         case ["address", peer]:
             print(address(peer))
+        case ["port"]:
+            print(port())
         case ["join", file, count, seconds, pid]:
             try:
                 join(Path(file), int(count), float(seconds), int(pid))

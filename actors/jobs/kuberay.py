@@ -201,9 +201,8 @@ END_HEAD = """\
 # Before the head's pod ends: the driver is told, and has time to save a checkpoint.
 set -euo pipefail
 [[ -s {pid_file} ]] || exit 0
-pid=$(<{pid_file})
-kill -TERM "$pid" 2>/dev/null || exit 0
-while kill -0 "$pid" 2>/dev/null && ((SECONDS < {seconds})); do sleep 1; done
+kill -TERM "$(<{pid_file})" 2>/dev/null || exit 0
+while [[ -e {pid_file} ]] && ((SECONDS < {seconds})); do sleep 1; done
 """
 END_WORKER = """\
 # Before a worker's pod ends: the driver needs its actors to save a checkpoint.

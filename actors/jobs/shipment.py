@@ -62,9 +62,12 @@ class Shipment:
         found = file_of(function) if place else None  # a name alone is an installed package's
         if found is None or (not place.endswith(".py") and not _own(found, place, folder)):
             return
-        if place.endswith(".py"):
-            _inside(key, place, folder)
-        files = sources_of(folder / found)
+        name = _inside(key, place, folder) if place.endswith(".py") else _inside(key, str(found), folder, within=True)
+        self._add(name, folder / name, key)
+        try:
+            files = sources_of(folder / name)
+        except SyntaxError as error:
+            raise JobError(f"{key}: {name} is not Python: {error}") from error
         for file in list(files):
             packages = [up / "__init__.py" for up in file.parents if up.is_relative_to(folder) and up != folder]
             files += [package for package in packages if package.is_file()]

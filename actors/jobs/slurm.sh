@@ -20,10 +20,11 @@ node() { # what runs on each node: one of Ray's, until it is told to end
   rm -rf "$temporary"
   mkdir -m 700 "$temporary"
   # ports that the system chooses, so that no two jobs on a node want the same
-  ports=(--ray-client-server-port=0 --node-manager-port=0 --object-manager-port=0 --min-worker-port=0 --max-worker-port=0
-    --dashboard-agent-listen-port=0 --dashboard-agent-grpc-port=0 --runtime-env-agent-port=0 --metrics-export-port=0)
+  ports=(--node-manager-port=0 --object-manager-port=0 --min-worker-port=0 --max-worker-port=0 --metrics-export-port=0
+    --dashboard-agent-listen-port=0 --dashboard-agent-grpc-port=0 --runtime-env-agent-port=0)
   if ((SLURM_NODEID == 0)); then
     ((nodes == 1)) || own=$(python -m actors.nodes address "$second_host")
+    ports+=(--ray-client-server-port="$(python -m actors.nodes port)") # the one that Ray wants to be told
     ray start --head --block --disable-usage-stats --include-dashboard=false --port=0 --node-ip-address="$own" \
       --temp-dir="$temporary" "${ports[@]}" "${resources[@]}" &
     ray=$!

@@ -78,6 +78,7 @@ exit "${DRIVER_STATUS-0}"
     # actors.nodes: its question about addresses, and its wait, against the fake's files
     "python": """
 if [[ $3 == address ]]; then echo 10.0.0.2; exit; fi
+if [[ $3 == port ]]; then echo 4321; exit; fi
 for ((i = 0; i < 30; i++)); do
   [[ ! -s $4 ]] || (($(ls "$JOINED" | grep -c '^[0-9]') < $5)) || exit 0
   sleep 0.1
