@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from actors import nodes
 from actors.jobs import JobError, State, Ticket
 from actors.jobs import slurm as backend
 from actors.jobs.slurm import Slurm
@@ -330,6 +332,25 @@ def test_setup_runs_everywhere_and_may_be_careless(site: Site) -> None:
         "set up 1",
         "set up batch",
     ]
+
+
+def test_a_node_knows_by_which_address_it_is_reached(capsys: pytest.CaptureFixture[str]) -> None:
+    assert nodes.main(["address", "127.0.0.1"]) == 0
+    assert capsys.readouterr().out == "127.0.0.1\n"
+    assert nodes.main(["port"]) == 0
+    with socket.socket() as free:
+        free.bind(("", int(capsys.readouterr().out)))
+    assert nodes.main(["anything"]) == 2
+
+
+def test_a_head_that_does_not_come_up_is_not_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    address, ours = str(tmp_path / "address"), str(os.getpid())
+    assert nodes.main(["join", address, "2", "0.6", ours]) == 1
+    assert "rlhf: the head did not come up within 0.6 s" in capsys.readouterr().err
+    with subprocess.Popen(["true"]) as over:
+        pass
+    assert nodes.main(["join", address, "2", "60", str(over.pid)]) == 1
+    assert "what starts Ray on the nodes has ended: the head did not come up" in capsys.readouterr().err
 
 
 def test_a_job_is_handed_to_sbatch(site: Site) -> None:
