@@ -139,7 +139,8 @@ def test_the_site_file_renders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     ticket = Ticket.of(recipe, ["recipes/think_fusion_digits.toml"], [], tmp_path)
     files, job = yaml.safe_load_all(KubeRay().render(ticket, recipe))
     assert_valid(files, job)
-    assert (ROOT / "recipes" / "think_fusion_digits.toml").read_text() in files["data"].values()
+    recipe_file = ROOT / "recipes" / "think_fusion_digits.toml"  # what it names of ours is in the image
+    assert shipped(files, job) == {"recipes/think_fusion_digits.toml": recipe_file.read_text()}
 
 
 def test_a_job_is_queued_whole(desk: Desk) -> None:

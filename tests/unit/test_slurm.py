@@ -312,6 +312,15 @@ def test_a_node_that_does_not_join_is_told_of(site: Site) -> None:
     assert_nothing_is_left(site)
 
 
+def test_a_script_that_fails_on_its_way_leaves_nothing(site: Site) -> None:
+    site.fake("scontrol", "exit 1")
+    process = start(site, script_of(site))
+    ended(process)
+    assert process.returncode == 1
+    assert not [call for call in site.calls if call.startswith(("ray", "rlhf"))]
+    assert not list((site.folder / "the runs" / "small").glob(".slurm-*"))
+
+
 def test_a_script_that_is_started_again_does_not_use_what_is_left(site: Site) -> None:
     left = site.folder / "the runs" / "small" / f".slurm-{site.environment['SLURM_JOB_ID']}"
     left.mkdir(parents=True)
