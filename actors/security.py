@@ -7,19 +7,17 @@ import os
 import secrets
 from pathlib import Path
 
-# Ray 2.60 reads this on every system: 0 makes a node's own address 127.0.0.1, 1 the one that other nodes reach it by
-SEVERAL_NODES = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 JOB_STOP_SECONDS = 30  # a stopped driver gets this long to end its actors
 
 
 def ray_environment(folder: Path) -> dict[str, str]:
     """Environment variables to set before ray is imported or `ray start` runs: token authentication, loopback, no usage
-    statistics. Inside a job, what its cluster has put into the environment stands: its token, and `SEVERAL_NODES`. Else
-    the token is `folder`'s, made where missing."""
+    statistics. The token is the one already in the environment (inside a job), else `folder`'s, made where missing."""
     settings = {
         "RAY_AUTH_MODE": "token",
         "RAY_USAGE_STATS_ENABLED": "0",
-        SEVERAL_NODES: os.environ.get(SEVERAL_NODES) or "0",
+        # Ray 2.60 reads this on every system: 0 makes the node's own address 127.0.0.1
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_JOB_STOP_WAIT_TIME_S": str(JOB_STOP_SECONDS),
     }
     if not os.environ.get("RAY_AUTH_TOKEN"):

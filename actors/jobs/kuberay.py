@@ -22,7 +22,6 @@ from actors.jobs.backend import JobError, State
 from actors.jobs.command import ANSWER_SECONDS, RefusedError, ask
 from actors.jobs.shipment import Shipment, functions_of
 from actors.jobs.ticket import Ticket
-from actors.security import SEVERAL_NODES
 from rlhf.recipe import ClusterTable, NodesTable, Recipe
 
 INSTALL = "install kubectl, and give it the cluster's configuration (KUBECONFIG)"
@@ -327,7 +326,6 @@ def _pod(ticket: Ticket, recipe: Recipe, nodes: NodesTable, files: list[tuple[st
         "PYTHONPATH": WORK,
         "PYTHONUNBUFFERED": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
-        SEVERAL_NODES: "1",
         "RAY_JOB_STOP_WAIT_TIME_S": str(cluster.grace_seconds),
     }
     mounts = {"runs": ticket.runs, "files": WORK, "scripts": SCRIPTS, "shared-memory": "/dev/shm"}  # noqa: S108
