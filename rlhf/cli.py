@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -156,7 +157,7 @@ def run_command(parsed: argparse.Namespace) -> int:
     else:
         check(recipe)
         folder = _folder(parsed, recipe)
-        _private_ray(folder)
+        _private_ray(folder, join=True)
         from actors.launch import cluster_of
 
         try:
@@ -164,7 +165,8 @@ def run_command(parsed: argparse.Namespace) -> int:
         except (ConnectionError, ValueError, RuntimeError) as error:
             return _fail(f"--address {parsed.address}: no Ray cluster can be joined there: {error}", UNUSABLE)
         plan = make_plan(recipe, cluster, _verdicts(parsed))
-    return _carried_out(lambda: _run(recipe, plan, folder, parsed.address), folder, CONTINUES)
+    join = parsed.address is not None
+    return _carried_out(lambda: _run(recipe, plan, folder, parsed.address), folder, CONTINUES, join)
 
 
 async def _run(recipe: Recipe, plan: Plan, folder: Path, address: str | None) -> None:
@@ -202,11 +204,15 @@ def _folder(parsed: argparse.Namespace, recipe: Recipe) -> Path:
     return folder
 
 
-def _carried_out(run: Callable[[], Awaitable[None]], folder: Path, again: str) -> int:
-    """The exit status of `run`, which has `folder` to itself; `again`: what the same command does next time."""
+def _carried_out(run: Callable[[], Awaitable[None]], folder: Path, again: str, join: bool = False) -> int:
+    """The exit status of `run`, which has `folder` to itself; `again`: what the same command does next time; `join`: a
+    Ray cluster that runs already."""
     with _locked(folder):
-        _private_ray(folder)
-        return asyncio.run(_explained(run, again))
+        temporary = _private_ray(folder, join)
+        status = asyncio.run(_explained(run, again))
+        if temporary is not None and status == 0:  # else what Ray's processes said is kept
+            shutil.rmtree(temporary, ignore_errors=True)
+        return status
 
 
 async def _explained(run: Callable[[], Awaitable[None]], again: str) -> int:
@@ -395,7 +401,7 @@ def submit_command(parsed: argparse.Namespace) -> int:
     ticket = jobs.Ticket.of(recipe, parsed.recipe, parsed.override, parsed.runs)
     if not parsed.dry_run:
         return _submitted(lambda: jobs.submit(ticket, recipe, parsed.runs, parsed.port), recipe, parsed)
-    return _job(lambda: jobs.render(ticket, recipe).removesuffix("\n"))
+    return _job(lambda: jobs.render(ticket, recipe, parsed.runs).removesuffix("\n"))
 
 
 def resubmit_command(parsed: argparse.Namespace) -> int:
@@ -494,11 +500,16 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _private_ray(folder: Path) -> None:
-    """Token, loopback, no usage statistics: Ray reads its environment when it is imported."""
-    from actors.security import ray_environment
+def _private_ray(folder: Path, join: bool = False) -> Path | None:
+    """Token, loopback, no usage statistics: Ray reads its environment when it is imported. Unless it is to `join` a
+    cluster, its files have a folder of their own, which is returned."""
+    from actors.security import private_folder, ray_environment
 
-    os.environ.update(ray_environment(folder))
+    os.environ.update(ray_environment(folder, join))
+    if join:
+        return None
+    os.environ["RAY_TMPDIR"] = str(temporary := private_folder())
+    return temporary
 
 
 def _stop_on_signals() -> None:
