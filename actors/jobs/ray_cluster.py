@@ -20,9 +20,9 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobInfo, JobStatus, JobSubmissionClient
 
 from actors.imports import in_place, packages
+from actors.jobs.archive import Archive, archive_of
 from actors.jobs.backend import JobError, State
 from actors.jobs.head import DASHBOARD_PORT, HEAD_FOLDER, Head, bearer, find_head, start_head, stop_head
-from actors.jobs.shipping import Shipment, shipment
 from actors.jobs.ticket import Ticket
 from actors.waiting import free_of, in_words
 from rlhf.checkpoint import read_json, write_json, write_text
@@ -68,12 +68,12 @@ class _Client(JobSubmissionClient):
 
 @dataclass(frozen=True)
 class _Request:
-    """What is handed over; `shipment`: what takes the place of runtime_env's working_dir, as one archive."""
+    """What is handed over; `archive`: what takes the place of runtime_env's working_dir."""
 
     entrypoint: str
     runtime_env: dict[str, Any]
     metadata: dict[str, str]
-    shipment: Shipment | None
+    archive: Archive | None
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,8 @@ class RayCluster:
             "runtime_env": request.runtime_env,
             "metadata": request.metadata,
         }
-        if request.shipment is not None:
-            shown["working_dir"] = {"files": [*map(str, request.shipment.files)], "beside": request.shipment.recipes}
+        if request.archive is not None:
+            shown["working_dir"] = {"files": [*map(str, request.archive.files)], "beside": request.archive.recipes}
         return json.dumps(shown, indent=1) + "\n"
 
     def submit(self, ticket: Ticket, recipe: Recipe) -> str:
@@ -105,9 +105,9 @@ class RayCluster:
             start_head(_folder(ticket), self.port or DASHBOARD_PORT)
         with tempfile.TemporaryDirectory() as folder, _client(ticket) as client:
             environment = dict(request.runtime_env)
-            if request.shipment is not None:
-                request.shipment.write(archive := Path(folder) / "folder.zip")
-                environment["working_dir"] = str(archive)
+            if request.archive is not None:
+                request.archive.write(zipped := Path(folder) / "folder.zip")
+                environment["working_dir"] = str(zipped)
             native = client.submit_job(
                 entrypoint=request.entrypoint,
                 submission_id=ticket.job,
@@ -127,10 +127,10 @@ class RayCluster:
             environment["pip"] = ray.pip
         sent, python, files = None, "python", ticket.files
         if ray.address is None:
-            python = sys.executable
+            python = "python" if ray.pip else sys.executable  # that of Ray's environment with those packages
             environment |= in_place(folder)
         else:
-            sent = shipment(folder, ticket.files, recipe, self.runs.absolute())
+            sent = archive_of(folder, ticket.files, recipe, self.runs.absolute())
             files = tuple(sent.recipes.get(file, file) for file in ticket.files)
             environment |= {"working_dir": str(folder), "py_modules": [*map(str, packages())]}
         # -P: our packages come before what lies in the folder; exec, so that a stop reaches the driver itself

@@ -53,11 +53,12 @@ class Ticket:
 
     def arguments(self, files: Sequence[str] | None = None) -> list[str]:
         """What `rlhf run` is given there, from a folder with the contents of `folder`: the recipe's files (`files`: as
-        they are called there), the overrides, [cluster] as it was resolved here, and the run folders' place.
-        `--address` is the backend's."""
+        they are called there), the overrides, what [cluster] says of any cluster as it was resolved here, and the run
+        folders' place. `--address` is the backend's."""
         import tomli_w
 
-        cluster = self.cluster.model_dump(mode="json", exclude_unset=True, exclude_none=True)
+        own = {"ray", "kuberay", "slurm"}  # how to hand a job over, which is done; and its environment is nobody else's
+        cluster = self.cluster.model_dump(mode="json", exclude=own, exclude_unset=True, exclude_none=True)
         overrides = [*self.overrides, *([tomli_w.dumps({"cluster": cluster})] if cluster else [])]
         return [
             *(files or self.files),

@@ -57,6 +57,8 @@ def test_a_job_is_told_of_the_cluster(recipe: Recipe, tmp_path: Path) -> None:
     assert arguments == ["small.toml", "-o", "seed = 1"]
     assert (option, flag, runs) == ("-o", "--runs", str(tmp_path / "runs"))
     assert load([tmp_path / "small.toml"], [told]).cluster == recipe.cluster
+    secret = recipe.cluster.model_copy(update={"ray": recipe.cluster.ray.model_copy(update={"env": {"KEY": "secret"}})})
+    assert "secret" not in str(replace(ticket, cluster=secret).arguments())  # a command line is everybody's
 
 
 def test_a_damaged_ticket_is_named(tmp_path: Path) -> None:

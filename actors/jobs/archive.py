@@ -24,7 +24,7 @@ PATHS = ("path", "replay")  # keys of a recipe whose values are paths, with or w
 
 
 @dataclass(frozen=True)
-class Shipment:
+class Archive:
     """What of `folder` goes to the cluster: `files`, seen from it, and recipe files from elsewhere by the name they
     have there."""
 
@@ -38,18 +38,18 @@ class Shipment:
         return sum((self.folder / file).stat().st_size for file in self.files)
 
     def write(self, path: Path) -> None:
-        """Write the archive."""
-        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        """Write it, as a zip file."""
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as zipped:
             for source, name in [(self.folder / file, str(file)) for file in self.files] + [
                 (self.folder / given, name) for given, name in self.recipes.items()
             ]:
                 entry = zipfile.ZipInfo(name, WRITTEN_AT)
                 entry.compress_type = zipfile.ZIP_DEFLATED
                 entry.external_attr = (source.stat().st_mode & 0o777) << 16
-                archive.writestr(entry, source.read_bytes())
+                zipped.writestr(entry, source.read_bytes())
 
 
-def shipment(folder: Path, recipe_files: Sequence[str], recipe: Recipe, runs: Path) -> Shipment:
+def archive_of(folder: Path, recipe_files: Sequence[str], recipe: Recipe, runs: Path) -> Archive:
     """Choose what is sent. Raises JobError when it is too much, and when the recipe names what lies in the folder and
     is not sent, or a place in it to write to."""
     files = tuple(sorted(_kept(folder, folder, runs)))
@@ -66,7 +66,7 @@ def shipment(folder: Path, recipe_files: Sequence[str], recipe: Recipe, runs: Pa
             "the absolute path that it has on every node"
         )
     elsewhere = [file for file in recipe_files if Path(os.path.normpath(file)) not in sent]
-    return Shipment(folder, files, {file: f"{RECIPES}/{i}-{Path(file).name}" for i, file in enumerate(elsewhere)})
+    return Archive(folder, files, {file: f"{RECIPES}/{i}-{Path(file).name}" for i, file in enumerate(elsewhere)})
 
 
 def _kept(folder: Path, root: Path, runs: Path) -> Iterator[Path]:

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from actors.jobs import JobError, shipping
-from actors.jobs.shipping import shipment
+from actors.jobs import JobError, archive
+from actors.jobs.archive import archive_of
 from rlhf.recipe import Recipe, validate
 
 STAGE = {"name": "only", "kind": "sft", "data": {"rows": 1}, "steps": 1, "batch_size": 1}
@@ -27,7 +27,7 @@ def write(folder: Path, *names: str, text: str = "x") -> None:
 
 
 def sent(folder: Path, *files: str, of: Recipe | None = None) -> set[str]:
-    return set(map(str, shipment(folder, files, of or recipe(), folder / "runs").files))
+    return set(map(str, archive_of(folder, files, of or recipe(), folder / "runs").files))
 
 
 def test_caches_runs_and_environments_stay(tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_nothing_is_recorded_into_a_copy(tmp_path: Path) -> None:
 
 
 def test_too_much_is_refused_with_what_is_largest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shipping, "LIMIT_MIB", 1)
+    monkeypatch.setattr(archive, "LIMIT_MIB", 1)
     write(tmp_path, "models/a/one.bin", "models/a/two.bin", text="x" * 2**20)
     write(tmp_path, "small.py")
     with pytest.raises(JobError, match=r"has 2 MiB to send, and 1 can be: models/a \(2 MiB\), small.py \(0 MiB\)"):
@@ -78,10 +78,10 @@ def test_recipes_from_elsewhere_go_along(tmp_path: Path) -> None:
     write(tmp_path, "user/own.toml", "site/base.toml")
     folder = tmp_path / "user"
     files = ("../site/base.toml", str(tmp_path / "site/base.toml"), "own.toml")
-    made = shipment(folder, files, recipe(), tmp_path / "runs")
+    made = archive_of(folder, files, recipe(), tmp_path / "runs")
     assert made.recipes == {files[0]: ".recipes/0-base.toml", files[1]: ".recipes/1-base.toml"}
     made.write(tmp_path / "first.zip")
     made.write(tmp_path / "second.zip")
     assert (tmp_path / "first.zip").read_bytes() == (tmp_path / "second.zip").read_bytes()
-    with zipfile.ZipFile(tmp_path / "first.zip") as archive:
-        assert archive.namelist() == ["own.toml", ".recipes/0-base.toml", ".recipes/1-base.toml"]
+    with zipfile.ZipFile(tmp_path / "first.zip") as zipped:
+        assert zipped.namelist() == ["own.toml", ".recipes/0-base.toml", ".recipes/1-base.toml"]
