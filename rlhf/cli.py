@@ -14,13 +14,9 @@ import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rlhf.plan import VERDICTS, Plan, PlanError, Verdict, check, describe, make_plan, read_verdicts
 from rlhf.recipe import Recipe, RecipeError, load
-
-if TYPE_CHECKING:
-    from actors import jobs
 
 ABOUT = """Post-training of vision-language models: a recipe is a curriculum, a run works through it.
 
@@ -29,6 +25,7 @@ ABOUT = """Post-training of vision-language models: a recipe is a curriculum, a 
 Exit status: 0 done, 1 the run failed, 2 the recipe or the data cannot be used, 3 a gate was missed, 130 interrupted.
 """
 BRIDGES = Path("recipes/bridges")
+PIPED_WIDTH = 240  # columns of a table that no terminal shows
 FAILED, UNUSABLE, GATE_MISSED, INTERRUPTED = 1, 2, 3, 130
 CONTINUES = "the same command continues from the last checkpoint"
 
@@ -399,9 +396,10 @@ def submit_command(parsed: argparse.Namespace) -> int:
     written = [f"{key} = {json.dumps(value)}" for key, value in flags.items() if value is not None]
     recipe = load(files, [*parsed.override, *written])
     ticket = jobs.Ticket.of(recipe, parsed.recipe, parsed.override, parsed.runs)
-    if not parsed.dry_run:
-        return _submitted(lambda: jobs.submit(ticket, recipe, parsed.runs, parsed.port), recipe, parsed)
-    return _job(lambda: jobs.render(ticket, recipe, parsed.runs).removesuffix("\n"))
+    _require_possible(recipe, parsed)
+    if parsed.dry_run:
+        return _job(lambda: jobs.render(ticket, recipe, parsed.runs).removesuffix("\n"))
+    return _job(lambda: jobs.submit(ticket, recipe, parsed.runs, parsed.port).job)
 
 
 def resubmit_command(parsed: argparse.Namespace) -> int:
@@ -412,20 +410,20 @@ def resubmit_command(parsed: argparse.Namespace) -> int:
         ticket = jobs.ticket_of(parsed.job, runs)
         with contextlib.chdir(ticket.folder):  # where the user stood
             recipe = load(ticket.files, ticket.overrides).model_copy(update={"cluster": ticket.cluster})
-            return _submitted(lambda: jobs.resubmit(parsed.job, recipe, runs, parsed.port), recipe, parsed)
+            _require_possible(recipe, parsed)
+            return _job(lambda: jobs.resubmit(parsed.job, recipe, runs, parsed.port).job)
     except jobs.JobError as error:
         return _fail(error, FAILED)
     except OSError as error:
         return _fail(f"{ticket.folder}, where {parsed.job} was submitted, cannot be entered: {error.strerror}", FAILED)
 
 
-def _submitted(submit: Callable[[], jobs.Ticket], recipe: Recipe, parsed: argparse.Namespace) -> int:
-    """Submit, if the recipe can be run at all, and print the job's name."""
+def _require_possible(recipe: Recipe, parsed: argparse.Namespace) -> None:
+    """Raise PlanError for a recipe that its job would refuse."""
     if recipe.cluster.to == "ray" and recipe.cluster.ray.address is None:
         make_plan(recipe, verdicts=_verdicts(parsed))  # on this machine
     else:
         check(recipe)  # the job itself looks at the machines it gets
-    return _job(lambda: submit().job)
 
 
 def status_command(parsed: argparse.Namespace) -> int:
@@ -454,15 +452,15 @@ def stop_command(parsed: argparse.Namespace) -> int:
 def list_command(parsed: argparse.Namespace) -> int:
     from rich import box
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from actors import jobs
 
     def listed() -> str:
-        table = Table("job", "cluster", "state", "", box=box.SIMPLE_HEAD)
+        table = Table(Column("job", no_wrap=True), "cluster", "state", "", box=box.SIMPLE_HEAD)
         for found in jobs.list_jobs(parsed.runs):
             table.add_row(found.ticket.job, found.ticket.cluster.to, found.word, found.why.partition("\n")[0])
-        Console(soft_wrap=not sys.stdout.isatty()).print(table, markup=False)
+        Console(width=None if sys.stdout.isatty() else PIPED_WIDTH).print(table, markup=False)
         return ""
 
     return _job(listed)

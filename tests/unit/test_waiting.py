@@ -24,7 +24,7 @@ def test_bundles_are_counted() -> None:
     ("bundles", "nodes"),
     [
         ([ONE, ONE, ONE], [ONE, {"CPU": 2.0}]),
-        ([HALF, HALF, ONE, HALF], [{"CPU": 1.5}, ONE]),  # the largest first, or it finds no node whole
+        ([HALF, ONE, ONE], [ONE, {"CPU": 1.5}]),  # the largest first, or it finds no node whole
         ([{"GPU": 1.0, "CPU": 0.6}, ONE], [ONE, {"GPU": 1.0, "CPU": 0.6}]),
         ([{"CPU": 0.33}] * 3, [{"CPU": 0.99}]),  # in binary not quite
     ],
