@@ -5,14 +5,19 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import tempfile
 from pathlib import Path
 
 JOB_STOP_SECONDS = 30  # a stopped driver gets this long to end its actors
 
 
-def ray_environment(folder: Path) -> dict[str, str]:
+def ray_environment(folder: Path, join: bool = False) -> dict[str, str]:
     """Environment variables to set before ray is imported or `ray start` runs: token authentication, loopback, no usage
-    statistics. The token is the one already in the environment (inside a job), else `folder`'s, made where missing."""
+    statistics. The token is the one already in the environment (inside a job), else `folder`'s, made where missing.
+    Who is to `join` a cluster shows the token in the environment, if there is one, and has that cluster's addresses."""
+    if join:
+        known = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+        return {"RAY_USAGE_STATS_ENABLED": "0"} | ({"RAY_AUTH_MODE": "token"} if known else {})
     settings = {
         "RAY_AUTH_MODE": "token",
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -23,6 +28,12 @@ def ray_environment(folder: Path) -> dict[str, str]:
     if not os.environ.get("RAY_AUTH_TOKEN"):
         settings["RAY_AUTH_TOKEN_PATH"] = os.environ.get("RAY_AUTH_TOKEN_PATH") or str(token_file(folder))
     return settings
+
+
+def private_folder() -> Path:
+    """A new folder for RAY_TMPDIR, closed to other users: Ray opens what it writes there, sockets and shipped code
+    included, to everybody, and lets a job join whichever head was the last to start in the same folder."""
+    return Path(tempfile.mkdtemp(prefix="rlhf-", dir="/tmp"))  # a socket's path has room for 107 bytes
 
 
 def token_file(folder: Path) -> Path:

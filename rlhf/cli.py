@@ -8,18 +8,15 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rlhf.plan import VERDICTS, Plan, PlanError, Verdict, check, describe, make_plan, read_verdicts
 from rlhf.recipe import Recipe, RecipeError, load
-
-if TYPE_CHECKING:
-    from actors import jobs
 
 ABOUT = """Post-training of vision-language models: a recipe is a curriculum, a run works through it.
 
@@ -28,6 +25,7 @@ ABOUT = """Post-training of vision-language models: a recipe is a curriculum, a 
 Exit status: 0 done, 1 the run failed, 2 the recipe or the data cannot be used, 3 a gate was missed, 130 interrupted.
 """
 BRIDGES = Path("recipes/bridges")
+PIPED_WIDTH = 240  # columns of a table that no terminal shows
 FAILED, UNUSABLE, GATE_MISSED, INTERRUPTED = 1, 2, 3, 130
 CONTINUES = "the same command continues from the last checkpoint"
 
@@ -156,7 +154,7 @@ def run_command(parsed: argparse.Namespace) -> int:
     else:
         check(recipe)
         folder = _folder(parsed, recipe)
-        _private_ray(folder)
+        _private_ray(folder, join=True)
         from actors.launch import cluster_of
 
         try:
@@ -164,7 +162,8 @@ def run_command(parsed: argparse.Namespace) -> int:
         except (ConnectionError, ValueError, RuntimeError) as error:
             return _fail(f"--address {parsed.address}: no Ray cluster can be joined there: {error}", UNUSABLE)
         plan = make_plan(recipe, cluster, _verdicts(parsed))
-    return _carried_out(lambda: _run(recipe, plan, folder, parsed.address), folder, CONTINUES)
+    join = parsed.address is not None
+    return _carried_out(lambda: _run(recipe, plan, folder, parsed.address), folder, CONTINUES, join)
 
 
 async def _run(recipe: Recipe, plan: Plan, folder: Path, address: str | None) -> None:
@@ -202,11 +201,15 @@ def _folder(parsed: argparse.Namespace, recipe: Recipe) -> Path:
     return folder
 
 
-def _carried_out(run: Callable[[], Awaitable[None]], folder: Path, again: str) -> int:
-    """The exit status of `run`, which has `folder` to itself; `again`: what the same command does next time."""
+def _carried_out(run: Callable[[], Awaitable[None]], folder: Path, again: str, join: bool = False) -> int:
+    """The exit status of `run`, which has `folder` to itself; `again`: what the same command does next time; `join`: a
+    Ray cluster that runs already."""
     with _locked(folder):
-        _private_ray(folder)
-        return asyncio.run(_explained(run, again))
+        temporary = _private_ray(folder, join)
+        status = asyncio.run(_explained(run, again))
+        if temporary is not None and status == 0:  # else what Ray's processes said is kept
+            shutil.rmtree(temporary, ignore_errors=True)
+        return status
 
 
 async def _explained(run: Callable[[], Awaitable[None]], again: str) -> int:
@@ -393,9 +396,10 @@ def submit_command(parsed: argparse.Namespace) -> int:
     written = [f"{key} = {json.dumps(value)}" for key, value in flags.items() if value is not None]
     recipe = load(files, [*parsed.override, *written])
     ticket = jobs.Ticket.of(recipe, parsed.recipe, parsed.override, parsed.runs)
-    if not parsed.dry_run:
-        return _submitted(lambda: jobs.submit(ticket, recipe, parsed.runs, parsed.port), recipe, parsed)
-    return _job(lambda: jobs.render(ticket, recipe).removesuffix("\n"))
+    _require_possible(recipe, parsed)
+    if parsed.dry_run:
+        return _job(lambda: jobs.render(ticket, recipe, parsed.runs).removesuffix("\n"))
+    return _job(lambda: jobs.submit(ticket, recipe, parsed.runs, parsed.port).job)
 
 
 def resubmit_command(parsed: argparse.Namespace) -> int:
@@ -406,20 +410,20 @@ def resubmit_command(parsed: argparse.Namespace) -> int:
         ticket = jobs.ticket_of(parsed.job, runs)
         with contextlib.chdir(ticket.folder):  # where the user stood
             recipe = load(ticket.files, ticket.overrides).model_copy(update={"cluster": ticket.cluster})
-            return _submitted(lambda: jobs.resubmit(parsed.job, recipe, runs, parsed.port), recipe, parsed)
+            _require_possible(recipe, parsed)
+            return _job(lambda: jobs.resubmit(parsed.job, recipe, runs, parsed.port).job)
     except jobs.JobError as error:
         return _fail(error, FAILED)
     except OSError as error:
         return _fail(f"{ticket.folder}, where {parsed.job} was submitted, cannot be entered: {error.strerror}", FAILED)
 
 
-def _submitted(submit: Callable[[], jobs.Ticket], recipe: Recipe, parsed: argparse.Namespace) -> int:
-    """Submit, if the recipe can be run at all, and print the job's name."""
+def _require_possible(recipe: Recipe, parsed: argparse.Namespace) -> None:
+    """Raise PlanError for a recipe that its job would refuse."""
     if recipe.cluster.to == "ray" and recipe.cluster.ray.address is None:
         make_plan(recipe, verdicts=_verdicts(parsed))  # on this machine
     else:
         check(recipe)  # the job itself looks at the machines it gets
-    return _job(lambda: submit().job)
 
 
 def status_command(parsed: argparse.Namespace) -> int:
@@ -448,15 +452,15 @@ def stop_command(parsed: argparse.Namespace) -> int:
 def list_command(parsed: argparse.Namespace) -> int:
     from rich import box
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from actors import jobs
 
     def listed() -> str:
-        table = Table("job", "cluster", "state", "", box=box.SIMPLE_HEAD)
+        table = Table(Column("job", no_wrap=True), "cluster", "state", "", box=box.SIMPLE_HEAD)
         for found in jobs.list_jobs(parsed.runs):
             table.add_row(found.ticket.job, found.ticket.cluster.to, found.word, found.why.partition("\n")[0])
-        Console(soft_wrap=not sys.stdout.isatty()).print(table, markup=False)
+        Console(width=None if sys.stdout.isatty() else PIPED_WIDTH).print(table, markup=False)
         return ""
 
     return _job(listed)
@@ -494,11 +498,16 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _private_ray(folder: Path) -> None:
-    """Token, loopback, no usage statistics: Ray reads its environment when it is imported."""
-    from actors.security import ray_environment
+def _private_ray(folder: Path, join: bool = False) -> Path | None:
+    """Token, loopback, no usage statistics: Ray reads its environment when it is imported. Unless it is to `join` a
+    cluster, its files have a folder of their own, which is returned."""
+    from actors.security import private_folder, ray_environment
 
-    os.environ.update(ray_environment(folder))
+    os.environ.update(ray_environment(folder, join))
+    if join:
+        return None
+    os.environ["RAY_TMPDIR"] = str(temporary := private_folder())
+    return temporary
 
 
 def _stop_on_signals() -> None:

@@ -47,12 +47,13 @@ class Found:
         return "unknown" if self.state is None else self.state.value
 
 
-def backend(ticket: Ticket, port: int | None = None) -> Backend:
-    """Whatever the ticket's job was, or is to be, sent to. `port`: of a Ray head that has to be started for it."""
+def backend(ticket: Ticket, runs: Path, port: int | None = None) -> Backend:
+    """Whatever the ticket's job was, or is to be, sent to; `runs`: where run folders lie here; `port`: of a Ray head
+    that has to be started for it."""
     if ticket.cluster.to == "ray":
         from actors.jobs.ray_cluster import RayCluster
 
-        return RayCluster(port)
+        return RayCluster(runs, port)
     if ticket.cluster.to == "kuberay":
         from actors.jobs.kuberay import KubeRay
 
@@ -64,14 +65,14 @@ def backend(ticket: Ticket, port: int | None = None) -> Backend:
 
 def submit(ticket: Ticket, recipe: Recipe, runs: Path, port: int | None = None) -> Ticket:
     """Hand a new ticket's job over, and keep the ticket in `runs`; returns it with its native name."""
-    ticket = replace(ticket, native=backend(ticket, port).submit(ticket, recipe))
+    ticket = replace(ticket, native=backend(ticket, runs, port).submit(ticket, recipe))
     tickets.keep(ticket, runs)
     return ticket
 
 
-def render(ticket: Ticket, recipe: Recipe) -> str:
+def render(ticket: Ticket, recipe: Recipe, runs: Path) -> str:
     """Exactly what `submit` would hand over."""
-    return backend(ticket).render(ticket, recipe)
+    return backend(ticket, runs).render(ticket, recipe)
 
 
 def resubmit(job: str, recipe: Recipe, runs: Path, port: int | None = None) -> Ticket:
@@ -80,7 +81,7 @@ def resubmit(job: str, recipe: Recipe, runs: Path, port: int | None = None) -> T
     Raises JobError while the job has not ended.
     """
     old = ticket_of(job, runs)
-    state, _ = backend(old).state(old)
+    state, _ = backend(old, runs).state(old)
     if not state.ended:
         raise JobError(f"job {job!r} is {state.value}, and two cannot share its run folder; `rlhf stop {job}` ends it")
     return submit(old.again(), recipe, runs, port)
@@ -89,20 +90,20 @@ def resubmit(job: str, recipe: Recipe, runs: Path, port: int | None = None) -> T
 def status(job: str, runs: Path) -> Found:
     """How it stands with a job."""
     ticket = ticket_of(job, runs)
-    return Found(ticket, *backend(ticket).state(ticket))
+    return Found(ticket, *backend(ticket, runs).state(ticket))
 
 
 def logs(job: str, runs: Path, follow: bool = False) -> Iterator[str]:
     """What the job printed so far; with `follow` what it prints until it ends."""
     ticket = ticket_of(job, runs)
-    return backend(ticket).logs(ticket, follow)
+    return backend(ticket, runs).logs(ticket, follow)
 
 
 def stop(job: str, runs: Path) -> Found:
     """Stop the job, and wait for its end."""
     ticket = ticket_of(job, runs)
-    backend(ticket).stop(ticket)
-    return Found(ticket, *backend(ticket).state(ticket))
+    backend(ticket, runs).stop(ticket)
+    return Found(ticket, *backend(ticket, runs).state(ticket))
 
 
 def list_jobs(runs: Path) -> list[Found]:
@@ -110,7 +111,7 @@ def list_jobs(runs: Path) -> list[Found]:
     found = []
     for ticket in _all(runs):
         try:
-            found.append(Found(ticket, *backend(ticket).state(ticket)))
+            found.append(Found(ticket, *backend(ticket, runs).state(ticket)))
         except JobError as error:
             found.append(Found(ticket, None, str(error)))
     return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import socket
 import sys
 import time
@@ -19,7 +20,7 @@ import psutil
 import requests
 
 from actors.jobs.backend import JobError
-from actors.security import ray_environment, token_file
+from actors.security import private_folder, ray_environment, token_file
 
 HEAD_FOLDER = ".ray"
 DASHBOARD_PORT = 8265
@@ -29,12 +30,13 @@ START_SECONDS, STOP_SECONDS = 120.0, 20.0  # a head took 35 to 45 s on two busy 
 @dataclass(frozen=True)
 class Head:
     """A Ray head on this machine. address: of its Jobs API; pid: of `ray start --block`, which ends with its children;
-    created: that process's start time, so that a number used again is not mistaken for it."""
+    created: that process's start time, so that a number used again is not mistaken for it; temporary: Ray's files."""
 
     address: str
     token_path: str
     pid: int
     created: float
+    temporary: str
 
     @property
     def alive(self) -> bool:
@@ -55,7 +57,8 @@ def start_head(folder: Path, port: int = DASHBOARD_PORT) -> Head:
     token = token_file(folder)
     # the head's own token, whatever this process was given for another cluster
     environment = {key: value for key, value in os.environ.items() if key != "RAY_AUTH_TOKEN"}
-    environment |= ray_environment(folder) | {"RAY_AUTH_TOKEN_PATH": str(token)}
+    temporary = private_folder()
+    environment |= ray_environment(folder) | {"RAY_AUTH_TOKEN_PATH": str(token), "RAY_TMPDIR": str(temporary)}
     log = folder / "head.log"
     command = [
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"),
@@ -75,7 +78,7 @@ def start_head(folder: Path, port: int = DASHBOARD_PORT) -> Head:
         ],
         setsid=True,  # Ctrl-C of the command that submits must not end the head
     )
-    head = Head(f"http://127.0.0.1:{port}", str(token), pid, psutil.Process(pid).create_time())
+    head = Head(f"http://127.0.0.1:{port}", str(token), pid, psutil.Process(pid).create_time(), str(temporary))
     (folder / "head.json").write_text(json.dumps(asdict(head)))
     deadline = time.monotonic() + START_SECONDS
     while not _answers(head):
@@ -110,6 +113,7 @@ def stop_head(folder: Path) -> None:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         psutil.wait_procs(left, timeout=STOP_SECONDS)
+        shutil.rmtree(head.temporary, ignore_errors=True)
     (folder / "head.json").unlink(missing_ok=True)
 
 

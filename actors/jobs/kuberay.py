@@ -11,7 +11,7 @@ import re
 import shlex
 import subprocess
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -178,7 +178,7 @@ def _files(ticket: Ticket, recipe: Recipe) -> dict[str, Any]:
             f"the recipe's files have {size:,} bytes, and {TEXT_BYTES:,} can be shipped; the largest is {largest}: put "
             "what is large into the image, or on the volume"
         )
-    arguments = replace(ticket, files=shipment.recipe_files).arguments()
+    arguments = ticket.arguments(shipment.recipe_files)
     scripts = {
         "run.sh": _script(ticket, arguments=arguments),
         "end-head.sh": END_HEAD.format(pid_file=PID_FILE, seconds=ticket.cluster.grace_seconds),

@@ -51,14 +51,21 @@ class Ticket:
         """The same under a new name, not handed over yet."""
         return replace(self, job=_name(self.recipe), native="")
 
-    def arguments(self) -> list[str]:
-        """What `rlhf run` is given there, from a folder with the contents of `folder`: the recipe's files, the
-        overrides, [cluster] as it was resolved here, and the run folders' place. `--address` is the backend's."""
+    def arguments(self, files: Sequence[str] | None = None) -> list[str]:
+        """What `rlhf run` is given there, from a folder with the contents of `folder`: the recipe's files (`files`: as
+        they are called there), the overrides, what [cluster] says of any cluster as it was resolved here, and the run
+        folders' place. `--address` is the backend's."""
         import tomli_w
 
-        cluster = self.cluster.model_dump(mode="json", exclude_unset=True, exclude_none=True)
+        own = {"ray", "kuberay", "slurm"}  # how to hand a job over, which is done; and its environment is nobody else's
+        cluster = self.cluster.model_dump(mode="json", exclude=own, exclude_unset=True, exclude_none=True)
         overrides = [*self.overrides, *([tomli_w.dumps({"cluster": cluster})] if cluster else [])]
-        return [*self.files, *(part for override in overrides for part in ("-o", override)), "--runs", self.runs]
+        return [
+            *(files or self.files),
+            *(part for override in overrides for part in ("-o", override)),
+            "--runs",
+            self.runs,
+        ]
 
 
 def _name(recipe: str) -> str:

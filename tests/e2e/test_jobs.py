@@ -21,6 +21,7 @@ from rlhf.recipe import ClusterTable, Recipe, load
 
 pytestmark = [pytest.mark.timeout(180), pytest.mark.slow]
 
+ROOT = Path(__file__).parents[2]
 RECIPE = """
 name = "refused"
 model = {path = "./no/such/model"}
@@ -115,7 +116,20 @@ def test_a_job_runs_the_command_line(runs: Path, recipe: tuple[Recipe, Path]) ->
     job = jobs.submit(Ticket.of(recipe[0], [recipe[1]], ["seed = 3"], runs), recipe[0], runs).job
     assert wait(job, runs).state is jobs.State.FAILED  # the plan refuses the recipe, in its own words
     assert "model.path = './no/such/model': no such folder" in "".join(jobs.logs(job, runs))
-    assert [(found.ticket.job, found.state) for found in jobs.list_jobs(runs)] == [(job, jobs.State.FAILED)]
+    assert (job, jobs.State.FAILED) in [(found.ticket.job, found.state) for found in jobs.list_jobs(runs)]
+
+
+def test_a_job_joins_the_head_that_it_was_sent_to(runs: Path, tmp_path: Path) -> None:
+    start_head(tmp_path / HEAD_FOLDER, free_port())  # which is now the last that was started here
+    try:
+        files = [ROOT / "recipes" / name for name in ("think_fusion_digits.toml", "sizes/smoke.toml")]
+        recipe, overrides = load(files), ["resources.trainer_ranks = 64", "resources.trainer_threads = 1"]
+        job = jobs.submit(Ticket.of(recipe, files, overrides, runs), recipe, runs).job
+        assert wait(job, runs).state is jobs.State.FAILED
+        # it has seen what there is
+        assert "resources.trainer_ranks = 64 on" in "".join(jobs.logs(job, runs))
+    finally:
+        stop_head(tmp_path / HEAD_FOLDER)
 
 
 def test_a_second_head_is_told_that_the_port_is_taken(runs: Path, tmp_path: Path) -> None:
@@ -132,3 +146,16 @@ def test_a_head_that_is_not_there_is_said_to_be(recipe: tuple[Recipe, Path], tmp
     ticket = sent_to("nonsense", recipe[0], tmp_path)
     with pytest.raises(jobs.JobError, match=r"cluster.ray.address = 'nonsense': give the head's dashboard"):
         jobs.status(ticket.job, tmp_path)
+
+
+def test_a_head_ends_with_its_last_job_and_what_it_knew_is_kept(runs: Path, recipe: tuple[Recipe, Path]) -> None:
+    job = jobs.submit(Ticket.of(recipe[0], [recipe[1]], [], runs), recipe[0], runs).job
+    before, printed = wait(job, runs), "".join(jobs.logs(job, runs, follow=True))
+    head = find_head(runs / HEAD_FOLDER)
+    assert head is not None
+    assert Path(head.temporary).stat().st_mode & 0o777 == 0o700
+    assert jobs.stop(job, runs) == before
+    assert find_head(runs / HEAD_FOLDER) is None
+    assert not Path(head.temporary).exists()
+    assert jobs.status(job, runs) == before
+    assert "".join(jobs.logs(job, runs)) == printed

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import socket
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from actors import jobs
 from actors.jobs import ray_cluster
 from actors.jobs.ticket import Ticket, find, find_all, keep
+from rlhf.cli import main
 from rlhf.recipe import ClusterTable, Recipe, load
 
 RECIPE = """
@@ -25,6 +28,43 @@ data = {rows = 1}
 steps = 1
 batch_size = 1
 """
+
+
+@dataclass
+class Fake:
+    """A cluster that remembers what it was given; every job is in the same state."""
+
+    now: tuple[jobs.State, str] = (jobs.State.RUNNING, "")
+    given: list[tuple[Ticket, Recipe]] = field(default_factory=list)
+
+    def render(self, ticket: Ticket, recipe: Recipe) -> str:
+        return f"{ticket.cluster.to} {recipe.seed}\n"
+
+    def submit(self, ticket: Ticket, recipe: Recipe) -> str:
+        self.given.append((ticket, recipe))
+        return f"native-{len(self.given)}"
+
+    def state(self, ticket: Ticket) -> tuple[jobs.State, str]:
+        return self.now
+
+    def logs(self, ticket: Ticket, follow: bool) -> Iterator[str]:
+        yield from ("one\n", "two\n" if follow else "")
+
+    def stop(self, ticket: Ticket) -> None:
+        self.now = (jobs.State.STOPPED, "")
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Fake:
+    """A fake cluster, and a folder with a recipe that a plan accepts, where the user stands."""
+    text = (Path(__file__).parents[2] / "recipes/think_fusion_digits.toml").read_text()
+    (tmp_path / "user").mkdir()
+    (tmp_path / "user" / "digits.toml").write_text(text)
+    (tmp_path / "user" / "site.toml").write_text("[cluster]\nto = 'slurm'\nqueue = 'fast'\n")
+    monkeypatch.chdir(tmp_path / "user")
+    fake = Fake()
+    monkeypatch.setattr(jobs, "backend", lambda *_: fake)
+    return fake
 
 
 @pytest.fixture
@@ -57,6 +97,8 @@ def test_a_job_is_told_of_the_cluster(recipe: Recipe, tmp_path: Path) -> None:
     assert arguments == ["small.toml", "-o", "seed = 1"]
     assert (option, flag, runs) == ("-o", "--runs", str(tmp_path / "runs"))
     assert load([tmp_path / "small.toml"], [told]).cluster == recipe.cluster
+    secret = recipe.cluster.model_copy(update={"ray": recipe.cluster.ray.model_copy(update={"env": {"KEY": "secret"}})})
+    assert "secret" not in str(replace(ticket, cluster=secret).arguments())  # a command line is everybody's
 
 
 def test_a_damaged_ticket_is_named(tmp_path: Path) -> None:
@@ -94,3 +136,121 @@ def test_a_private_head_that_is_gone_has_lost_its_jobs(recipe: Recipe, tmp_path:
     found = jobs.status(ticket.job, tmp_path)
     assert found.state is jobs.State.FAILED
     assert found.why == f"its Ray head has ended; `rlhf resubmit {ticket.job}` continues it"
+
+
+def test_a_job_goes_where_flags_and_site_say(cluster: Fake, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["submit", "digits.toml", "--cluster", "site.toml", "-o", "seed = 4", "--dry-run"]) == 0
+    assert capsys.readouterr().out == "slurm 4\n"
+    assert main(["submit", "digits.toml", "--cluster", "site.toml", "--to", "kuberay", "--dry-run"]) == 0
+    assert capsys.readouterr().out == "kuberay 0\n"
+    assert not cluster.given
+    assert not Path("runs").exists()
+    assert main(["submit", "digits.toml", "--cluster", "site.toml", "-o", "seed = 4"]) == 0
+    ((ticket, recipe),) = cluster.given
+    assert capsys.readouterr().out == f"{ticket.job}\n"
+    assert (ticket.files, ticket.overrides, recipe.seed, ticket.cluster.queue) == (
+        ("digits.toml",),
+        ("seed = 4",),
+        4,
+        "fast",
+    )
+    assert find(ticket.job, Path("runs")) == replace(ticket, native="native-1")
+
+
+def test_a_recipe_that_cannot_run_is_not_submitted(cluster: Fake, capsys: pytest.CaptureFixture[str]) -> None:
+    for dry in ([], ["--dry-run"]):
+        assert main(["submit", "digits.toml", "-o", "stages.align.start = 'none'", *dry]) == 2
+        assert "'none'" in capsys.readouterr().err
+    assert not cluster.given
+
+
+def test_what_ended_is_submitted_again_from_where_the_user_stood(
+    cluster: Fake, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["submit", "digits.toml", "--cluster", "site.toml", "-o", "seed = 4"]) == 0
+    job = capsys.readouterr().out.strip()
+    monkeypatch.chdir(tmp_path)
+    runs = ["--runs", "user/runs"]
+    assert main(["resubmit", job, *runs]) == 1
+    assert f"job {job!r} is running, and two cannot share its run folder" in capsys.readouterr().err
+    cluster.now = (jobs.State.PREEMPTED, "")
+    assert main(["resubmit", job, *runs]) == 0
+    first, again = cluster.given
+    assert again == (replace(first[0], job=again[0].job), first[1])
+    assert capsys.readouterr().out == f"{again[0].job}\n"
+    assert main(["resubmit", job, "--runs", "nowhere"]) == 1
+    assert f"nowhere/.jobs has no job {job!r}; none was submitted from here" in capsys.readouterr().err
+
+
+def test_jobs_are_listed_with_what_they_wait_for(cluster: Fake, capsys: pytest.CaptureFixture[str]) -> None:
+    cluster.now = (jobs.State.WAITING, "it needs 2 × 1 CPU; 0 of 3 CPU are free")
+    made = []
+    for _ in range(2):
+        assert main(["submit", "digits.toml"]) == 0
+        made.append(capsys.readouterr().out.strip())
+    assert main(["list"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.index(made[0]) < shown.index(made[1])
+    assert shown.count("waiting") == 2
+    assert "it needs 2 × 1 CPU; 0 of 3 CPU are free" in shown
+    assert main(["status", made[0]]) == 0
+    assert capsys.readouterr().out == f"{made[0]}: waiting ({cluster.now[1]})\n"
+    assert main(["logs", made[0], "--follow"]) == 0
+    assert capsys.readouterr().out == "one\ntwo\n"
+    assert main(["stop", made[0]]) == 0
+    assert capsys.readouterr().out == f"{made[0]}: stopped\n"
+
+
+def test_a_driver_that_was_told_to_go_is_preempted() -> None:
+    from ray.job_submission import JobInfo, JobStatus
+
+    def ended(status: int) -> tuple[jobs.State, str]:
+        return ray_cluster._state(JobInfo(JobStatus.FAILED, "run", message="the log's end", driver_exit_code=status))
+
+    assert ended(75) == (jobs.State.PREEMPTED, "it left a checkpoint for `rlhf resubmit`")
+    assert ended(3) == (jobs.State.FAILED, "exit status 3, and `rlhf logs` says why")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may become another user")
+def test_another_user_of_the_machine_sees_nothing(recipe: Recipe, tmp_path: Path) -> None:
+    import numpy as np
+
+    from actors.security import private_folder, token_file
+    from actors.shared import Owner
+
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder.owner() == "root" and len(folder.parts) > 2:
+            folder.chmod(0o755)  # that of a run, where it lies open
+    keep(replace(Ticket.of(recipe, ["small.toml"], [], tmp_path), native="1"), tmp_path)
+    owner, ours = Owner(), private_folder()
+    weights = owner.put(0, [("w", np.ones(3, np.float32))])
+    (ours / "socket").touch()
+    try:
+        assert readable(tmp_path / "small.toml")
+        assert readable(token_file(tmp_path / "shown")) is False
+        assert readable(next((tmp_path / ".jobs").iterdir())) is False
+        assert readable(ours / "socket") is False
+        assert readable(Path(weights.path)) is False
+    finally:
+        (ours / "socket").unlink()
+        ours.rmdir()
+
+
+def readable(path: Path) -> bool:
+    """Whether a user who owns nothing can open a file."""
+    child = os.fork()
+    if child == 0:
+        status = 2
+        try:
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+            os.close(os.open(path, os.O_RDONLY))
+            status = 0
+        except PermissionError:
+            status = 1
+        finally:
+            os._exit(status)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) in (0, 1)
+    return os.waitstatus_to_exitcode(status) == 0
