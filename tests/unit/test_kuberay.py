@@ -22,6 +22,7 @@ import yaml
 
 from actors.jobs import JobError, State, Ticket
 from actors.jobs.kuberay import KubeRay, name_of
+from rlhf.plan.feasibility import problems
 from rlhf.recipe import Recipe, load
 
 ROOT = Path(__file__).parents[2]
@@ -260,6 +261,14 @@ def test_what_cannot_be_shipped_is_refused(desk: Desk, more: str, message: str) 
 
 def test_what_lies_on_the_volume_needs_no_shipping(desk: Desk) -> None:
     assert set(shipped(*desk.render('[data.own]\npath = "/runs/data/rows.jsonl"\n'))) == {"small.toml"}
+
+
+def test_rows_on_a_volume_that_is_not_mounted_here_are_the_jobs_to_look_at(desk: Desk, tmp_path: Path) -> None:
+    more = f'[data.own]\npath = "{tmp_path}/volume/rows.jsonl"\n'
+    _, recipe = desk.make(more, runs=str(tmp_path / "volume"))
+    assert not [problem for problem in problems(recipe) if "data.own" in problem and "no such file" in problem]
+    (tmp_path / "volume").mkdir()
+    assert [problem for problem in problems(recipe) if "data.own" in problem and "no such file" in problem]
 
 
 def test_a_recipe_too_large_is_refused(desk: Desk) -> None:
