@@ -162,8 +162,10 @@ class Line:
 
 
 def listen(host: str, timeout: float) -> TCPStore:
-    """A store on a free port of this host, where the ends of a line find each other."""
-    return TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout))
+    """A store on a free port of this host, where the ends of a line, or the ranks of a group, find each other. Whoever
+    in this process then asks for one on that port gets the same: no other job can take it in between."""
+    seconds = timedelta(seconds=timeout)
+    return TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=seconds, multi_tenant=True)
 
 
 def tensors_of(memory: Tensor, places: Sequence[Place]) -> list[tuple[str, Tensor]]:

@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -27,12 +26,14 @@ from actors.device import Copies, Line, SentBucket, listen
 from actors.drain import watched
 from actors.handles import CALLS, EngineHandle, RewardsHandle, ScalarHandle, TrainerHandle, reason, within
 from actors.huggingface import HuggingFaceWorker
+from actors.imports import in_place
 from actors.reward import RewardWorker
 from actors.rollout import EngineSettings, RolloutWorker
 from actors.scorer import Scorer, ScorerSettings
 from actors.shared import Owner
 from actors.trainer import TrainerRank
 from actors.vllm_worker import VllmWorker
+from actors.waiting import free_of, granted, require_possible
 from rewards.isolation import Limits
 from rlhf.architecture import GIB, base_of, from_folder
 from rlhf.models import architecture_as_saved, load_processor, masked_ids
@@ -43,6 +44,7 @@ from rlhf.stage import packs
 from rlhf.types import Publication
 
 BUCKET_BYTES = 64 * 2**20
+GROUP = "trainer"  # the line by which trainer ranks find each other
 
 
 class Loading(RolloutWorker):
@@ -95,6 +97,14 @@ class TrainerActor(TrainerRank):
         self._stores[line] = listen(host, timeout)
         return f"{host}:{self._stores[line].port}"
 
+    def meet(self, address: str) -> None:
+        """Join the process group at rank 0's `address`. Nobody waits for this: what goes wrong is raised by the next
+        call."""
+        try:
+            self.join(address)
+        except (RuntimeError, ValueError, OSError) as error:
+            self.failure = error
+
     def connect(self, line: str, size: int, timeout: float) -> None:
         """Wait for the engine's end of the line."""
         self._lines[line] = Line(self._stores[line], 0, size, self.device, timeout)
@@ -126,12 +136,10 @@ class TrainerActor(TrainerRank):
         return {}
 
 
-@ray.remote(num_cpus=0)
-def rendezvous() -> str:
-    """host:port, free on the node that answers, for the trainer's process group."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return f"{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
+def _free() -> str:
+    """What of the cluster nobody has reserved, in words."""
+    free, total = ray.available_resources(), ray.cluster_resources()
+    return free_of({name: (free.get(name, 0.0), amount) for name, amount in total.items()})
 
 
 @dataclass
@@ -146,10 +154,14 @@ class Placement:
 
     @classmethod
     async def reserve(cls, recipe: Recipe, plan: Plan) -> Placement:
-        """Reserve every process's share at once, so that a job never half-starts. Raises ActorTimeoutError."""
+        """Reserve every process's share at once, so that a job never half-starts and no two wait for each other.
+
+        Raises PlanError when the cluster could never hold them, ActorTimeoutError when it cannot in deadlines.queue.
+        """
         shares, bundles = reserved(plan.actors, plan.shared_gpus)
+        require_possible(shares, [node["Resources"] for node in ray.nodes() if node["Alive"]])
         group = placement_group(shares, strategy="PACK")
-        await within(recipe.deadlines.start, "start", f"reserving {shares} on the cluster", group.ready())
+        await granted(group.ready(), shares, recipe.deadlines.queue, _free)
         found = placement_group_table(group)["bundles_to_node_id"]
         bundles = gathered(shares, bundles, [found[index] for index in range(len(shares))])
         return cls(recipe, plan, group, bundles, plan.implementation)
@@ -206,20 +218,21 @@ class Placement:
         )
         return ray.remote(Scorer).options(**self.options("scalar", index)).remote(str(folder), settings)
 
-    async def trainer(self) -> list[Any]:
-        """Start all trainer ranks, to be joined in one process group."""
+    def trainer(self) -> list[Any]:
+        """Start all trainer ranks, which join in one process group."""
         resources, deadlines = self.recipe.resources, self.recipe.deadlines
         # a rank that waits in a collective longer than any call may take waits for a dead one
         timeout = max(deadlines.start, deadlines.step, deadlines.sync, deadlines.save)
-        where = PlacementGroupSchedulingStrategy(self.group, self.bundles["trainer"][0])
-        call = rendezvous.options(scheduling_strategy=where).remote()
-        address = await within(deadlines.start, "start", "choosing the trainer's address", call)
-        return [
+        ranks = [
             ray.remote(TrainerActor)
             .options(**self.options("trainer", rank))
-            .remote(rank, resources.trainer_ranks, address, resources.trainer_threads, resources.device, timeout)
+            .remote(rank, resources.trainer_ranks, None, resources.trainer_threads, resources.device, timeout)
             for rank in range(resources.trainer_ranks)
         ]
+        address = ranks[0].listen.remote(GROUP, timeout)
+        for rank in ranks:
+            rank.meet.remote(address)
+        return ranks
 
 
 @dataclass
@@ -238,7 +251,7 @@ class Cast:
     async def renew_trainer(self) -> None:
         for rank in self.trainer.ranks:
             ray.kill(rank)
-        self.trainer.ranks = await self.placement.trainer()
+        self.trainer.ranks = self.placement.trainer()
 
     def dismiss(self) -> None:
         """End all engines: the next that are asked for start anew."""
@@ -324,7 +337,10 @@ async def launch(
 
     `actors.security.ray_environment` must be in the environment before this module is imported.
     """
-    local = {"num_cpus": plan.cluster.cpus, "include_dashboard": False} if address is None else {}
+    local: dict[str, Any] = {}
+    if address is None:
+        here = in_place(Path.cwd())
+        local = {"num_cpus": plan.cluster.cpus, "include_dashboard": False, "runtime_env": here}
     with _own_signals(), _apart() if address is None else contextlib.nullcontext():
         ray.init(
             address=address or "local", log_to_driver=False, configure_logging=False, namespace=recipe.name, **local
@@ -332,7 +348,7 @@ async def launch(
     try:
         placement = await Placement.reserve(recipe, plan)
         async with watched(placement.group, preemption) if preemption else contextlib.nullcontext():
-            ranks = await placement.trainer()
+            ranks = placement.trainer()
             workers = [placement.reward(index) for index in range(recipe.resources.reward_workers)]
             rewards = RewardsHandle(placement.reward, recipe.deadlines, workers)
             lines = 1 + recipe.resources.tensor_parallel

@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 import secrets
+import tempfile
 from pathlib import Path
 
 # Ray's job supervisor sends SIGTERM to a job that is stopped, and SIGKILL so many seconds later: as many as
@@ -14,9 +15,13 @@ JOB_STOP_SECONDS, RAY_JOB_STOP_SECONDS = 120, 3
 WAIT, OF_A_JOB = "RAY_JOB_STOP_WAIT_TIME_S", "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 
-def ray_environment(folder: Path) -> dict[str, str]:
+def ray_environment(folder: Path, join: bool = False) -> dict[str, str]:
     """Environment variables to set before ray is imported or `ray start` runs: token authentication, loopback, no usage
-    statistics. The token is the one already in the environment (inside a job), else `folder`'s, made where missing."""
+    statistics. The token is the one already in the environment (inside a job), else `folder`'s, made where missing.
+    Who is to `join` a cluster shows the token in the environment, if there is one, and has that cluster's addresses."""
+    if join:
+        known = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+        return {"RAY_USAGE_STATS_ENABLED": "0"} | ({"RAY_AUTH_MODE": "token"} if known else {})
     settings = {
         "RAY_AUTH_MODE": "token",
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -33,6 +38,12 @@ def ray_environment(folder: Path) -> dict[str, str]:
 def job_stop_seconds() -> float:
     """How long Ray waits for this process where it is a job's, between asking it to stop and killing it."""
     return float(os.environ.get(WAIT, RAY_JOB_STOP_SECONDS)) if OF_A_JOB in os.environ else math.inf
+
+
+def private_folder() -> Path:
+    """A new folder for RAY_TMPDIR, closed to other users: Ray opens what it writes there, sockets and shipped code
+    included, to everybody, and lets a job join whichever head was the last to start in the same folder."""
+    return Path(tempfile.mkdtemp(prefix="rlhf-", dir="/tmp"))  # a socket's path has room for 107 bytes
 
 
 def token_file(folder: Path) -> Path:

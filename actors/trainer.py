@@ -33,22 +33,32 @@ CRITIC = "critic"  # where a checkpoint has it
 
 
 class TrainerRank:
-    """Rank `rank` of `world_size`. Constructing it joins the process group at `address` ("host:port"), which every
-    collective of it leaves with an error after `timeout` seconds. One per process; `begin` may be called again."""
+    """Rank `rank` of `world_size`. Constructing it joins the process group at `address` ("host:port"); without one,
+    `join` does. Every collective is left with an error after `timeout` seconds. One per process; `begin` may be called
+    again. `failure`: why it has joined no group."""
 
     def __init__(
-        self, rank: int, world_size: int, address: str, threads: int, device: str = "cpu", timeout: float = 300.0
+        self, rank: int, world_size: int, address: str | None, threads: int, device: str = "cpu", timeout: float = 300.0
     ) -> None:
         self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
-        self._deepspeed = _start(rank, world_size, address, threads, device, timeout)
-        self._threads = threads
+        self._deepspeed: Any = None
+        self.failure: Exception | None = None
+        self._threads, self._timeout = threads, timeout
         self._stage: Policy | None = None
         self._critic: Critic | None = None
+        if address is not None:
+            self.join(address)
+
+    def join(self, address: str) -> None:
+        """Join the process group, in which rank 0 listens at `address`."""
+        self._deepspeed = _start(self.rank, self.world_size, address, self._threads, str(self.device), self._timeout)
 
     def begin(self, spec: TrainSpec) -> TrainInfo:
         """Load spec.model and make it ready to train. Raises ValueError for globs that match nothing, and for an
         upcycling or reset the model does not support."""
         self.end()
+        if self._deepspeed is None:
+            raise RuntimeError(f"trainer rank {self.rank} is in no process group: {self.failure or 'call join first'}")
         kind = RewardModel if spec.scalar else Aligner if spec.objectives else Policy
         self._stage = kind(self._deepspeed, spec, self.rank, self.world_size, self.device)
         if spec.critic is not None:

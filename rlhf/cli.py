@@ -6,7 +6,9 @@ import argparse
 import asyncio
 import contextlib
 import fcntl
+import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -26,6 +28,7 @@ Exit status: 0 done, 1 the run failed, 2 the recipe or the data cannot be used, 
 step it was in, if that ended within cluster.grace_seconds. SIGTERM again, or SIGINT, waits for no step.
 """
 BRIDGES = Path("recipes/bridges")
+PIPED_WIDTH = 240  # columns of a table that no terminal shows
 FAILED, UNUSABLE, GATE_MISSED, INTERRUPTED = 1, 2, 3, 130
 REQUEUE = 75  # EX_TEMPFAIL: what batch systems are told to queue again
 CONTINUES = "the same command continues from the last checkpoint"
@@ -117,18 +120,28 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("name", help="of the function and of its file, NAME.py")
     report = verb("report", report_command, "write report.html of a run folder", recipe=False)
     report.add_argument("folder", type=Path)
-    submit = verb("submit", submit_command, "run a curriculum as a job of a Ray head (started here if none is given)")
-    submit.add_argument("--address", help="http://HOST:PORT of the head's dashboard")
-    submit.add_argument("--port", type=int, help="of the head to start where there is none (default: Ray's)")
-    for name, command, about in (
-        ("status", status_command, "the state of a submitted job"),
-        ("logs", logs_command, "what a submitted job printed"),
-        ("stop", stop_command, "stop a submitted job"),
-    ):
-        job = verb(name, command, about, recipe=False)
-        job.add_argument("job")
-        job.add_argument("--address")
-        job.add_argument("--runs", type=Path, default=Path("runs"))
+    submit = verb(
+        "submit", submit_command, "run a curriculum as a job of a cluster: [cluster], or a Ray head started here"
+    )
+    submit.add_argument("--to", choices=["ray", "kuberay", "slurm"], help="where it goes (default: cluster.to)")
+    submit.add_argument("--cluster", type=Path, metavar="FILE", help="a site's [cluster], laid over the recipe")
+    submit.add_argument(
+        "--dry-run", action="store_true", help="print exactly what would be submitted, and submit nothing"
+    )
+    submit.add_argument("--address", help="http://HOST:PORT of a Ray head's dashboard (cluster.ray.address)")
+    submit.add_argument("--port", type=int, help="of the Ray head to start where there is none (default: Ray's)")
+    jobs = [
+        verb("status", status_command, "the state of a submitted job", recipe=False),
+        (logs := verb("logs", logs_command, "what a submitted job printed", recipe=False)),
+        verb("stop", stop_command, "stop a submitted job, with time for a checkpoint", recipe=False),
+        (again := verb("resubmit", resubmit_command, "submit a job again: it continues where it stood", recipe=False)),
+    ]
+    logs.add_argument("--follow", action="store_true", help="go on until the job ends")
+    again.add_argument("--port", type=int, help="of the Ray head to start where there is none (default: Ray's)")
+    for job in jobs:
+        job.add_argument("job", help="its name: `rlhf submit` printed it, `rlhf list` knows it")
+    for listed in (*jobs, verb("list", list_command, "every job submitted from here, and its state", recipe=False)):
+        listed.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders lie (default: runs)")
     return parser
 
 
@@ -148,7 +161,7 @@ def run_command(parsed: argparse.Namespace) -> int:
     else:
         check(recipe)
         folder = _folder(parsed, recipe)
-        _private_ray(folder)
+        _private_ray(folder, join=True)
         from actors.launch import cluster_of
 
         try:
@@ -156,7 +169,10 @@ def run_command(parsed: argparse.Namespace) -> int:
         except (ConnectionError, ValueError, RuntimeError) as error:
             return _fail(f"--address {parsed.address}: no Ray cluster can be joined there: {error}", UNUSABLE)
         plan = make_plan(recipe, cluster, _verdicts(parsed))
-    return _carried_out(lambda notice: _run(recipe, plan, folder, parsed.address, notice), recipe, folder, CONTINUES)
+    join = parsed.address is not None
+    return _carried_out(
+        lambda notice: _run(recipe, plan, folder, parsed.address, notice), recipe, folder, CONTINUES, join
+    )
 
 
 async def _run(recipe: Recipe, plan: Plan, folder: Path, address: str | None, preemption: Preemption) -> None:
@@ -194,8 +210,11 @@ def _folder(parsed: argparse.Namespace, recipe: Recipe) -> Path:
     return folder
 
 
-def _carried_out(run: Callable[[Preemption], Awaitable[None]], recipe: Recipe, folder: Path, again: str) -> int:
-    """The exit status of `run`, which has `folder` to itself; `again`: what the same command does next time."""
+def _carried_out(
+    run: Callable[[Preemption], Awaitable[None]], recipe: Recipe, folder: Path, again: str, join: bool = False
+) -> int:
+    """The exit status of `run`, which has `folder` to itself; `again`: what the same command does next time; `join`: a
+    Ray cluster that runs already."""
     from actors.security import job_stop_seconds
 
     def leave() -> None:
@@ -203,8 +222,11 @@ def _carried_out(run: Callable[[Preemption], Awaitable[None]], recipe: Recipe, f
         os._exit(REQUEUE)
 
     with _locked(folder), Preemption(min(recipe.cluster.grace_seconds, job_stop_seconds()), leave) as preemption:
-        _private_ray(folder)
-        return asyncio.run(_explained(run, again, preemption))
+        temporary = _private_ray(folder, join)
+        status = asyncio.run(_explained(run, again, preemption))
+        if temporary is not None and status == 0:  # else what Ray's processes said is kept
+            shutil.rmtree(temporary, ignore_errors=True)
+        return status
 
 
 async def _explained(run: Callable[[Preemption], Awaitable[None]], again: str, preemption: Preemption) -> int:
@@ -327,7 +349,6 @@ def draw_command(parsed: argparse.Namespace) -> int:
 
 
 def reward_test_command(parsed: argparse.Namespace) -> int:
-    import json
     import tomllib
 
     from rich.console import Console
@@ -392,34 +413,93 @@ def report_command(parsed: argparse.Namespace) -> int:
 
 
 def submit_command(parsed: argparse.Namespace) -> int:
-    recipe = load(parsed.recipe, parsed.override)
-    if parsed.address is None:
-        make_plan(recipe, verdicts=_verdicts(parsed))
+    from actors import jobs
+
+    files = [*parsed.recipe, *([parsed.cluster] if parsed.cluster else [])]
+    flags = {"cluster.to": parsed.to, "cluster.ray.address": parsed.address}
+    written = [f"{key} = {json.dumps(value)}" for key, value in flags.items() if value is not None]
+    recipe = load(files, [*parsed.override, *written])
+    ticket = jobs.Ticket.of(recipe, parsed.recipe, parsed.override, parsed.runs)
+    _require_possible(recipe, parsed)
+    if parsed.dry_run:
+        return _job(lambda: jobs.render(ticket, recipe, parsed.runs).removesuffix("\n"))
+    return _job(lambda: jobs.submit(ticket, recipe, parsed.runs, parsed.port).job)
+
+
+def resubmit_command(parsed: argparse.Namespace) -> int:
+    from actors import jobs
+
+    runs = parsed.runs.absolute()
+    try:
+        ticket = jobs.ticket_of(parsed.job, runs)
+        with contextlib.chdir(ticket.folder):  # where the user stood
+            recipe = load(ticket.files, ticket.overrides).model_copy(update={"cluster": ticket.cluster})
+            _require_possible(recipe, parsed)
+            return _job(lambda: jobs.resubmit(parsed.job, recipe, runs, parsed.port).job)
+    except jobs.JobError as error:
+        return _fail(error, FAILED)
+    except OSError as error:
+        return _fail(f"{ticket.folder}, where {parsed.job} was submitted, cannot be entered: {error.strerror}", FAILED)
+
+
+def _require_possible(recipe: Recipe, parsed: argparse.Namespace) -> None:
+    """Raise PlanError for a recipe that its job would refuse."""
+    if recipe.cluster.to == "ray" and recipe.cluster.ray.address is None:
+        make_plan(recipe, verdicts=_verdicts(parsed))  # on this machine
     else:
         check(recipe)  # the job itself looks at the machines it gets
-    return _job("submit", recipe, parsed.recipe, parsed.override, parsed.runs, parsed.address, parsed.port)
 
 
 def status_command(parsed: argparse.Namespace) -> int:
-    return _job("status", parsed.job, parsed.runs, parsed.address)
+    from actors import jobs
+
+    return _job(lambda: jobs.status(parsed.job, parsed.runs))
 
 
 def logs_command(parsed: argparse.Namespace) -> int:
-    return _job("logs", parsed.job, parsed.runs, parsed.address)
+    from actors import jobs
+
+    def printed() -> str:
+        for piece in jobs.logs(parsed.job, parsed.runs, parsed.follow):
+            print(piece, end="", flush=True)
+        return ""
+
+    return _job(printed)
 
 
 def stop_command(parsed: argparse.Namespace) -> int:
-    return _job("stop", parsed.job, parsed.runs, parsed.address)
+    from actors import jobs
+
+    return _job(lambda: jobs.stop(parsed.job, parsed.runs))
 
 
-def _job(verb: str, *arguments: object) -> int:
+def list_command(parsed: argparse.Namespace) -> int:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    from actors import jobs
+
+    def listed() -> str:
+        table = Table(Column("job", no_wrap=True), "cluster", "state", "", box=box.SIMPLE_HEAD)
+        for found in jobs.list_jobs(parsed.runs):
+            table.add_row(found.ticket.job, found.ticket.cluster.to, found.word, found.why.partition("\n")[0])
+        Console(width=None if sys.stdout.isatty() else PIPED_WIDTH).print(table, markup=False)
+        return ""
+
+    return _job(listed)
+
+
+def _job(verb: Callable[[], object]) -> int:
     """Call a verb of `actors.jobs` and print its answer."""
     from actors import jobs
 
     try:
-        print(getattr(jobs, verb)(*arguments))
+        answer = str(verb())
     except jobs.JobError as error:
         return _fail(error, FAILED)
+    if answer:
+        print(answer)
     return 0
 
 
@@ -442,11 +522,16 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _private_ray(folder: Path) -> None:
-    """Token, loopback, no usage statistics: Ray reads its environment when it is imported."""
-    from actors.security import ray_environment
+def _private_ray(folder: Path, join: bool = False) -> Path | None:
+    """Token, loopback, no usage statistics: Ray reads its environment when it is imported. Unless it is to `join` a
+    cluster, its files have a folder of their own, which is returned."""
+    from actors.security import private_folder, ray_environment
 
-    os.environ.update(ray_environment(folder))
+    os.environ.update(ray_environment(folder, join))
+    if join:
+        return None
+    os.environ["RAY_TMPDIR"] = str(temporary := private_folder())
+    return temporary
 
 
 def _stop_on_signals(preemption: Preemption) -> None:

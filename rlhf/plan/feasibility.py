@@ -92,7 +92,7 @@ def _folder_or_hub(what: str, path: str) -> Iterator[str]:
 
 def _sources(recipe: Recipe) -> Iterator[str]:
     for name, source in recipe.data.items():
-        if source.path is not None:
+        if source.path is not None and not _is_elsewhere(recipe, Path(source.path)):
             yield from _file(f"data.{name}.path = {source.path!r}", Path(source.path))
         if source.builder is not None and ":" in source.builder:
             if source.builder.partition(":")[0].endswith(".py"):
@@ -129,6 +129,12 @@ def _selectors(name: str, source: Source) -> Iterator[str]:
             SELECTORS.make(table)
         except (TypeError, ValueError) as error:
             yield f"data.{name}.select, number {place}: {error}"
+
+
+def _is_elsewhere(recipe: Recipe, path: Path) -> bool:
+    """Whether a path lies on the storage of a cluster, which is not mounted here: the job itself looks at it."""
+    runs = recipe.cluster.runs
+    return runs is not None and not Path(runs).exists() and path.is_relative_to(runs)
 
 
 def _file(what: str, path: Path) -> Iterator[str]:

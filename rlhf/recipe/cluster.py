@@ -36,8 +36,8 @@ class RayTable(Table):
 
 class KubeRayTable(Table):
     """A Kubernetes cluster with KubeRay. `image`: built of docker/; `claim`: the volume claim that all pods share and
-    run folders lie in; `secrets`: names whose keys become environment variables; `node_selector` and `tolerations`: of
-    worker pods."""
+    run folders lie in, at `cluster.runs`; `secrets`: names whose keys become environment variables; `node_selector` and
+    `tolerations`: of its pods."""
 
     image: str = "thinkfusion:cpu"
     namespace: str = "default"

@@ -140,6 +140,7 @@ class Resources(Table):
 class Deadlines(Table):
     """Seconds after which a wait is given up and named."""
 
+    queue: Positive = 86400.0  # for room on a cluster that others use
     start: Positive = 300.0
     step: Positive = 300.0
     generate: Positive = 300.0

@@ -28,6 +28,12 @@ def test_every_package_is_typed(wheel: zipfile.ZipFile) -> None:
     assert {f"{package}/py.typed" for package in ("rlhf", "actors", "rewards")} <= set(wheel.namelist())
 
 
+def test_scripts_of_jobs_lie_beside_what_reads_them(wheel: zipfile.ZipFile) -> None:
+    here = {f"actors/jobs/{path.name}" for path in (ROOT / "actors" / "jobs").glob("*.sh")}
+    assert here
+    assert here <= set(wheel.namelist())
+
+
 def test_recipes_are_shared_data(wheel: zipfile.ZipFile) -> None:
     shipped = {name.partition("/share/thinkfusion/recipes/")[2] for name in wheel.namelist()} - {""}
     here = {str(path.relative_to(ROOT / "recipes")) for path in (ROOT / "recipes").rglob("*") if path.is_file()}

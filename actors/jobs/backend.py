@@ -1,0 +1,53 @@
+"""What a cluster is to us: something that takes a job, tells its state, hands out what it printed, and ends it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from enum import Enum
+from typing import Protocol
+
+from actors.jobs.ticket import Ticket
+from rlhf.recipe import Recipe
+
+
+class JobError(RuntimeError):
+    """A job or a cluster that cannot be reached, started or found; the message says what to do."""
+
+
+class State(Enum):
+    """Of a job. PREEMPTED: it was told to go, left a checkpoint, and asks to be submitted again."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    STOPPED = "stopped"
+    PREEMPTED = "preempted"
+
+    @property
+    def ended(self) -> bool:
+        return self not in (State.WAITING, State.RUNNING)
+
+
+class Backend(Protocol):
+    """One kind of cluster. Every call may raise JobError, and none waits without a deadline."""
+
+    def render(self, ticket: Ticket, recipe: Recipe) -> str:
+        """Exactly what `submit` would hand over, as text; nothing is started or written."""
+        ...
+
+    def submit(self, ticket: Ticket, recipe: Recipe) -> str:
+        """Hand the job over; returns what the cluster calls it (`Ticket.native`)."""
+        ...
+
+    def state(self, ticket: Ticket) -> tuple[State, str]:
+        """How it stands with the job, and why, in words ("" where there is nothing to add)."""
+        ...
+
+    def logs(self, ticket: Ticket, follow: bool) -> Iterator[str]:
+        """What the job printed, in pieces; with `follow` what it prints until it ends."""
+        ...
+
+    def stop(self, ticket: Ticket) -> None:
+        """End the job as a preemption would, with time for a checkpoint, and wait for its end."""
+        ...

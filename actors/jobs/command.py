@@ -1,0 +1,31 @@
+"""A cluster's command line, asked with a deadline: kubectl, or one of Slurm's."""
+
+from __future__ import annotations
+
+import subprocess
+
+from actors.jobs.backend import JobError
+
+ANSWER_SECONDS = 60.0
+
+
+class RefusedError(JobError):
+    """A command that ran and said no; `said` is what it printed as an error."""
+
+    def __init__(self, command: str, status: int, said: str) -> None:
+        super().__init__(f"{command} ended with status {status}: {said or 'it said nothing'}")
+        self.said = said
+
+
+def ask(*command: str, absent: str, given: str | None = None, seconds: float = ANSWER_SECONDS) -> str:
+    """What a command prints. `given`: on its input. Raises RefusedError where it fails, and JobError where there is no
+    such command (`absent`: what to do then) or it takes longer than `seconds`."""
+    try:
+        done = subprocess.run(command, input=given, capture_output=True, text=True, timeout=seconds, check=False)
+    except FileNotFoundError as error:
+        raise JobError(f"there is no {command[0]} here: {absent}") from error
+    except subprocess.TimeoutExpired as error:
+        raise JobError(f"{' '.join(command[:2])} did not answer within {seconds:g} s; is its cluster up?") from error
+    if done.returncode != 0:
+        raise RefusedError(" ".join(command[:2]), done.returncode, done.stderr.strip() or done.stdout.strip())
+    return done.stdout

@@ -1,0 +1,100 @@
+"""What was submitted: enough to ask about a job, and to submit it again.
+
+runs/.jobs/NAME.json    one a job, kept beside the run folders of whoever submitted it
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rlhf.checkpoint import write_json
+from rlhf.recipe import ClusterTable, Recipe
+
+FOLDER = ".jobs"
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """A submitted job.
+
+    job      its name here, made of the recipe's, the time and four random digits
+    recipe   the recipe's name, which is its run folder's
+    files    recipe files as given, seen from `folder`, where the user stood; overrides: as given
+    runs     where run folders lie, for the job: cluster.runs, else the folder here
+    cluster  [cluster] with the site's file and all flags laid over
+    native   what the cluster calls the job: Ray's submission id, Slurm's job id, the RayJob's name
+    """
+
+    job: str
+    recipe: str
+    files: tuple[str, ...]
+    overrides: tuple[str, ...]
+    folder: str
+    runs: str
+    cluster: ClusterTable
+    native: str = ""
+
+    @classmethod
+    def of(cls, recipe: Recipe, files: Sequence[str | Path], overrides: Sequence[str], runs: Path) -> Ticket:
+        """A new ticket of a recipe that was read from `files` and `overrides`, from where this process stands."""
+        there = recipe.cluster.runs or str(runs.absolute())
+        given, folder = tuple(map(str, files)), str(Path.cwd())
+        return cls(_name(recipe.name), recipe.name, given, tuple(overrides), folder, there, recipe.cluster)
+
+    def again(self) -> Ticket:
+        """The same under a new name, not handed over yet."""
+        return replace(self, job=_name(self.recipe), native="")
+
+    def arguments(self, files: Sequence[str] | None = None) -> list[str]:
+        """What `rlhf run` is given there, from a folder with the contents of `folder`: the recipe's files (`files`: as
+        they are called there), the overrides, what [cluster] says of any cluster as it was resolved here, and the run
+        folders' place. `--address` is the backend's."""
+        import tomli_w
+
+        own = {"ray", "kuberay", "slurm"}  # how to hand a job over, which is done; and its environment is nobody else's
+        cluster = self.cluster.model_dump(mode="json", exclude=own, exclude_unset=True, exclude_none=True)
+        overrides = [*self.overrides, *([tomli_w.dumps({"cluster": cluster})] if cluster else [])]
+        return [
+            *(files or self.files),
+            *(part for override in overrides for part in ("-o", override)),
+            "--runs",
+            self.runs,
+        ]
+
+
+def _name(recipe: str) -> str:
+    return f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+
+
+def keep(ticket: Ticket, runs: Path) -> None:
+    """Write the ticket beside the run folders, whole or not at all, for its owner's eyes: an environment is in it."""
+    (runs / FOLDER).mkdir(mode=0o700, parents=True, exist_ok=True)
+    cluster = ticket.cluster.model_dump(mode="json", exclude_unset=True)
+    write_json(runs / FOLDER / f"{ticket.job}.json", asdict(ticket) | {"cluster": cluster})
+
+
+def find(job: str, runs: Path) -> Ticket | None:
+    """The ticket of that name, if there is one."""
+    path = runs / FOLDER / f"{job}.json"
+    return _read(path) if path.is_file() else None
+
+
+def find_all(runs: Path) -> list[Ticket]:
+    """All tickets of a runs folder, the oldest first."""
+    return [_read(path) for path in sorted((runs / FOLDER).glob("*.json"), key=lambda path: path.stat().st_mtime_ns)]
+
+
+def _read(path: Path) -> Ticket:
+    """Raises ValueError for a file that is no ticket."""
+    try:
+        kept: dict[str, Any] = json.loads(path.read_text())
+        lists = {name: tuple(kept[name]) for name in ("files", "overrides")}
+        return Ticket(**kept | lists | {"cluster": ClusterTable.model_validate(kept["cluster"])})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: no ticket of a job ({error}); remove it") from error
