@@ -42,12 +42,13 @@ async def run(stage: Rl, context: Context, engine: Engine | None, judges: Mappin
             async with aclosing(groups.take(version)) as parts:
                 async for part in clock.waiting("rollout", parts):
                     with clock("proof"):  # while the engine sampled; nothing is learned before
-                        sync = await groups.proven()
+                        await groups.proven()
                     with clock("train"):
                         if part.alone:
                             await groups.rest()
                         batch = await pack(stage, context, part, version)
                         learned.append(await trainer.step(batch, fresh=not learned, alone=part.alone))
+            sync = await groups.proven()
             version, stats = version + 1, merged(learned)
             metrics = groups.metrics | dict(stats.metrics)
             totals.add(metrics, stats, sync)

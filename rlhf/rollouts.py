@@ -39,6 +39,7 @@ from rlhf.types import Batch, Group, Prompt, Sample, Sampling
 # Steps' groups under way or waiting as a step begins, and so much more for each version that tokens may be old. With
 # more the engine is fuller, and long replies have less time before they are too old
 AHEAD, MORE = 1.5, 0.5
+EMPTY_STEPS = 5
 EXAMPLES = 4  # groups of a step that are kept for the report
 AT_ONCE = 2  # calls of the rewards: a judge goes on with one's while functions score the other's
 
@@ -69,6 +70,7 @@ class Rollouts(ABC):
     parts: list[Part] = field(default_factory=list)  # of the step taken last, those without a signal included
     metrics: dict[str, float] = field(default_factory=dict)
     examples: list[Group] = field(default_factory=list)
+    empty: int = 0  # steps in a row that had nothing to learn from
     proof: asyncio.Task[SyncReport] | None = None  # of the weights published last
     within_groups: bool = field(init=False)
     scorer: Scorer = field(init=False)
@@ -168,10 +170,13 @@ class Rollouts(ABC):
 
     def _measure(self, parts: list[Part]) -> None:
         kept, seen = [g for part in parts for g in part.kept], [g for part in parts for g in part.seen]
-        if not kept and self.stage.learn:
+        # one may be chance, and a policy that is right about everything must not end its run so
+        self.empty = 0 if kept or not self.stage.learn else self.empty + 1
+        if self.empty == EMPTY_STEPS:
             raise RuntimeError(
-                f"stage {self.stage.name!r}: none of {len(seen)} groups had rewards that vary, so there is nothing to "
-                "learn from; use questions the model gets right sometimes (a difficulty filter), or larger groups"
+                f"stage {self.stage.name!r}: in {EMPTY_STEPS} steps of {len(seen)} groups none had rewards that vary, "
+                "so there is nothing to learn from; use questions the model gets right sometimes (a difficulty "
+                "filter), or larger groups"
             )
         rollouts = [rollout for group in seen for rollout in group.rollouts]
         self.parts, self.examples = parts, (kept or seen)[:EXAMPLES]

@@ -91,7 +91,9 @@ class Totals:
 def merged(stats: Sequence[StepStats]) -> StepStats:
     """The updates of one step as one: means over their tokens (over the updates for what is one number of each), the
     maximum of *_max, the last learning rate, all tokens; and the gap of the first, whose rows were sampled by the
-    weights it met."""
+    weights it met. Nothing of no updates."""
+    if not stats:
+        return StepStats({})
     metrics = {}
     for name in dict.fromkeys(name for part in stats for name in part.metrics):
         found = [part.metrics for part in stats if name in part.metrics]

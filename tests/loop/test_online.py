@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import json
 import shutil
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +247,45 @@ def test_a_part_without_a_signal_keeps_its_place_in_the_schedule(
     monkeypatch.setattr(FakeRewards, "score", level)
     batches = improve(prepared, tmp_path / "run", "steps = 3, refill_rounds = 0").trainer.batches
     assert [batch.index for batch in batches] == [0, 2, 3, 4, 5]
+
+
+def level_at(monkeypatch: pytest.MonkeyPatch, versions: Container[int]) -> None:
+    """Rollouts of these versions are all worth the same, the others of a group not."""
+    score = FakeRewards.score
+
+    async def level(rewards: FakeRewards, function: str, groups: Any, *options: Any) -> Any:
+        scores = await score(rewards, function, groups)
+        return [
+            [
+                dataclasses.replace(found, value=1.0 if rollout.versions[0] in versions else float(place % 2))
+                for place, (found, rollout) in enumerate(zip(row, group.rollouts, strict=True))
+            ]
+            for group, row in zip(groups, scores, strict=True)
+        ]
+
+    monkeypatch.setattr(FakeRewards, "score", level)
+
+
+def test_a_step_without_a_signal_is_passed_over(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A policy that is right about everything of a step has nothing to learn from it, and goes on."""
+    level_at(monkeypatch, {1, 2})
+    cast = improve(prepared, tmp_path / "run", "steps = 4, refill_rounds = 0")
+    assert [batch.index for batch in cast.trainer.batches] == [0, 1, 6, 7]
+    lines = (tmp_path / "run" / "stages" / "08-rl-verifiable" / "steps.jsonl").read_text().splitlines()
+    assert [json.loads(line)["metrics"]["updates"] for line in lines] == [2.0, 0.0, 0.0, 2.0]
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_five_steps_without_a_signal_end_the_run(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, staleness: int
+) -> None:
+    level_at(monkeypatch, range(1, 100))
+    with pytest.raises(RuntimeError, match=r"in 5 steps of \d+ groups none had rewards"):
+        improve(prepared, tmp_path / "run", f"steps = 9, refill_rounds = 0, max_staleness = {staleness}")
+    lines = (tmp_path / "run" / "stages" / "08-rl-verifiable" / "steps.jsonl").read_text().splitlines()
+    assert len(lines) == 5 + staleness
 
 
 def keys(batch: Batch) -> list[str]:

@@ -275,12 +275,21 @@ def test_the_always_thinking_variant_plans(monkeypatch: pytest.MonkeyPatch) -> N
     """Up to the stage that first learns to think it is the same as what it is compared with."""
     monkeypatch.chdir(ROOT)
     when = ROOT / "recipes" / "when_to_think_digits.toml"
-    chooses, always = load([when]), load([when, ROOT / "recipes" / "sizes" / "always_think.toml"])
+    chooses, always = load([when]), load([when, ROOT / "recipes" / "variants" / "always_think.toml"])
     assert make_plan(always, LAPTOP).stages
     differing = [one.name for one, other in zip(chooses.stages, always.stages, strict=True) if one != other]
     assert differing == ["judge-sft", "rl-when"]
     assert always.stages[-1].rewards["judgement"].options == {"always": True}
     assert (always.data, always.model, always.evaluation) == (chooses.data, chooses.model, chooses.evaluation)
+
+
+def test_the_score_judge_is_taught_on_what_makes_the_bridge(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    whole = ROOT / "recipes" / "think_fusion_digits.toml"
+    base, laid = load([whole]), load([whole, ROOT / "recipes" / "variants" / "score_judge.toml"])
+    assert make_plan(laid, LAPTOP).stages
+    assert [stage.name for stage in laid.stages] == ["language", "vision", "align", "instruct", "score-judge"]
+    assert laid.stages[:-1] == base.stages[:4]
 
 
 REFUSALS = {
