@@ -47,6 +47,17 @@ class _Client(JobSubmissionClient):
         answer: requests.Response = super()._do_request(method, endpoint, **{"timeout": ANSWER_SECONDS, **options})
         return answer
 
+    def submit_patiently(self, **request: Any) -> str:
+        """Submit a job to a head that may just have started: what takes jobs on its node comes up last."""
+        deadline = time.monotonic() + ANSWER_SECONDS
+        while True:
+            try:
+                return str(self.submit_job(**request))
+            except RuntimeError as error:
+                if "No available agent" not in str(error) or time.monotonic() > deadline:
+                    raise
+            time.sleep(1.0)
+
     def waits_for(self, driver: str | None) -> str:
         """The bundles that a driver asked for and that are not reserved yet, in words; "" where it waits for none."""
         where = f"filter_keys=creator_job_id&filter_predicates=%3D&filter_values={driver}&detail=1"
@@ -108,13 +119,12 @@ class RayCluster:
             if request.archive is not None:
                 request.archive.write(zipped := Path(folder) / "folder.zip")
                 environment["working_dir"] = str(zipped)
-            native = client.submit_job(
+            return client.submit_patiently(
                 entrypoint=request.entrypoint,
                 submission_id=ticket.job,
                 runtime_env=environment,
                 metadata=request.metadata,
             )
-        return str(native)
 
     def _request(self, ticket: Ticket, recipe: Recipe) -> _Request:
         ray, folder = ticket.cluster.ray, Path(ticket.folder)
@@ -230,7 +240,8 @@ def _client(ticket: Ticket) -> Iterator[_Client]:
     else:
         raise JobError(f"cluster.ray.address = {address!r}: give the head's dashboard as http://HOST:PORT")
     where = f"the Ray head at {address}"
-    logging.getLogger("ray").setLevel(logging.WARNING)  # of each package it tells that it is sent
+    for name in ("ray", "ray.dashboard.modules.dashboard_sdk"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # of each package they tell that it is sent
     try:
         yield _Client(address, headers=bearer(token))
     except (ConnectionError, requests.RequestException) as error:
@@ -245,7 +256,7 @@ def _client(ticket: Ticket) -> Iterator[_Client]:
     except RuntimeError as error:
         if ticket.native and "status code 404" in str(error):
             raise JobError(f"{where} knows no job {ticket.native!r}; it has forgotten it, or is another") from error
-        raise
+        raise JobError(f"{where}: {error}") from error
 
 
 def _given_token() -> str | None:
