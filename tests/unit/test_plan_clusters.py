@@ -236,14 +236,15 @@ def test_shares_of_cores_leave_room_for_every_process() -> None:
 
 
 @pytest.mark.parametrize("site", sorted(SITES.glob("*.toml")), ids=lambda path: path.stem)
-def test_every_site_is_planned_as_its_comment_says(
+def test_every_site_is_taken_as_its_comment_says(
     site: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(ROOT)
-    (command,) = re.findall(r"^#   rlhf (plan .*)$", site.read_text(), re.MULTILINE)
+    (command,) = re.findall(r"^#   rlhf ((?:plan|submit) .*)$", site.read_text(), re.MULTILINE)
     assert main(command.split()) == 0
     printed = capsys.readouterr().out
-    assert ("Nodes, each" in printed) == (site.stem != "laptop")
+    shown = {"laptop": "Actors", "kuberay": "kind: RayJob", "slurm": "#SBATCH --nodes=2"}
+    assert shown.get(site.stem, "Nodes, each") in printed
 
 
 @pytest.mark.parametrize("model", PUBLISHED)
