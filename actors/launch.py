@@ -8,8 +8,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import os
 import signal
 import socket
+import subprocess
 from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -23,6 +25,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.artifacts import read_weights
 from actors.device import Copies, Line, SentBucket, listen
+from actors.drain import watched
 from actors.handles import CALLS, EngineHandle, RewardsHandle, ScalarHandle, TrainerHandle, reason, within
 from actors.huggingface import HuggingFaceWorker
 from actors.reward import RewardWorker
@@ -35,6 +38,7 @@ from rewards.isolation import Limits
 from rlhf.architecture import GIB, base_of, from_folder
 from rlhf.models import architecture_as_saved, load_processor, masked_ids
 from rlhf.plan import Cluster, Plan
+from rlhf.preemption import Preemption
 from rlhf.recipe import Implementation, Recipe
 from rlhf.stage import packs
 from rlhf.types import Publication
@@ -326,23 +330,27 @@ def cluster_of(address: str) -> Cluster:
 
 
 @contextlib.asynccontextmanager
-async def launch(recipe: Recipe, plan: Plan, address: str | None = None) -> AsyncIterator[Cast]:
-    """Start Ray (or join the cluster at `address`), trainer ranks and reward workers; end all of it on leaving.
+async def launch(
+    recipe: Recipe, plan: Plan, address: str | None = None, preemption: Preemption | None = None
+) -> AsyncIterator[Cast]:
+    """Start Ray (or join the cluster at `address`), trainer ranks and reward workers; end all of it on leaving. The
+    `preemption` is asked for when a machine that any of them stands on is drained.
 
     `actors.security.ray_environment` must be in the environment before this module is imported.
     """
     local = {"num_cpus": plan.cluster.cpus, "include_dashboard": False} if address is None else {}
-    with _own_signals():
+    with _own_signals(), _apart() if address is None else contextlib.nullcontext():
         ray.init(
             address=address or "local", log_to_driver=False, configure_logging=False, namespace=recipe.name, **local
         )
     try:
         placement = await Placement.reserve(recipe, plan)
-        ranks = await placement.trainer()
-        workers = [placement.reward(index) for index in range(recipe.resources.reward_workers)]
-        rewards = RewardsHandle(placement.reward, recipe.deadlines, workers)
-        lines = 1 + recipe.resources.tensor_parallel
-        yield Cast(placement, TrainerHandle(ranks, recipe.deadlines, plan.transport, lines), rewards)
+        async with watched(placement.group, preemption) if preemption else contextlib.nullcontext():
+            ranks = await placement.trainer()
+            workers = [placement.reward(index) for index in range(recipe.resources.reward_workers)]
+            rewards = RewardsHandle(placement.reward, recipe.deadlines, workers)
+            lines = 1 + recipe.resources.tensor_parallel
+            yield Cast(placement, TrainerHandle(ranks, recipe.deadlines, plan.transport, lines), rewards)
     except RayActorError as error:  # a process that nobody replaces; Ray's error is no RuntimeError
         raise RuntimeError(f"a process of the run died: {reason(error)}") from error
     finally:
@@ -356,3 +364,21 @@ def _own_signals() -> Iterator[None]:
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _apart() -> Iterator[None]:
+    """Processes that are started inside are not of this process's group. `timeout`, a terminal or a batch system may
+    send a signal to all of a group: the driver is to hear of it, and Ray's own processes would end, before there is a
+    checkpoint. Ray puts its workers into groups of their own, and has no option to do so with the others."""
+    ours = os.getpgrp()
+    if os.getsid(0) == os.getpid():  # who leads a session cannot leave its group
+        yield
+        return
+    idle = partial(subprocess.Popen, ["/bin/cat"], stdin=subprocess.PIPE)
+    with idle(), idle(process_group=0) as leader:  # the first so that there is a group to come back to
+        os.setpgid(0, leader.pid)
+        try:
+            yield
+        finally:
+            os.setpgid(0, ours)

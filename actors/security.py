@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import secrets
 from pathlib import Path
 
-JOB_STOP_SECONDS = 30  # a stopped driver gets this long to end its actors
+# Ray's job supervisor sends SIGTERM to a job that is stopped, and SIGKILL so many seconds later: as many as
+# cluster.grace_seconds has by default
+JOB_STOP_SECONDS, RAY_JOB_STOP_SECONDS = 120, 3
+WAIT, OF_A_JOB = "RAY_JOB_STOP_WAIT_TIME_S", "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 
 def ray_environment(folder: Path) -> dict[str, str]:
@@ -18,11 +22,17 @@ def ray_environment(folder: Path) -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         # Ray 2.60 reads this on every system: 0 makes the node's own address 127.0.0.1
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-        "RAY_JOB_STOP_WAIT_TIME_S": str(JOB_STOP_SECONDS),
     }
+    if OF_A_JOB not in os.environ:  # where it says how long the job is waited for
+        settings[WAIT] = str(JOB_STOP_SECONDS)
     if not os.environ.get("RAY_AUTH_TOKEN"):
         settings["RAY_AUTH_TOKEN_PATH"] = os.environ.get("RAY_AUTH_TOKEN_PATH") or str(token_file(folder))
     return settings
+
+
+def job_stop_seconds() -> float:
+    """How long Ray waits for this process where it is a job's, between asking it to stop and killing it."""
+    return float(os.environ.get(WAIT, RAY_JOB_STOP_SECONDS)) if OF_A_JOB in os.environ else math.inf
 
 
 def token_file(folder: Path) -> Path:

@@ -14,16 +14,20 @@ from importlib.metadata import version
 from pathlib import Path
 
 from rlhf.plan import VERDICTS, Plan, PlanError, Verdict, check, describe, make_plan, read_verdicts
+from rlhf.preemption import PreemptedError, Preemption
 from rlhf.recipe import Recipe, RecipeError, load
 
 ABOUT = """Post-training of vision-language models: a recipe is a curriculum, a run works through it.
 
     rlhf run recipes/think_fusion_digits.toml recipes/sizes/smoke.toml -o 'stages.long-cot.lr = 1e-4'
 
-Exit status: 0 done, 1 the run failed, 2 the recipe or the data cannot be used, 3 a gate was missed, 130 interrupted.
+Exit status: 0 done, 1 the run failed, 2 the recipe or the data cannot be used, 3 a gate was missed, 130 interrupted,
+75 preempted: SIGTERM, SIGUSR1 or a drained node asked it to stop; the same command continues from a checkpoint of the
+step it was in, if that ended within cluster.grace_seconds. SIGTERM again, or SIGINT, waits for no step.
 """
 BRIDGES = Path("recipes/bridges")
 FAILED, UNUSABLE, GATE_MISSED, INTERRUPTED = 1, 2, 3, 130
+REQUEUE = 75  # EX_TEMPFAIL: what batch systems are told to queue again
 CONTINUES = "the same command continues from the last checkpoint"
 
 
@@ -149,10 +153,10 @@ def run_command(parsed: argparse.Namespace) -> int:
         except (ConnectionError, ValueError, RuntimeError) as error:
             return _fail(f"--address {parsed.address}: no Ray cluster can be joined there: {error}", UNUSABLE)
         plan = make_plan(recipe, cluster, _verdicts(parsed))
-    return _carried_out(lambda: _run(recipe, plan, folder, parsed.address), folder, CONTINUES)
+    return _carried_out(lambda notice: _run(recipe, plan, folder, parsed.address, notice), recipe, folder, CONTINUES)
 
 
-async def _run(recipe: Recipe, plan: Plan, folder: Path, address: str | None) -> None:
+async def _run(recipe: Recipe, plan: Plan, folder: Path, address: str | None, preemption: Preemption) -> None:
     import tomli_w
 
     from actors.launch import launch
@@ -163,11 +167,11 @@ async def _run(recipe: Recipe, plan: Plan, folder: Path, address: str | None) ->
     (folder / "recipe.toml").write_text(tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True)))
     try:
         with Footprint() as footprint, Tracker(folder, recipe.name, recipe.tracking) as tracker:
-            curriculum = Curriculum(recipe, folder, tracker, footprint)
+            curriculum = Curriculum(recipe, folder, tracker, footprint, preemption=preemption)
             # rows are made while the actors start
             preparing = asyncio.create_task(asyncio.to_thread(curriculum.prepare))
             try:
-                async with launch(recipe, plan, address) as actors:
+                async with launch(recipe, plan, address, preemption) as actors:
                     await preparing
                     await curriculum.run(actors)
             finally:  # what is wrong with the rows is to be known, too, where the actors did not start
@@ -187,28 +191,38 @@ def _folder(parsed: argparse.Namespace, recipe: Recipe) -> Path:
     return folder
 
 
-def _carried_out(run: Callable[[], Awaitable[None]], folder: Path, again: str) -> int:
+def _carried_out(run: Callable[[Preemption], Awaitable[None]], recipe: Recipe, folder: Path, again: str) -> int:
     """The exit status of `run`, which has `folder` to itself; `again`: what the same command does next time."""
-    with _locked(folder):
+    from actors.security import job_stop_seconds
+
+    def leave() -> None:
+        _fail(f"{preemption.cancelled}; it took too long to leave, so its processes end by themselves; {again}", 0)
+        os._exit(REQUEUE)
+
+    with _locked(folder), Preemption(min(recipe.cluster.grace_seconds, job_stop_seconds()), leave) as preemption:
         _private_ray(folder)
-        return asyncio.run(_explained(run, again))
+        return asyncio.run(_explained(run, again, preemption))
 
 
-async def _explained(run: Callable[[], Awaitable[None]], again: str) -> int:
+async def _explained(run: Callable[[Preemption], Awaitable[None]], again: str, preemption: Preemption) -> int:
     """The exit status of a run, its errors in words."""
     from rlhf.checkpoint import CheckpointError
     from rlhf.data.rows import DataError
     from rlhf.stage import GateError
 
-    _stop_on_signals()
+    _stop_on_signals(preemption)
     try:
-        await run()
+        await run(preemption)
         return 0
     except GateError as error:
         return _fail(error, GATE_MISSED)
     except DataError as error:
         return _fail(error, UNUSABLE)
+    except PreemptedError as error:
+        return _fail(f"{error}; {again}", REQUEUE)
     except asyncio.CancelledError:
+        if preemption.asked:
+            return _fail(f"{preemption.cancelled}; {again}", REQUEUE)
         return _fail(f"interrupted; {again}", INTERRUPTED)
     except (RecipeError, PlanError):
         raise
@@ -254,14 +268,15 @@ def check_command(parsed: argparse.Namespace) -> int:
     folder = _folder(parsed, recipe)
     proven: list[bool] = []
 
-    async def measured() -> None:
+    async def measured(_: Preemption) -> None:
         from actors.check import check as measure
 
         for verdict in await measure(recipe, folder):
             print(f"{verdict.implementation}: {verdict}")
             proven.append(verdict.proven)
 
-    return _carried_out(measured, folder, "the same command measures again") or (0 if any(proven) else FAILED)
+    status = _carried_out(measured, recipe, folder, "the same command measures again")
+    return status or (0 if any(proven) else FAILED)
 
 
 def eval_command(parsed: argparse.Namespace) -> int:
@@ -278,7 +293,7 @@ def eval_command(parsed: argparse.Namespace) -> int:
     table = recipe.model_dump(mode="json", exclude_none=True) | evaluate
     narrowed = validate(table, " + ".join(parsed.recipe))
     plan, folder = make_plan(narrowed, verdicts=_verdicts(parsed)), _folder(parsed, narrowed)
-    return _carried_out(lambda: _run(narrowed, plan, folder, None), folder, CONTINUES)
+    return _carried_out(lambda notice: _run(narrowed, plan, folder, None, notice), narrowed, folder, CONTINUES)
 
 
 def draw_command(parsed: argparse.Namespace) -> int:
@@ -429,12 +444,20 @@ def _private_ray(folder: Path) -> None:
     os.environ.update(ray_environment(folder))
 
 
-def _stop_on_signals() -> None:
-    """SIGINT and SIGTERM cancel the run, so that every context is left and every process ended."""
+def _stop_on_signals(preemption: Preemption) -> None:
+    """SIGINT cancels the run, so that every context is left and every process ended; SIGTERM and SIGUSR1, which Slurm's
+    `--signal` may send, ask it to stop."""
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     assert task is not None
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, task.cancel)
+    preemption.task = task
+
+    def interrupt() -> None:
+        preemption.asked = ""
+        task.cancel()
+
+    loop.add_signal_handler(signal.SIGINT, interrupt)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        loop.add_signal_handler(number, preemption.ask, number.name)
 
 
 def _fail(error: object, status: int) -> int:

@@ -10,7 +10,8 @@
       summary.json  report.html
 
 Running a finished or killed run again skips the stages whose inputs are unchanged and continues the one in progress
-from its last checkpoint; a synthesize or evaluate stage has none and begins anew.
+from its last checkpoint; a synthesize or evaluate stage has none and begins anew. A run that is asked to stop
+(`rlhf.preemption`) leaves a checkpoint of the step it was in.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import re
 import shutil
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Set
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ from rlhf.data.rows import Rows, read, write
 from rlhf.data.sources import open_source, open_sources
 from rlhf.footprint import Footprint
 from rlhf.models import bridges_of, build_model, load_processor, local_folder, marks_of, masked_ids
+from rlhf.preemption import PreemptedError, Preemption
 from rlhf.recipe import (
     Evaluate,
     Gate,
@@ -93,6 +95,7 @@ class Curriculum:
     earlier: dict[str, Any] = field(default_factory=dict)  # the summary of the processes before this one
     idle: bool = True
     held: Path | None = None  # the model that the trainer has, where that is a finished one
+    preemption: Preemption = field(default_factory=Preemption)
     actors: Actors = field(init=False)
 
     async def run(self, actors: Actors) -> None:
@@ -123,9 +126,12 @@ class Curriculum:
             yield
             status = "done"
         except Exception as error:
-            status, reason = "failed", f"{type(error).__name__}: {error}"
+            if not isinstance(error, PreemptedError):
+                status, reason = "failed", f"{type(error).__name__}: {error}"
             raise
         finally:
+            if status == "interrupted" and self.preemption.asked:
+                status, reason = "preempted", self.preemption.asked
             if not self.idle or status != self.earlier.get("status"):
                 self._summarise(status, reason)
 
@@ -135,7 +141,9 @@ class Curriculum:
         for attempt in itertools.count():
             try:
                 return await self._stage(stage, index, folder, inputs)
-            except ActorLostError:
+            except ActorLostError as error:
+                if self.preemption.asked:  # its machine went before its time was up
+                    raise PreemptedError(self.preemption.lost(f"a process of it was lost ({error})")) from error
                 if attempt == RENEWALS:
                     raise
                 await self.actors.renew_trainer()
@@ -143,6 +151,7 @@ class Curriculum:
         raise AssertionError("unreachable")
 
     async def _stage(self, stage: Stage, index: int, folder: Path, inputs: dict[str, Any]) -> dict[str, Any]:
+        self.preemption.stage = stage.name
         _clear(folder, inputs)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "inputs.json", inputs)
@@ -170,6 +179,7 @@ class Curriculum:
                 actors=self.actors,
                 rows=self.rows,
                 log=log,
+                preemption=self.preemption,
             )
             try:
                 metrics = await self._make(stage, context)
@@ -204,24 +214,9 @@ class Curriculum:
         artifact = context.folder / "artifact"
         if artifact.exists():
             return dict(read_json(context.folder / "made.json") or {})
-        if isinstance(stage, Sft | Pairs):
-            facts = await self.begin(stage)
-            metrics = await offline.run(stage, context)
-        elif isinstance(stage, Rl):
-            judges = {name: self.artifact(name) for name in self.recipe.judge_models(stage)}
-            models = {} if stage.replay is not None else {"policy": context.model, **judges}
-            scalars = {name: self.artifact(name) for name in stage.scalars}
-            # at once: a process that starts has one core busy, with imports
-            async with (
-                self.actors.scoring(scalars),
-                beside(self._begin_rl(stage), self.actors.serving(models)) as (facts, engines),
-                self._judges(stage, context, engines) as asked,
-            ):
-                loop = online.run if stage.learn else replay.gather
-                metrics = await loop(stage, context, engines.get("policy"), asked)
-            if not stage.learn:
-                return metrics
-        elif isinstance(stage, Synthesize):
+        if isinstance(stage, Sft | Pairs | Rl):
+            return await self._improve(stage, context)
+        if isinstance(stage, Synthesize):
             judges = {name: self.artifact(name) for name in self.recipe.judge_models(stage)}
             async with (
                 self.actors.serving({"policy": context.model, **judges}) as engines,
@@ -233,21 +228,44 @@ class Curriculum:
             with whole(artifact) as partial:
                 write(rows, partial / "rows.parquet")
             return metrics
-        elif isinstance(stage, Rebuild):
+        if isinstance(stage, Rebuild):
             parts = {slot: self._home(part) for slot, part in stage.parts.items()}
             return await asyncio.to_thread(remaking.rebuild, stage, context, parts)
-        elif isinstance(stage, Merge):
+        if isinstance(stage, Merge):
             folders = {name: self.artifact(name) for name in stage.of}
             fit = functools.partial(self._fit_of, stage.on, context)
             found = await remaking.merge(stage, context, folders, fit)
             self.held = None  # what the trainer has lies elsewhere now
             return found
-        else:
-            return {}
-        metrics |= {f"model.{name}": float(value) for name, value in facts.items()}
-        write_json(context.folder / "made.json", metrics)
-        with whole(artifact) as partial:
-            await self.actors.trainer.export(partial)
+        return {}
+
+    async def _improve(self, stage: Sft | Preference | RewardModel | Rl, context: Context) -> dict[str, float]:
+        """Work through the stage's steps, for which a preemption waits until the artifact is there."""
+        artifact = context.folder / "artifact"
+        with ExitStack() as heeding:
+            if isinstance(stage, Rl):
+                judges = {name: self.artifact(name) for name in self.recipe.judge_models(stage)}
+                models = {} if stage.replay is not None else {"policy": context.model, **judges}
+                scalars = {name: self.artifact(name) for name in stage.scalars}
+                # at once: a process that starts has one core busy, with imports
+                async with (
+                    self.actors.scoring(scalars),
+                    beside(self._begin_rl(stage), self.actors.serving(models)) as (facts, engines),
+                    self._judges(stage, context, engines) as asked,
+                ):
+                    heeding.enter_context(self.preemption.heeded())
+                    loop = online.run if stage.learn else replay.gather
+                    metrics = await loop(stage, context, engines.get("policy"), asked)
+                if not stage.learn:
+                    return metrics
+            else:
+                facts = await self.begin(stage)
+                heeding.enter_context(self.preemption.heeded())
+                metrics = await offline.run(stage, context)
+            metrics |= {f"model.{name}": float(value) for name, value in facts.items()}
+            write_json(context.folder / "made.json", metrics)
+            with whole(artifact) as partial:
+                await self.actors.trainer.export(partial)
         self.held = artifact
         return metrics
 

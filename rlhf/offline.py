@@ -50,6 +50,7 @@ async def run(stage: Sft | Pairs, context: Context) -> dict[str, float]:
             held.append((step, last, {"data": started - waited, "train": time.perf_counter() - started} | saving))
             saving, verdict = {}, search.saw(step, last["loss"])
             if verdict is Verdict.UNDECIDED:
+                context.preemption.leave(step, "; the trial of its learning rate begins again")
                 continue
             if verdict is Verdict.GO_BACK:
                 await batch  # it moves the stream, too
@@ -60,9 +61,11 @@ async def run(stage: Sft | Pairs, context: Context) -> dict[str, float]:
             for line in held:
                 context.log.log(*line)
             held.clear()
-            if verdict is Verdict.TRY or (step % stage.checkpoint_every == 0 and step < stage.steps):
+            due = step % stage.checkpoint_every == 0 or context.preemption.asked
+            if verdict is Verdict.TRY or (due and step < stage.steps):
                 state = {"stream": cursor, "search": search.state()}
                 saving = {"checkpoint": await save(trainer, checkpoints, step, state)}
+                context.preemption.leave(step)
     finally:
         batch.cancel()
         await asyncio.gather(batch, return_exceptions=True)

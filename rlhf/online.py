@@ -54,11 +54,12 @@ async def run(stage: Rl, context: Context, engine: Engine | None, judges: Mappin
             totals.add(metrics, stats, sync)
             context.log.log(version, metrics | gap_metrics(stats.gap) | dict(sync.metrics), clock.seconds | saving)
             saving = {}
-            if version % stage.checkpoint_every == 0 and version < stage.steps:
-                state = {name: part.state() for name, part in lasting.items()}
-                saving = {"checkpoint": await save(trainer, checkpoints, version, state)}
             if version % max(stage.steps // 4, 1) == 0:
                 context.log.rollouts(version, [record(group, 0, {}, version, judge) for group in groups.examples])
+            if version < stage.steps and (version % stage.checkpoint_every == 0 or context.preemption.asked):
+                state = {name: part.state() for name, part in lasting.items()}
+                saving = {"checkpoint": await save(trainer, checkpoints, version, state)}
+                context.preemption.leave(version)
     return totals.metrics()
 
 

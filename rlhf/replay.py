@@ -130,6 +130,7 @@ async def gather(stage: Rl, context: Context, engine: Engine | None, judges: Map
             context.log.log(step + 1, groups.metrics, {})
             context.log.rollouts(step + 1, [record(group, 0, {}, 0, judge) for group in groups.examples])
             write_json(position, {"step": step + 1, "stream": stream.state(), "sums": sums})
+            context.preemption.leave(step + 1)
     return {f"rl.{name}": value / stage.steps for name, value in sums.items()}
 
 

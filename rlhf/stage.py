@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +13,7 @@ from rlhf.architecture import from_folder
 from rlhf.batching import make_batch
 from rlhf.data.rows import Rows
 from rlhf.data.stream import Alike, Draw, Stream, shares
+from rlhf.preemption import Preemption
 from rlhf.recipe import Draws, Recipe
 from rlhf.roles import Actors
 from rlhf.types import Batch, Sample
@@ -32,7 +33,8 @@ class StageLog(Protocol):
 
 @dataclass(frozen=True)
 class Context:
-    """One stage's world: `folder` is its own, `model` the artifact it continues, `rows` opens a data source by name."""
+    """One stage's world: `folder` is its own, `model` the artifact it continues, `rows` opens a data source by name;
+    `preemption` says after each step whether it is the last."""
 
     recipe: Recipe
     folder: Path
@@ -41,6 +43,7 @@ class Context:
     actors: Actors
     rows: Callable[[str], Rows]
     log: StageLog
+    preemption: Preemption = field(default_factory=Preemption)
 
     @property
     def tokenizer(self) -> Any:

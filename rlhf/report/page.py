@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 
 from rlhf.report.charts import TONES, Axis, Series, lanes, legend, line_chart, number, percent, smooth, sparkline
-from rlhf.report.run import KINDS, RunView, StageView
+from rlhf.report.run import ENDS, KINDS, RunView, StageView
 from rlhf.report.samples import card, followed, gallery, is_right, watch
 from rlhf.report.trust import trust
 from rlhf.tracking import duration
@@ -103,13 +103,12 @@ def story(run: RunView) -> list[str]:
         broken = [gate for gate in failed.gates if gate.get("passed") is False]
         why = f": {_gate_text(broken[0])}" if broken else ""
         told.append(f"<strong>It stopped at <em>{escape(failed.name)}</em>{why}.</strong>")
-    elif run.ended in ("failed", "interrupted"):
-        what = "An error ended it" if run.ended == "failed" else "It was interrupted"
+    elif run.ended in ENDS:
         place = f" at <em>{escape(stopped.name)}</em>" if stopped is not None else ""
         why = f": {escape(run.error)}" if run.error else ""
         told.append(
-            f"<strong>{what}{place}{why}{'' if why.endswith('.') else '.'}</strong> {len(done)} of {len(run.stages)} "
-            "stages are done; the same command goes on from there."
+            f"<strong>{ENDS[run.ended]}{place}{why}{'' if why.endswith('.') else '.'}</strong> {len(done)} of "
+            f"{len(run.stages)} stages are done; the same command goes on from there."
         )
     elif running is not None:
         finished = f", {len(done)} of {len(run.stages)} stages are done" if len(run.stages) > 1 else ""

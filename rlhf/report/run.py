@@ -22,6 +22,7 @@ KINDS = {
     "synthesize": "makes its own training data",
     "evaluate": "sits an exam",
 }
+ENDS = {"failed": "An error ended it", "interrupted": "It was interrupted", "preempted": "It was preempted"}
 _DONE = {"done", "passed", "ok", "finished", "complete", "completed", "reused", "skipped"}
 
 
@@ -79,7 +80,7 @@ class RunView:
     stages: tuple[StageView, ...]
     machine: Record
     versions: Record
-    ended: str = ""  # how the last process of it ended, where it could say so: "done", "failed", "interrupted"
+    ended: str = ""  # how the last process of it ended, where it could say so: "done" or one of ENDS
     error: str = ""
 
     @property
@@ -89,7 +90,7 @@ class RunView:
             return "failed"
         if states == {"done"}:
             return "done"
-        return "stopped" if self.ended == "interrupted" else "running"
+        return "stopped" if self.ended in ENDS else "running"
 
     @property
     def line(self) -> tuple[StageView, ...]:
@@ -161,7 +162,7 @@ def _stage(
     found = finished or {}
     steps = tuple(_jsonl(folder / "steps.jsonl")) if folder else ()
     gates = tuple(found.get("gates") or ())
-    now = "stopped" if ended in ("failed", "interrupted") else "in progress"
+    now = "stopped" if ended in ENDS else "in progress"
     word = "from before" if before else "done" if manifest else now if folder else "not started"
     word = str(found.get("status") or word)
     return StageView(
