@@ -18,6 +18,7 @@ from rlhf.data.rows import DataError, read
 from rlhf.footprint import Footprint
 from rlhf.models import load_processor
 from rlhf.plan import PlanError, check
+from rlhf.preemption import Preemption
 from rlhf.recipe import Recipe, RecipeError, Sft, load
 from rlhf.stage import GateError
 from rlhf.tracking import Tracker
@@ -43,18 +44,21 @@ def run(
     until: str | None = None,
     best: float = 1.0,
     breaks_at: float | None = None,
+    preemption: Preemption | None = None,
 ) -> FakeCast:
     """Run a recipe in folder on a fake cast, as the command line would, and return the cast. Its trainer raises
     KilledError at step `die_at` of the whole run, ActorLostError, once, at step `lost_at`, and FloatingPointError at
     `breaks_at` times the recipe's rates and higher ones; at `best` times those it is fastest. `until`: the last stage
-    to run."""
+    to run; `preemption`: what may ask the run to stop."""
     if until is not None:
         last = [stage.name for stage in recipe.stages].index(until)
         recipe = recipe.model_copy(update={"stages": recipe.stages[: last + 1]})
 
     async def go() -> FakeCast:
         with Tracker(folder, recipe.name, recipe.tracking) as tracker:
-            curriculum = Curriculum(recipe, folder, tracker, Footprint())
+            notice = preemption or Preemption()
+            notice.task = asyncio.current_task()
+            curriculum = Curriculum(recipe, folder, tracker, Footprint(), preemption=notice)
             curriculum.prepare()
             cast = FakeCast(load_processor(curriculum.model_before(curriculum.recipe.stages[0])).tokenizer)
             cast.trainer.die_at, cast.trainer.lost_at = die_at, lost_at
