@@ -452,7 +452,7 @@ def _stop_on_signals(preemption: Preemption) -> None:
     preemption.task = task
 
     def interrupt() -> None:
-        preemption.asked = ""
+        preemption.withdraw()
         task.cancel()
 
     loop.add_signal_handler(signal.SIGINT, interrupt)

@@ -51,6 +51,11 @@ class Preemption:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.withdraw()
+
+    def withdraw(self) -> None:
+        """Nobody asks any more, and nobody ends the process."""
+        self.asked = ""
         for timer in self._timers:
             timer.cancel()
 
@@ -61,14 +66,13 @@ class Preemption:
             if time.monotonic() > self._since + AGAIN_SECONDS:
                 self._cancel("its step was not waited for when asked again")
             return
-        if not self.asked:
+        first, grace = not self.asked, min(grace, self.grace)
+        if first:
             self.asked, self._since = reason, time.monotonic()
-        grace = min(grace, self.grace)
-        if not self._heeded:
+        if first and not self._heeded:
             self._cancel("")
         elif grace < math.inf:
-            waits = patience(grace)
-            asyncio.get_running_loop().call_later(waits, self._cancel, f"its step did not end within {waits:.0f} s")
+            asyncio.get_running_loop().call_later(patience(grace), self._lose_patience, patience(grace))
         if self.exits is not None and grace < math.inf:
             self._timers.append(last := threading.Timer(grace - min(LAST_SECONDS, grace / 10), self.exits))
             last.daemon = True
@@ -102,6 +106,10 @@ class Preemption:
     def lost(self, why: str) -> str:
         """What to say of a run that could not save its step."""
         return f"preempted ({self.asked}) in stage {self.stage!r}: {why}, so what it did since its last save is lost"
+
+    def _lose_patience(self, waited: float) -> None:
+        if self._heeded:
+            self._cancel(f"its step did not end within {waited:.0f} s")
 
     def _cancel(self, impatient: str) -> None:
         assert self.task is not None

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.cli import _explained, main
+from rlhf.preemption import Preemption
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "think_fusion_digits.toml"
 
@@ -84,12 +85,12 @@ def test_what_an_actor_raised_is_told_without_its_wrapping(
 ) -> None:
     from ray.exceptions import RayTaskError
 
-    async def fails() -> None:
+    async def fails(_: Preemption) -> None:
         cause = ValueError("train: the glob 'x.*' matches no parameter")
         raise RayTaskError("begin", "long traceback", cause).as_instanceof_cause()
 
     monkeypatch.delenv("RLHF_TRACEBACK", raising=False)
-    status = asyncio.run(_explained(fails, "do it again"))
+    status = asyncio.run(_explained(fails, "do it again", Preemption()))
     shown = capsys.readouterr().err
     assert status == 1
     assert shown == (

@@ -163,6 +163,11 @@ def test_a_running_run_shows_what_is_there(tmp_path):
     [
         ("interrupted", "", "It was interrupted at <em>rl-verifiable</em>.</strong> 7 of 13 stages are done"),
         (
+            "preempted",
+            "SIGTERM",
+            "It was preempted at <em>rl-verifiable</em>: SIGTERM.</strong> 7 of 13 stages are done",
+        ),
+        (
             "failed",
             "RuntimeError: no <space>",
             "An error ended it at <em>rl-verifiable</em>: RuntimeError: no &lt;space&gt;.",
