@@ -66,7 +66,8 @@ class Preemption:
             if time.monotonic() > self._since + AGAIN_SECONDS:
                 self._cancel("its step was not waited for when asked again")
             return
-        first, grace = not self.asked, min(grace, self.grace)
+        grace = min(grace, self.grace)
+        first = not self.asked
         if first:
             self.asked, self._since = reason, time.monotonic()
         if first and not self._heeded:
