@@ -51,13 +51,13 @@ class Preemption:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.withdraw()
+        for timer in self._timers:
+            timer.cancel()
 
     def withdraw(self) -> None:
         """Nobody asks any more, and nobody ends the process."""
         self.asked = ""
-        for timer in self._timers:
-            timer.cancel()
+        self.__exit__()
 
     def ask(self, reason: str, grace: float = math.inf) -> None:
         """Stop, within `grace` seconds where that is less than the run has. Steps are not waited for any more when the
