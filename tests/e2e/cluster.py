@@ -4,28 +4,30 @@ Run by any interpreter that has ray; prints the dashboard's address.
     RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=... python cluster.py PORT 2 1 1
 """
 
+import os
 import sys
 from contextlib import ExitStack
 from tempfile import TemporaryDirectory
 
 from ray.cluster_utils import Cluster
 
-STORE = 100 * 2**20  # bytes of each node's object store
+# bytes of each node's object store; Ray's fixed port of the agent may be another cluster's
+NODE = {"object_store_memory": 100 * 2**20, "dashboard_agent_listen_port": 0}
+HEAD = {"num_cpus": 0, "include_dashboard": True, "dashboard_host": "127.0.0.1"}
 
 
 def main(port: int, cpus: list[int]) -> None:
     with ExitStack() as stack:
 
-        def machine() -> dict[str, object]:
+        def folder() -> str:
             # a socket's path has room for 107 bytes
-            folder = stack.enter_context(TemporaryDirectory(prefix="node-", dir="/tmp", ignore_cleanup_errors=True))
-            return {"temp_dir": folder, "object_store_memory": STORE}
+            return stack.enter_context(TemporaryDirectory(prefix="node-", dir="/tmp", ignore_cleanup_errors=True))
 
-        head = {"num_cpus": 0, "include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": port}
-        cluster = Cluster(initialize_head=True, head_node_args={**head, **machine()})
+        os.environ["RAY_TMPDIR"] = folder()  # of the head, whose jobs then find it beside other clusters
+        cluster = Cluster(initialize_head=True, head_node_args={**HEAD, **NODE, "dashboard_port": port})
         try:
             for amount in cpus:
-                cluster.add_node(num_cpus=amount, **machine())
+                cluster.add_node(num_cpus=amount, temp_dir=folder(), **NODE)
             cluster.wait_for_nodes()
             print(f"http://127.0.0.1:{port}", flush=True)
             sys.stdin.read()
