@@ -178,7 +178,7 @@ def until(job: str, runs: Path, seen: Callable[[jobs.Found], bool], deadline: fl
 
 
 def results(folder: Path) -> dict[str, Any]:
-    """What a run found and made, by stage: its metrics, but for how long things took, and the digest of its artifact."""
+    """What a run found and made: metrics of its stages, but for how long things took, and digests of artifacts."""
     found = dict[str, Any]()
     for stage in json.loads((folder / "summary.json").read_text())["stages"]:
         metrics = {k: v for k, v in stage["metrics"].items() if "scoring_lag" not in k and "seconds" not in k}
@@ -191,12 +191,13 @@ def test_jobs_run_there_as_here_one_after_the_other(here: Path, site: Site) -> N
     deadline = time.monotonic() + DEADLINE
     first = site.submit("short")
     until(first, site.runs, lambda found: (site.runs / "short/stages/01-language/inputs.json").exists(), deadline)
-    others = [site.submit(name, *TINY) for name in ("second", "third")]
-    for job in others:
+    two = ["resources.trainer_ranks = 2", "resources.trainer_threads = 1"]  # who meet over nodes
+    others = [site.submit("second", *TINY), site.submit("third", *TINY, *two)]
+    for job, needed in zip(others, (2, 3), strict=True):
         waiting = until(
             job, site.runs, lambda found: found.state is jobs.State.WAITING and "free" in found.why, deadline
         )
-        assert "it needs 2 × 1 CPU; 0 of 3 CPU are free" in waiting.why
+        assert waiting.why == f"it needs {needed} × 1 CPU; 0 of 3 CPU are free"
     unwanted = site.submit("unwanted", *TINY)
     until(unwanted, site.runs, lambda found: found.state is jobs.State.WAITING and "free" in found.why, deadline)
     assert jobs.stop(unwanted, site.runs).state is jobs.State.STOPPED
