@@ -212,7 +212,8 @@ def _state(job: JobInfo | JobDetails) -> tuple[State, str]:
         return State.PREEMPTED, "it left a checkpoint for `rlhf resubmit`"
     if job.status is JobStatus.FAILED and job.driver_exit_code is not None:  # Ray's message is the end of the log
         return State.FAILED, f"exit status {job.driver_exit_code}, and `rlhf logs` says why"
-    return STATES[job.status], job.message or ""
+    # of the other states Ray's message says no more than their names
+    return STATES[job.status], (job.message or "") if job.status in (JobStatus.PENDING, JobStatus.FAILED) else ""
 
 
 def _folder(ticket: Ticket) -> Path:
