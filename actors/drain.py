@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.util import placement_group_table
 
 from rlhf.preemption import Preemption
@@ -27,8 +28,14 @@ async def watched(group: Any, preemption: Preemption) -> AsyncIterator[None]:
 
 async def _watch(group: Any, preemption: Preemption) -> None:
     ours = set(placement_group_table(group)["bundles_to_node_id"].values())
+    warned = False
     while True:
-        drained = await asyncio.to_thread(draining)
+        try:
+            drained = await asyncio.to_thread(draining)
+        except RayError as error:  # the head is busy, or away for a moment
+            if not warned:
+                print(f"which machines are drained cannot be asked ({error}); it is asked again")
+            drained, warned = {}, True
         if going := ours & drained.keys():
             left = [drained[node] / 1000 - time.time() for node in going if drained[node]]
             return preemption.ask("its machine is drained", max(min(left, default=math.inf), 0.0))

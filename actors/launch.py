@@ -378,9 +378,12 @@ def _apart() -> Iterator[None]:
         yield
         return
     idle = partial(subprocess.Popen, ["/bin/cat"], stdin=subprocess.PIPE)
-    with idle(), idle(process_group=0) as leader:  # the first so that there is a group to come back to
+    with idle() as kept, idle(process_group=0) as leader:  # the first so that there is a group to come back to
         os.setpgid(0, leader.pid)
         try:
             yield
         finally:
-            os.setpgid(0, ours)
+            with contextlib.suppress(PermissionError):  # whoever led it took it along
+                os.setpgid(0, ours)
+            if kept.poll() == -signal.SIGINT:  # Ctrl-C meanwhile reached that group, without us
+                os.kill(os.getpid(), signal.SIGINT)

@@ -183,7 +183,9 @@ async def _run(recipe: Recipe, plan: Plan, folder: Path, address: str | None, pr
     from rlhf.footprint import Footprint
     from rlhf.tracking import Tracker
 
-    (folder / "recipe.toml").write_text(tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True)))
+    handed_over = {"cluster": {"ray", "kuberay", "slurm"}}  # and an environment may hold keys
+    written = recipe.model_dump(mode="json", exclude_none=True, exclude=handed_over)
+    (folder / "recipe.toml").write_text(tomli_w.dumps(written))
     try:
         with Footprint() as footprint, Tracker(folder, recipe.name, recipe.tracking) as tracker:
             curriculum = Curriculum(recipe, folder, tracker, footprint, preemption=preemption)
@@ -252,6 +254,8 @@ async def _explained(run: Callable[[Preemption], Awaitable[None]], again: str, p
     except (RecipeError, PlanError):
         raise
     except Exception as error:
+        if preemption.asked and not os.environ.get("RLHF_TRACEBACK"):  # what goes wrong as a machine goes
+            return _fail(f"{preemption.lost(f'{type(error).__name__}: {error}')}; {again}", REQUEUE)
         # what libraries raise has no common class; whoever wants to see where it was raised asks for it
         if os.environ.get("RLHF_TRACEBACK"):
             raise
@@ -272,6 +276,11 @@ def _report(folder: Path) -> None:
 
 def plan_command(parsed: argparse.Namespace) -> int:
     recipe = load(parsed.recipe, parsed.override, parsed.cluster)
+    if parsed.cluster is not None and not recipe.cluster.nodes:
+        raise RecipeError(
+            f"{parsed.cluster}: it does not say what machines there are; write [cluster] with nodes = [{{ cpus = 96, "
+            "memory_gib = 1024, gpus = 8, gpu_memory_gib = 80 }]"
+        )
     cluster = None if parsed.cluster is None else Cluster.of(recipe.cluster)
     print(describe(make_plan(recipe, cluster, _verdicts(parsed))))
     return 0
@@ -415,10 +424,9 @@ def report_command(parsed: argparse.Namespace) -> int:
 def submit_command(parsed: argparse.Namespace) -> int:
     from actors import jobs
 
-    files = [*parsed.recipe, *([parsed.cluster] if parsed.cluster else [])]
     flags = {"cluster.to": parsed.to, "cluster.ray.address": parsed.address}
     written = [f"{key} = {json.dumps(value)}" for key, value in flags.items() if value is not None]
-    recipe = load(files, [*parsed.override, *written])
+    recipe = load(parsed.recipe, [*parsed.override, *written], parsed.cluster)
     ticket = jobs.Ticket.of(recipe, parsed.recipe, parsed.override, parsed.runs)
     _require_possible(recipe, parsed)
     if parsed.dry_run:
@@ -429,17 +437,20 @@ def submit_command(parsed: argparse.Namespace) -> int:
 def resubmit_command(parsed: argparse.Namespace) -> int:
     from actors import jobs
 
-    runs = parsed.runs.absolute()
+    runs = parsed.runs = parsed.runs.absolute()
     try:
         ticket = jobs.ticket_of(parsed.job, runs)
-        with contextlib.chdir(ticket.folder):  # where the user stood
-            recipe = load(ticket.files, ticket.overrides).model_copy(update={"cluster": ticket.cluster})
-            _require_possible(recipe, parsed)
-            return _job(lambda: jobs.resubmit(parsed.job, recipe, runs, parsed.port).job)
     except jobs.JobError as error:
         return _fail(error, FAILED)
-    except OSError as error:
-        return _fail(f"{ticket.folder}, where {parsed.job} was submitted, cannot be entered: {error.strerror}", FAILED)
+    with contextlib.ExitStack() as standing:
+        try:
+            standing.enter_context(contextlib.chdir(ticket.folder))  # where the user stood
+        except OSError as error:
+            what = f"{ticket.folder}, where {parsed.job} was submitted, cannot be entered"
+            return _fail(f"{what}: {error.strerror}", FAILED)
+        recipe = load(ticket.files, ticket.overrides).model_copy(update={"cluster": ticket.cluster})
+        _require_possible(recipe, parsed)
+        return _job(lambda: jobs.resubmit(parsed.job, recipe, runs, parsed.port).job)
 
 
 def _require_possible(recipe: Recipe, parsed: argparse.Namespace) -> None:

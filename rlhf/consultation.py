@@ -98,21 +98,21 @@ class Consultation:
             )
         except ValueError as error:
             lines.append(f"verbosity: {error}")
-        pairs = [
-            Pair(item.prompt, item.completion, words)
-            for item in items
-            if (words := _words(item.columns.get("rejected"))) is not None
-        ]
-        if pairs:
-            try:
+        try:
+            pairs = [
+                Pair(item.prompt, item.completion, words)
+                for item in items
+                if (words := _words(item.columns.get("rejected"))) is not None
+            ]
+            if pairs:
                 whole = self._run(compared(pairs, self._judge.replies))
                 count = sum(one.whole for one in whole)
                 lines.append(
                     f"position: the order decides {position_bias(whole):.0%} of {count} pairs; completions get "
                     f"{relative_score(whole):.0f} % of what the rejected replies beside them get"
                 )
-            except ValueError as error:
-                lines.append(f"position: {error}")
+        except ValueError as error:
+            lines.append(f"position: {error}")
         return lines
 
     def _run(self, asked: Any) -> Any:

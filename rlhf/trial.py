@@ -139,11 +139,8 @@ def hold(
     with _asked(function, options, limits) as asked:
         if not isinstance(asked, Consultation):
             asked.score(items[:1])  # what imports take is nobody's latency
-        begun, scores = time.monotonic(), list[Score]()
-        while len(scores) < len(items) and (time.monotonic() < until or not scores):
-            found = asked.score(items[len(scores) : len(scores) + asked.at_once])
-            scores += found
-            scored(len(found))
+        begun = time.monotonic()
+        scores = _in_turn(asked, items, until, scored)
         seconds = time.monotonic() - begun
         tried, each = items[: len(scores)], list[float]()
         for item in tried[: PAID if isinstance(asked, Consultation) else TIMED]:
@@ -163,7 +160,8 @@ def hold(
             biases = asked.biases(tried[:MOVED])
     if against is not None:
         with _asked(against, {}, limits) as asked:
-            other = [score.value for score in asked.score(tried)]
+            other = [score.value for score in _in_turn(asked, tried, until)]
+            other += [None] * (len(tried) - len(other))
     elif truth is not None:
         other = [float(item.columns[truth]) for item in tried]
     return Trial(
@@ -178,6 +176,21 @@ def hold(
         left=len(items) - len(tried),
         biases=tuple(biases),
     )
+
+
+def _in_turn(
+    asked: _Function | Consultation,
+    items: Sequence[Item],
+    until: float,
+    scored: Callable[[int], None] = lambda count: None,  # noqa: ARG005
+) -> list[Score]:
+    """Scores of the first items, as many as there is time for, and of some at least."""
+    scores = list[Score]()
+    while len(scores) < len(items) and (time.monotonic() < until or not scores):
+        found = asked.score(items[len(scores) : len(scores) + asked.at_once])
+        scores += found
+        scored(len(found))
+    return scores
 
 
 @dataclass(frozen=True)

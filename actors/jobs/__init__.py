@@ -65,8 +65,16 @@ def backend(ticket: Ticket, runs: Path, port: int | None = None) -> Backend:
 
 def submit(ticket: Ticket, recipe: Recipe, runs: Path, port: int | None = None) -> Ticket:
     """Hand a new ticket's job over, and keep the ticket in `runs`; returns it with its native name."""
-    ticket = replace(ticket, native=backend(ticket, runs, port).submit(ticket, recipe))
-    tickets.keep(ticket, runs)
+    try:
+        tickets.keep(ticket, runs)  # before anything runs that nobody could find again
+        ticket = replace(ticket, native=backend(ticket, runs, port).submit(ticket, recipe))
+        tickets.keep(ticket, runs)
+    except OSError as error:
+        started = f"; the job runs as {ticket.native!r}" if ticket.native else ""
+        raise JobError(f"{runs / tickets.FOLDER}: no ticket can be kept there ({error}){started}") from error
+    except BaseException:
+        tickets.drop(ticket, runs)
+        raise
     return ticket
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import requests
 from ray.exceptions import AuthenticationError
@@ -140,6 +141,7 @@ class RayCluster:
             python = "python" if ray.pip else sys.executable  # that of Ray's environment with those packages
             environment |= in_place(folder)
         else:
+            _require_runs(ticket, ray.address)
             sent = archive_of(folder, ticket.files, recipe, self.runs.absolute())
             files = tuple(sent.recipes.get(file, file) for file in ticket.files)
             environment |= {"working_dir": str(folder), "py_modules": [*map(str, packages())]}
@@ -184,6 +186,15 @@ class RayCluster:
                 time.sleep(0.2)
             if ticket.cluster.ray.address is None:
                 _retire(client, _folder(ticket))
+
+
+def _require_runs(ticket: Ticket, address: str) -> None:
+    """Raise JobError where the run folders would be where they lie here, on machines that do not see this one's."""
+    if ticket.cluster.runs is None and urlsplit(address).hostname not in ("127.0.0.1", "localhost", "::1"):
+        raise JobError(
+            f"the nodes behind {address} may not see {ticket.runs}; say where run folders lie there, on storage that "
+            "all of them share: -o 'cluster.runs = \"/shared/runs\"', or in the site's file"
+        )
 
 
 def _retire(client: JobSubmissionClient, folder: Path) -> None:

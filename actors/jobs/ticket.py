@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
+import tomllib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -59,7 +60,8 @@ class Ticket:
 
         own = {"ray", "kuberay", "slurm"}  # how to hand a job over, which is done; and its environment is nobody else's
         cluster = self.cluster.model_dump(mode="json", exclude=own, exclude_unset=True, exclude_none=True)
-        overrides = [*self.overrides, *([tomli_w.dumps({"cluster": cluster})] if cluster else [])]
+        others = [override for override in self.overrides if tomllib.loads(override).keys() != {"cluster"}]
+        overrides = [*others, *([tomli_w.dumps({"cluster": cluster})] if cluster else [])]
         return [
             *(files or self.files),
             *(part for override in overrides for part in ("-o", override)),
@@ -77,6 +79,11 @@ def keep(ticket: Ticket, runs: Path) -> None:
     (runs / FOLDER).mkdir(mode=0o700, parents=True, exist_ok=True)
     cluster = ticket.cluster.model_dump(mode="json", exclude_unset=True)
     write_json(runs / FOLDER / f"{ticket.job}.json", asdict(ticket) | {"cluster": cluster})
+
+
+def drop(ticket: Ticket, runs: Path) -> None:
+    """Of a job that was not handed over."""
+    (runs / FOLDER / f"{ticket.job}.json").unlink(missing_ok=True)
 
 
 def find(job: str, runs: Path) -> Ticket | None:

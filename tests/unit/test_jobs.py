@@ -254,3 +254,23 @@ def readable(path: Path) -> bool:
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) in (0, 1)
     return os.waitstatus_to_exitcode(status) == 0
+
+
+def test_what_another_machine_cannot_see_is_not_sent_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run folders of this machine mean nothing on a cluster's, and keys are on no command line."""
+    monkeypatch.chdir(tmp_path)
+    files, overrides = (
+        [str(Path(__file__).parents[2] / "recipes" / "think_fusion_digits.toml")],
+        ["cluster.ray.env = {KEY = 'secret'}"],
+    )
+    for runs, refused in ((None, True), ("/shared/runs", False)):
+        more = ["cluster.ray.address = 'http://192.0.2.7:8265'", *([f"cluster.runs = '{runs}'"] if runs else [])]
+        recipe = load(files, [*overrides, *more])
+        ticket = jobs.Ticket.of(recipe, files, [*overrides, *more, "seed = 3"], tmp_path)
+        assert "secret" not in " ".join(ticket.arguments())
+        assert "seed = 3" in ticket.arguments()
+        if refused:
+            with pytest.raises(jobs.JobError, match=r"may not see .*cluster\.runs"):
+                jobs.render(ticket, recipe, tmp_path)
+        else:
+            assert "--runs /shared/runs" in jobs.render(ticket, recipe, tmp_path)

@@ -257,10 +257,16 @@ def test_every_model_is_planned_as_its_comment_says(
     assert "on the GPU of a trainer rank" in capsys.readouterr().out
 
 
-def test_a_site_file_says_what_machines_there_are_and_nothing_else(tmp_path: Path) -> None:
+def test_a_site_file_says_what_machines_there_are_and_nothing_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     site = tmp_path / "site.toml"
+    site.write_text("[cluster]\nqueue = 'gpus'\n")
+    assert load([CURRICULUM], site=site).cluster.queue == "gpus"  # enough to be submitted somewhere
+    assert main(["plan", str(CURRICULUM), "--cluster", str(site)]) == 2
+    assert "site.toml: it does not say what machines there are; write [cluster] with" in capsys.readouterr().err
     for text, words in {
-        "[cluster]\nqueue = 'gpus'\n": r"site\.toml: a site file says what machines there are; write \[cluster\] with",
+        "cluster = 3\n": r"site\.toml: a site file says where jobs run; write \[cluster\] with",
         "nodes = 3\n": r"site\.toml: a site file holds \[cluster\] alone, and this one nodes too",
         "[resources]\nlr = 1\n[cluster]\nnodes = [{cpus = 1, memory_gib = 1}]\n": r"and this one resources too",
         "[cluster]\nnodes = [{cpus = 1, memory = 1}]\n": r"site\.toml: unknown key 'cluster\.nodes\.0\.memory'",
