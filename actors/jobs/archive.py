@@ -32,11 +32,6 @@ class Archive:
     files: tuple[Path, ...]
     recipes: dict[str, str]
 
-    @property
-    def size(self) -> int:
-        """Bytes, before they are compressed."""
-        return sum((self.folder / file).stat().st_size for file in self.files)
-
     def write(self, path: Path) -> None:
         """Write it, as a zip file."""
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as zipped:
@@ -73,6 +68,8 @@ def _kept(folder: Path, root: Path, runs: Path) -> Iterator[Path]:
     """The files under a folder that are sent, seen from `root`. A link to a folder is no file, and is not followed."""
     tracked = any((parent / ".git").exists() for parent in (folder.resolve(), *folder.resolve().parents))
     for path in _known_to_git(folder) if tracked else sorted(folder.iterdir()):
+        if path == folder:  # all that git says of a submodule that is not there
+            continue
         inner = (path, *(parent for parent in path.parents if folder in parent.parents))
         if any(_is_left(one, runs) for one in inner):
             continue

@@ -45,7 +45,10 @@ def test_what_git_ignores_stays_and_what_it_does_not_know_yet_goes(tmp_path: Pat
     assert sent(tmp_path) == {".gitignore", "a.toml", "inner/.gitignore", "inner/b.py"}
     assert sent(tmp_path / "inner") == {".gitignore", "b.py"}  # what is ignored is known above it
     subprocess.run(["git", "init", "--quiet", tmp_path / "inner"], check=True, timeout=30)  # a repository within
-    assert "inner/b.py" in sent(tmp_path)
+    absent = ["update-index", "--add", "--cacheinfo", f"160000,{'1' * 40},absent"]  # and one that was not fetched
+    subprocess.run(["git", "-C", tmp_path, *absent], check=True, timeout=30)
+    (tmp_path / "absent").mkdir()
+    assert sent(tmp_path) == {".gitignore", "a.toml", "inner/.gitignore", "inner/b.py"}
 
 
 def test_what_the_recipe_names_must_be_sent_or_absolute(tmp_path: Path) -> None:
