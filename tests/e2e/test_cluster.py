@@ -31,8 +31,8 @@ pytestmark = [pytest.mark.timeout(3300), pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
 DEADLINE = 1500.0  # of the run here, and of all jobs there, on a machine much slower than the usual
-STAGES = ("vision", "align", "instruct", "upcycle", "long-cot", "difficulty", "own-chains", "own-heldout", "judge")
-STAGES += ("judge-of-own", "rejection", "think-fusion", "hard-cases", "rl-mixed", "adapter", "preferred", "measured")
+DIGITS = [ROOT / "recipes" / "think_fusion_digits.toml", ROOT / "recipes" / "sizes" / "smoke.toml"]
+OTHERS = [stage.name for stage in load(DIGITS).stages if stage.name not in ("language", "rl-verifiable")]
 SHORT = """
 name = "short"
 data.questions = {builder = "plugged.rows:build"}
@@ -51,7 +51,7 @@ evaluate = "none"
 rewards.format = {remove = true}
 rewards.answer = {function = "own/letters.py:variety", weight = 0.5}
 rewards.length = {function = "plugged.lengths:short", weight = 0.5}
-""" + "".join(f"[stages.{name}]\nremove = true\n" for name in STAGES)
+""" + "".join(f"[stages.{name}]\nremove = true\n" for name in OTHERS)
 TINY = ["stages.rl-verifiable.remove = true"]
 PLUGGED = {
     "own/letters.py": "from own.counting import kinds\ndef variety(item):\n    return kinds(item.token_ids) / 12\n",
