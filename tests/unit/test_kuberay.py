@@ -369,6 +369,28 @@ def test_a_driver_that_ray_stops_too_is_told_twice_and_ends_once(desk: Desk, tmp
         assert driver.wait(timeout=30) == 75
 
 
+def test_no_signal_costs_the_drivers_status(desk: Desk, tmp_path: Path) -> None:
+    place, environment = scripts(desk, tmp_path)
+    (tmp_path / "bin" / "rlhf").write_text(
+        f"#!{sys.executable}\nimport os, pathlib, signal, time\n"
+        "told = []\nsignal.signal(signal.SIGTERM, lambda *_: told.append(1))\n"
+        "pathlib.Path('ready').touch()\nend = time.monotonic() + 30\n"
+        "while not told and time.monotonic() < end: time.sleep(0.01)\ntime.sleep(0.05)\nos._exit(7)\n"
+    )
+    for _ in range(10):  # an interrupted `wait` loses the status of one in five
+        with subprocess.Popen(["bash", place / "run.sh"], env=environment, start_new_session=True) as driver:
+            deadline = time.monotonic() + 30
+            while not (desk.folder / "ready").exists():
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            while driver.poll() is None:
+                assert time.monotonic() < deadline
+                os.kill(driver.pid, signal.SIGTERM)
+                time.sleep(0.005)
+        assert driver.returncode == 7
+        (desk.folder / "ready").unlink()
+
+
 # --- kubectl
 
 
