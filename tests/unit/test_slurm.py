@@ -43,8 +43,10 @@ FAKES = {
 echo "srun $*" >>"$CALLS"
 count=1 tasks=()
 while [[ $1 == --* ]]; do [[ $1 != --ntasks=* ]] || count=${1#*=}; shift; done
-trap 'kill -TERM "${tasks[@]}" 2>/dev/null || true' TERM
+trap 'kill -USR2 "${tasks[@]}" 2>/dev/null || true' USR2
+set -m # each with what it starts is a process group, which is what Slurm signals
 for ((id = 0; id < count; id++)); do SLURM_NODEID=$id "$@" & tasks+=($!); done
+printf '%s\\n' "${tasks[@]}" >"$JOINED/tasks"
 for task in "${tasks[@]}"; do
   while kill -0 "$task" 2>/dev/null; do wait "$task" || true; done
 done
@@ -287,6 +289,20 @@ def test_a_job_that_is_told_to_go_is_queued_again(site: Site, number: signal.Sig
     order = [call for call in site.calls if call in ("rlhf told", "srun ended") or "requeue" in call]
     assert order.index("srun ended") == 1  # Ray lives until the driver has saved, and no longer than the job
     assert "queued again" in printed
+    assert process.returncode == 75
+    assert_nothing_is_left(site)
+
+
+def test_a_notice_to_the_nodes_alone_reaches_the_driver_first(site: Site) -> None:
+    process = start(site, script_of(site), DRIVER_SECONDS="60")
+    until(lambda: (site.folder / "joined" / "driver").exists())
+    for task in (site.folder / "joined" / "tasks").read_text().split():
+        os.killpg(int(task), signal.SIGTERM)  # as Slurm signals the steps of what it preempts
+    ended(process)
+    order = [call for call in site.calls if call == "rlhf told" or call.startswith("ray ended")]
+    assert order[0] == "rlhf told"
+    assert sorted(order[1:]) == ["ray ended 0", "ray ended 1"]
+    assert [call for call in site.calls if "scontrol requeue" in call]
     assert process.returncode == 75
     assert_nothing_is_left(site)
 
