@@ -6,6 +6,7 @@ Everything goes by Slurm's own commands, from a machine that sees the folders th
 from __future__ import annotations
 
 import math
+import re
 import shlex
 import time
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ FOLLOW_SECONDS, ASK_SECONDS = 1.0, 15.0  # between looks at the log; between que
 RAY_END_SECONDS = 60  # that Ray may take to end on all nodes, after the driver
 END_SECONDS = RAY_END_SECONDS + 60.0  # and Slurm, to tell of it
 STOPPED, REQUEUE = "76:0", "75:0"  # exit codes of the script: stopped by us; told to go and not queued again
+NO_ACCOUNTS = re.compile("accounting storage is disabled", re.IGNORECASE)  # says sacct
 # what `render` writes itself, each from its place in [cluster]
 OWN_OPTIONS = (
     *("job-name", "nodes", "ntasks-per-node", "cpus-per-task", "mem", "gpus-per-node", "time", "partition", "qos"),
@@ -224,12 +226,31 @@ def _why(word: str, reason: str) -> str:
     return told if word == "RUNNING" else f"{plain}: {told}" if told else plain
 
 
+def _remembered(ticket: Ticket) -> str | None:
+    """What the controller knows of a job, as sacct would say it; None where it has forgotten it."""
+    try:
+        told = ask("scontrol", "show", "job", ticket.native, "-o", absent=LOGIN)
+    except RefusedError as refused:
+        if "Invalid job id" not in refused.said:
+            raise
+        return None
+    fields = dict(word.partition("=")[::2] for word in told.split())
+    return f"{fields['JobState']}|{fields['ExitCode']}"
+
+
 def _ended(ticket: Ticket) -> tuple[State, str]:
-    """Of a job that has left the queue, by Slurm's accounting."""
+    """Of a job that has left the queue, by Slurm's accounting, or where it keeps none, by its controller, which
+    remembers a job for some minutes."""
     columns = "--format=State,ExitCode"
-    rows = ask(
-        *("sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={ticket.native}", columns), absent=LOGIN
-    )
+    try:
+        rows = ask(
+            *("sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={ticket.native}", columns), absent=LOGIN
+        )
+    except RefusedError as refused:
+        if not NO_ACCOUNTS.search(refused.said):
+            raise
+        if (rows := _remembered(ticket)) is None:
+            return State.FAILED, "Slurm keeps no accounts, so how it ended is not known"
     if not rows.strip():
         raise JobError(f"neither squeue nor sacct knows job {ticket.native} ({ticket.job}); is this its cluster?")
     told, _, code = rows.splitlines()[-1].partition("|")

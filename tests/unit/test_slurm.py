@@ -422,6 +422,34 @@ def test_states(site: Site, queued: str, accounted: str, state: State, why: str)
     assert Slurm().state(replace(ticket, native="17")) == (state, why)
 
 
+@pytest.mark.parametrize(
+    ("shown", "state", "why"),
+    [
+        (
+            "echo 'JobId=17 JobName=a JobState=FAILED Reason=None ExitCode=3:0 Command=(null)'",
+            State.FAILED,
+            "exit status 3",
+        ),
+        ("echo 'JobId=17 JobState=FAILED ExitCode=75:0'", State.PREEMPTED, "it was not queued again"),
+        ("echo 'JobId=17 JobState=COMPLETED ExitCode=0:0'", State.SUCCEEDED, ""),
+        (
+            "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1",
+            State.FAILED,
+            "Slurm keeps no accounts, so how it ended is not known",
+        ),
+    ],
+)
+def test_states_without_accounts(site: Site, shown: str, state: State, why: str) -> None:
+    site.fake("squeue", "exit 0")
+    site.fake("sacct", "echo 'Slurm accounting storage is disabled' >&2; exit 1")
+    site.fake("scontrol", shown)
+    ticket = replace(make(site.folder)[0], native="17")
+    assert Slurm().state(ticket) == (state, why)
+    site.fake("sacct", "echo 'Unable to connect to database' >&2; exit 1")
+    with pytest.raises(JobError, match="Unable to connect"):
+        Slurm().state(ticket)
+
+
 def test_a_job_that_nobody_knows(site: Site) -> None:
     site.fake("squeue", "exit 0")
     site.fake("sacct", "exit 0")
