@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from actors.jobs.backend import JobError, State
+from actors.jobs.backend import REQUEUE, JobError, State, machines_of
 from actors.jobs.command import ANSWER_SECONDS, RefusedError, ask
 from actors.jobs.shipment import Shipment, functions_of
 from actors.jobs.ticket import Ticket
@@ -38,7 +38,6 @@ POD_END_SECONDS = 30  # for Ray itself, after the driver
 DEADLINE_SECONDS = 60.0  # for the API to forget a deleted job, beyond its pods' grace
 ASK_SECONDS = 5.0  # between questions whether a job has begun
 FOLDER = ".kuberay"  # under cluster.runs
-REQUEUE = 75  # of the driver: it has left a checkpoint and asks to be started again
 
 
 class _Yaml(yaml.SafeDumper):
@@ -306,11 +305,7 @@ def _ray_job(ticket: Ticket, recipe: Recipe) -> dict[str, Any]:
 
 def _require(ticket: Ticket) -> None:
     """Raise JobError for what a RayJob needs of [cluster] and is not given."""
-    cluster = ticket.cluster
-    if not cluster.nodes:
-        raise JobError(
-            "[[cluster.nodes]] is not given: say how many machines with which cores, memory and GPUs it gets"
-        )
+    cluster, kinds = ticket.cluster, machines_of(ticket)
     if cluster.kuberay.claim is None:
         raise JobError(
             "cluster.kuberay.claim is not given: checkpoints must outlive pods; name a PersistentVolumeClaim that all "
@@ -320,8 +315,8 @@ def _require(ticket: Ticket) -> None:
         raise JobError('cluster.runs must be the path at which the claim is mounted in every pod, such as "/runs"')
     if cluster.priority is not None and cluster.queue is None:
         raise JobError(f"cluster.priority = {cluster.priority!r} is Kueue's: give cluster.queue, or remove it")
-    if len(cluster.nodes) > MOST_GROUPS:
-        raise JobError(f"[[cluster.nodes]] has {len(cluster.nodes)} kinds of machine, and {MOST_GROUPS} can be queued")
+    if len(kinds) > MOST_GROUPS:
+        raise JobError(f"[[cluster.nodes]] has {len(kinds)} kinds of machine, and {MOST_GROUPS} can be queued")
 
 
 def _submitter(cluster: ClusterTable) -> dict[str, Any]:
