@@ -7,11 +7,22 @@ from enum import Enum
 from typing import Protocol
 
 from actors.jobs.ticket import Ticket
-from rlhf.recipe import Recipe
+from rlhf.recipe import NodesTable, Recipe
+
+REQUEUE = 75  # exit status of a driver that has left a checkpoint and asks to be started again; also in attend.sh
 
 
 class JobError(RuntimeError):
     """A job or a cluster that cannot be reached, started or found; the message says what to do."""
+
+
+def machines_of(ticket: Ticket) -> list[NodesTable]:
+    """The kinds of machine that a job gets, at least one. Raises JobError where [cluster] names none."""
+    if not ticket.cluster.nodes:
+        raise JobError(
+            "[[cluster.nodes]] is not given: say how many machines with which cores, memory and GPUs it gets"
+        )
+    return ticket.cluster.nodes
 
 
 class State(Enum):

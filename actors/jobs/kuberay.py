@@ -10,6 +10,7 @@ import math
 import re
 import shlex
 import subprocess
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -18,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from actors.jobs.backend import JobError, State
+from actors.jobs.backend import REQUEUE, JobError, State, machines_of
 from actors.jobs.command import ANSWER_SECONDS, RefusedError, ask
 from actors.jobs.shipment import Shipment, functions_of
 from actors.jobs.ticket import Ticket
@@ -34,8 +35,9 @@ RETRIES = 3  # new clusters after a pod was lost; each continues from the last c
 KEPT_SECONDS = 600  # that the pods of an ended job stay, for whoever looks
 MOST_GROUPS = 5  # of workers: Kueue admits eight sets of pods, and a RayJob has up to three of another kind
 POD_END_SECONDS = 30  # for Ray itself, after the driver
-DEADLINE_SECONDS = 30.0  # for the API to forget a deleted job, beyond its pods' grace
-REQUEUE = 75  # of the driver: it has left a checkpoint and asks to be started again
+DEADLINE_SECONDS = 60.0  # for the API to forget a deleted job, beyond its pods' grace
+ASK_SECONDS = 5.0  # between questions whether a job has begun
+FOLDER = ".kuberay"  # under cluster.runs
 
 
 class _Yaml(yaml.SafeDumper):
@@ -75,6 +77,9 @@ class KubeRay:
 
     def logs(self, ticket: Ticket, follow: bool) -> Iterator[str]:
         state, why = self.state(ticket)
+        while follow and state is State.WAITING:  # as long as it is queued, which whoever follows may end
+            time.sleep(ASK_SECONDS)
+            state, why = self.state(ticket)
         if state is State.WAITING:
             raise JobError(f"job {ticket.job!r} has printed nothing yet: it is waiting ({why})")
         # the submitter's pod prints what the driver does
@@ -91,11 +96,13 @@ class KubeRay:
                 printing.terminate()
 
     def stop(self, ticket: Ticket) -> None:
-        seconds = _grace(ticket.cluster) + DEADLINE_SECONDS
+        seconds = _pod_grace(ticket.cluster) + DEADLINE_SECONDS
         # foreground: it is gone when its pods are, which end when the driver has saved
         options = ["--ignore-not-found", "--cascade=foreground", "--wait", f"--timeout={seconds:.0f}s"]
-        for kind in ("rayjobs.ray.io", "configmaps"):
-            _kubectl(ticket, "delete", kind, ticket.native, *options, seconds=seconds + ANSWER_SECONDS)
+        try:
+            _kubectl(ticket, "delete", "rayjobs.ray.io", ticket.native, *options, seconds=seconds + ANSWER_SECONDS)
+        finally:  # pods have it mounted already
+            _kubectl(ticket, "delete", "configmaps", ticket.native, "--ignore-not-found")
 
 
 def name_of(job: str) -> str:
@@ -182,7 +189,9 @@ def _files(ticket: Ticket, recipe: Recipe) -> dict[str, Any]:
     scripts = {
         "run.sh": _script(ticket, arguments=arguments),
         "end-head.sh": END_HEAD.format(pid_file=PID_FILE, seconds=ticket.cluster.grace_seconds),
-        "end-worker.sh": END_WORKER.format(running=shlex.quote(_running(ticket)), seconds=_grace(ticket.cluster)),
+        "end-worker.sh": END_WORKER.format(
+            running=shlex.quote(_beside(ticket, "running")), seconds=_grace(ticket.cluster)
+        ),
     }
     return {
         "apiVersion": "v1",
@@ -213,7 +222,12 @@ while [[ -e {running} ]] && ((SECONDS < {seconds})); do sleep 1; done
 def _script(ticket: Ticket, arguments: list[str]) -> str:
     """What the driver starts with."""
     here = Path(__file__)
-    variables = {"running": _running(ticket), "pid_file": PID_FILE, "work": WORK}
+    variables = {
+        "running": _beside(ticket, "running"),
+        "ended": _beside(ticket, "ended"),
+        "pid_file": PID_FILE,
+        "work": WORK,
+    }
     assigned = "".join(f"{name}={shlex.quote(value)}\n" for name, value in variables.items())
     return (
         f"#!/bin/bash\nset -euo pipefail\n\n{assigned}arguments=({shlex.join(arguments)})\n\n"
@@ -221,14 +235,19 @@ def _script(ticket: Ticket, arguments: list[str]) -> str:
     )
 
 
-def _running(ticket: Ticket) -> str:
-    """A file on the shared volume that is there while the driver is."""
-    return f"{ticket.runs}/.jobs/{name_of(ticket.job)}.running"
+def _beside(ticket: Ticket, what: str) -> str:
+    """A file of this job on the shared volume: `running` is there while the driver is, `ended` says with what."""
+    return f"{ticket.runs}/{FOLDER}/{name_of(ticket.job)}.{what}"
 
 
 def _grace(cluster: ClusterTable) -> int:
-    """Seconds that a pod may take to end: the driver's, and Ray's."""
+    """Seconds that a pod's preStop may wait for the driver."""
     return cluster.grace_seconds + POD_END_SECONDS
+
+
+def _pod_grace(cluster: ClusterTable) -> int:
+    """Seconds that a pod may take to end: the driver's, and Ray's."""
+    return _grace(cluster) + POD_END_SECONDS
 
 
 def _metadata(ticket: Ticket, labels: Mapping[str, str]) -> dict[str, Any]:
@@ -286,11 +305,7 @@ def _ray_job(ticket: Ticket, recipe: Recipe) -> dict[str, Any]:
 
 def _require(ticket: Ticket) -> None:
     """Raise JobError for what a RayJob needs of [cluster] and is not given."""
-    cluster = ticket.cluster
-    if not cluster.nodes:
-        raise JobError(
-            "[[cluster.nodes]] is not given: say how many machines with which cores, memory and GPUs it gets"
-        )
+    cluster, kinds = ticket.cluster, machines_of(ticket)
     if cluster.kuberay.claim is None:
         raise JobError(
             "cluster.kuberay.claim is not given: checkpoints must outlive pods; name a PersistentVolumeClaim that all "
@@ -300,8 +315,8 @@ def _require(ticket: Ticket) -> None:
         raise JobError('cluster.runs must be the path at which the claim is mounted in every pod, such as "/runs"')
     if cluster.priority is not None and cluster.queue is None:
         raise JobError(f"cluster.priority = {cluster.priority!r} is Kueue's: give cluster.queue, or remove it")
-    if len(cluster.nodes) > MOST_GROUPS:
-        raise JobError(f"[[cluster.nodes]] has {len(cluster.nodes)} kinds of machine, and {MOST_GROUPS} can be queued")
+    if len(kinds) > MOST_GROUPS:
+        raise JobError(f"[[cluster.nodes]] has {len(kinds)} kinds of machine, and {MOST_GROUPS} can be queued")
 
 
 def _submitter(cluster: ClusterTable) -> dict[str, Any]:
@@ -347,7 +362,7 @@ def _pod(ticket: Ticket, recipe: Recipe, nodes: NodesTable, files: list[tuple[st
     scripts = ("run.sh", "end-head.sh", "end-worker.sh")
     spec = {
         "restartPolicy": "Never",
-        "terminationGracePeriodSeconds": _grace(cluster) + POD_END_SECONDS,
+        "terminationGracePeriodSeconds": _pod_grace(cluster),
         "automountServiceAccountToken": kube.service_account is not None,
         **({} if kube.service_account is None else {"serviceAccountName": kube.service_account}),
         **({"nodeSelector": kube.node_selector} if kube.node_selector else {}),

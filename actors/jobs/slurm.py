@@ -6,13 +6,14 @@ Everything goes by Slurm's own commands, from a machine that sees the folders th
 from __future__ import annotations
 
 import math
+import re
 import shlex
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from actors.jobs.backend import JobError, State
+from actors.jobs.backend import REQUEUE, JobError, State, machines_of
 from actors.jobs.command import RefusedError, ask
 from actors.jobs.ticket import Ticket
 from rlhf.recipe import NodesTable, Recipe
@@ -22,7 +23,8 @@ OBJECT_STORE = 0.3  # of a node's memory, as Ray itself would take it: here of w
 FOLLOW_SECONDS, ASK_SECONDS = 1.0, 15.0  # between looks at the log; between questions whether the job has ended
 RAY_END_SECONDS = 60  # that Ray may take to end on all nodes, after the driver
 END_SECONDS = RAY_END_SECONDS + 60.0  # and Slurm, to tell of it
-STOPPED, REQUEUE = "76:0", "75:0"  # exit codes of the script: stopped by us; told to go and not queued again
+STOPPED = 76  # exit status of the script: told to go by us; REQUEUE, where it was not queued again
+NO_ACCOUNTS = re.compile("accounting storage is disabled", re.IGNORECASE)  # says sacct
 # what `render` writes itself, each from its place in [cluster]
 OWN_OPTIONS = (
     *("job-name", "nodes", "ntasks-per-node", "cpus-per-task", "mem", "gpus-per-node", "time", "partition", "qos"),
@@ -149,11 +151,7 @@ class Slurm:
 
 def _nodes(ticket: Ticket) -> NodesTable:
     """The machines of a job, which are of one kind. Raises JobError for others, or none."""
-    kinds = ticket.cluster.nodes
-    if not kinds:
-        raise JobError(
-            "[[cluster.nodes]] is not given: say how many machines with which cores, memory and GPUs it gets"
-        )
+    kinds = machines_of(ticket)
     if len(kinds) > 1:
         raise JobError(
             f"[[cluster.nodes]] has {len(kinds)} kinds of machine, and a job of Slurm gets one kind; give one table, "
@@ -224,19 +222,39 @@ def _why(word: str, reason: str) -> str:
     return told if word == "RUNNING" else f"{plain}: {told}" if told else plain
 
 
+def _remembered(ticket: Ticket) -> str | None:
+    """What the controller knows of a job, as sacct would say it; None where it has forgotten it."""
+    try:
+        told = ask("scontrol", "show", "job", ticket.native, "-o", absent=LOGIN)
+    except RefusedError as refused:
+        if "Invalid job id" not in refused.said:
+            raise
+        return None
+    fields = dict(word.partition("=")[::2] for word in told.split())
+    return f"{fields['JobState']}|{fields['ExitCode']}"
+
+
 def _ended(ticket: Ticket) -> tuple[State, str]:
-    """Of a job that has left the queue, by Slurm's accounting."""
+    """Of a job that has left the queue, by Slurm's accounting, or where it keeps none, by its controller, which
+    remembers a job for some minutes."""
     columns = "--format=State,ExitCode"
-    rows = ask(
-        *("sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={ticket.native}", columns), absent=LOGIN
-    )
+    try:
+        rows = ask(
+            *("sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={ticket.native}", columns), absent=LOGIN
+        )
+    except RefusedError as refused:
+        if not NO_ACCOUNTS.search(refused.said):
+            raise
+        if (rows := _remembered(ticket)) is None:
+            return State.FAILED, "Slurm keeps no accounts, so how it ended is not known"
     if not rows.strip():
         raise JobError(f"neither squeue nor sacct knows job {ticket.native} ({ticket.job}); is this its cluster?")
     told, _, code = rows.splitlines()[-1].partition("|")
     word = told.partition(" ")[0].rstrip("+")  # "CANCELLED by 1000"
-    if word == "FAILED" and code in (STOPPED, REQUEUE):
-        stopped = code == STOPPED
-        return (State.STOPPED, "it was stopped") if stopped else (State.PREEMPTED, "it was not queued again")
-    status = code.partition(":")[0]
+    status = code.partition(":")[0]  # of "75:0", where the second is a signal
+    if word == "FAILED" and status == str(STOPPED):
+        return State.STOPPED, "it was stopped"
+    if word == "FAILED" and status == str(REQUEUE):
+        return State.PREEMPTED, "it was not queued again"
     why = f"exit status {status}" if word == "FAILED" else told.lower().replace("_", " ")
     return _state(word), "" if word == "COMPLETED" else why

@@ -1,7 +1,7 @@
 # The batch shell of a job, on the first node: a Ray cluster over the allocation, then the driver. Ray has ended on every
 # node when this shell ends, whatever happens.
 
-stopped='' cluster=''
+stopped='' cluster='' watching=''
 state="$folder/.slurm-$SLURM_JOB_ID" # on the file system that all nodes share
 ray_log="$folder/$job.ray.log"
 
@@ -11,11 +11,13 @@ prepare() { # what the site asks for; modules and environments read what may not
   set -u
 }
 
-node() { # what runs on each node: one of Ray's, until it is told to end
+node() { # what runs on each node: one of Ray's, in a session that Slurm's signals do not reach, until it is told to end
   local own=127.0.0.1 ports
   ray='' temporary="/tmp/rlhf-$SLURM_JOB_ID-$SLURM_NODEID"
   trap leave EXIT
-  trap 'exit 143' TERM INT
+  # Slurm's own notices come as these; the script's end does not, so that Ray lives until the driver has saved
+  trap 'touch "$state/told"' TERM INT
+  trap 'exit 143' USR2
   prepare
   rm -rf "$temporary"
   mkdir -m 700 "$temporary"
@@ -25,7 +27,7 @@ node() { # what runs on each node: one of Ray's, until it is told to end
   if ((SLURM_NODEID == 0)); then
     ((nodes == 1)) || own=$(python -m actors.nodes address "$second_host")
     ports+=(--ray-client-server-port="$(python -m actors.nodes port)") # the one that Ray wants to be told
-    ray start --head --block --disable-usage-stats --include-dashboard=false --port=0 --node-ip-address="$own" \
+    setsid ray start --head --block --disable-usage-stats --include-dashboard=false --port=0 --node-ip-address="$own" \
       --temp-dir="$temporary" "${ports[@]}" "${resources[@]}" &
     ray=$!
     soon test -s "$temporary/ray_current_cluster"
@@ -34,11 +36,12 @@ node() { # what runs on each node: one of Ray's, until it is told to end
   else
     own=$(python -m actors.nodes address "$first_host")
     soon test -s "$state/address"
-    ray start --block --disable-usage-stats --address="$(<"$state/address")" --node-ip-address="$own" \
+    setsid ray start --block --disable-usage-stats --address="$(<"$state/address")" --node-ip-address="$own" \
       --temp-dir="$temporary" "${ports[@]}" "${resources[@]}" &
     ray=$!
   fi
-  wait "$ray"
+  until gone "$ray"; do wait "$ray" || true; done
+  exit 1 # nobody asked it to
 }
 
 soon() { # wait until a command succeeds, as long as a cluster may take to start and Ray has not ended
@@ -59,7 +62,7 @@ family() { # the processes under one
 
 leave() { # end this node's Ray: what it started is listed before, since some of that outlives it
   local left
-  trap '' TERM INT
+  trap '' TERM INT USR2
   if [[ -n $ray ]]; then
     mapfile -t left < <(family "$ray")
     kill -TERM "$ray" 2>/dev/null || true
@@ -80,10 +83,16 @@ within() { # wait so many seconds until a command succeeds
   done
 }
 
+watch() { # for a notice that Slurm gave to the nodes alone, as it does when it preempts
+  until [[ -e $state/told ]]; do sleep 0.5; done
+  kill -TERM $$
+}
+
 finish() { # end Ray on every node: srun hands the signal on to its tasks
   trap '' TERM USR1 INT
+  [[ -z $watching ]] || kill -TERM "$watching" 2>/dev/null || true
   if [[ -n $cluster ]]; then
-    kill -TERM "$cluster" 2>/dev/null || true
+    kill -USR2 "$cluster" 2>/dev/null || true
     within 30 gone "$cluster" || kill -KILL "$cluster" 2>/dev/null || true
     cluster=''
   fi
@@ -115,6 +124,8 @@ parts+=$'\n'$(declare -f setup prepare node soon family leave gone within)
 srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpus-per-task="$cpus" --kill-on-bad-exit=1 --export=ALL \
   bash -c "set -euo pipefail"$'\n'"$parts"$'\n'node >>"$ray_log" 2>&1 &
 cluster=$!
+watch &
+watching=$!
 
 attend python -m actors.nodes join "$state/address" "$nodes" "$start_seconds" "$cluster"
 if ((status == 0)); then

@@ -337,7 +337,18 @@ def test_a_driver_ends_as_it_ends(desk: Desk, tmp_path: Path) -> None:
     called = (tmp_path / "called").read_text()
     assert called.startswith("run small.toml -o seed = 1 -o [cluster]")
     assert called.rstrip().endswith(f"--runs {tmp_path}/runs --address auto")
-    assert not list((tmp_path / "runs" / ".jobs").glob("*"))
+    assert not list((tmp_path / "runs").rglob("*.running"))
+    assert (tmp_path / "runs" / ".kuberay").stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("status", [0, 1, 2, 3, 75, 137])
+def test_a_driver_that_would_fail_again_is_not_tried_again(desk: Desk, tmp_path: Path, status: int) -> None:
+    place, environment = scripts(desk, tmp_path)
+    (tmp_path / "bin" / "rlhf").write_text(f"#!/bin/bash\necho >>{tmp_path}/tries\nexit {status}\n")
+    for _ in range(2):
+        tried = subprocess.run(["bash", place / "run.sh"], env=environment, timeout=30, check=False)
+        assert tried.returncode == status
+    assert len((tmp_path / "tries").read_text().splitlines()) == (1 if status in (1, 2, 3) else 2)
 
 
 def test_pods_wait_for_the_checkpoint(desk: Desk, tmp_path: Path) -> None:
@@ -369,6 +380,28 @@ def test_a_driver_that_ray_stops_too_is_told_twice_and_ends_once(desk: Desk, tmp
         assert driver.wait(timeout=30) == 75
 
 
+def test_no_signal_costs_the_drivers_status(desk: Desk, tmp_path: Path) -> None:
+    place, environment = scripts(desk, tmp_path)
+    (tmp_path / "bin" / "rlhf").write_text(
+        f"#!{sys.executable}\nimport os, pathlib, signal, time\n"
+        "told = []\nsignal.signal(signal.SIGTERM, lambda *_: told.append(1))\n"
+        "pathlib.Path('ready').touch()\nend = time.monotonic() + 30\n"
+        "while not told and time.monotonic() < end: time.sleep(0.01)\ntime.sleep(0.05)\nos._exit(7)\n"
+    )
+    for _ in range(10):  # an interrupted `wait` loses the status of one in five
+        with subprocess.Popen(["bash", place / "run.sh"], env=environment, start_new_session=True) as driver:
+            deadline = time.monotonic() + 30
+            while not (desk.folder / "ready").exists():
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            while driver.poll() is None:
+                assert time.monotonic() < deadline
+                os.kill(driver.pid, signal.SIGTERM)
+                time.sleep(0.005)
+        assert driver.returncode == 7
+        (desk.folder / "ready").unlink()
+
+
 # --- kubectl
 
 
@@ -398,6 +431,7 @@ echo "$*" >>{folder}/calls
 case $3 in
   apply) cat >{folder}/applied; [[ ! -e {folder}/refuse ]] || {{ cat {folder}/refuse >&2; exit 1; }} ;;
   get) cat "{folder}/${{4%%.*}}.json" 2>/dev/null || {{ echo 'Error from server (NotFound)' >&2; exit 1; }} ;;
+  delete) [[ ! -e {folder}/stuck || $4 != rayjobs* ]] || {{ echo 'error: timed out waiting' >&2; exit 1; }} ;;
   logs) printf 'one\\ntwo\\n' ;;
 esac
 """
@@ -507,10 +541,28 @@ def test_logs_are_the_submitters(desk: Desk, kubectl: Kubectl) -> None:
         list(KubeRay().logs(ticket, False))
 
 
+def test_a_job_that_waits_is_followed_once_it_runs(
+    desk: Desk, kubectl: Kubectl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kubectl.answers(rayjobs=told(jobDeploymentStatus="Retrying"))
+
+    def begin(seconds: float) -> None:
+        kubectl.answers(rayjobs=told(jobStatus="RUNNING", jobDeploymentStatus="Running"))
+
+    monkeypatch.setattr(time, "sleep", begin)
+    assert "".join(KubeRay().logs(replace(desk.make()[0], native="small-one"), True)) == "one\ntwo\n"
+
+
 def test_a_stop_waits_for_the_pods(desk: Desk, kubectl: Kubectl) -> None:
     KubeRay().stop(replace(desk.make()[0], native="small-one"))
-    options = "--ignore-not-found --cascade=foreground --wait --timeout=120s"
-    assert kubectl.calls == [
+    options = "--ignore-not-found --cascade=foreground --wait --timeout=180s"  # a pod may take 120 s
+    both = [
         f"--namespace research delete rayjobs.ray.io small-one {options}",
-        f"--namespace research delete configmaps small-one {options}",
+        "--namespace research delete configmaps small-one --ignore-not-found",
     ]
+    assert kubectl.calls == both
+    (kubectl.folder / "calls").unlink()
+    (kubectl.folder / "stuck").touch()
+    with pytest.raises(JobError, match="timed out waiting"):
+        KubeRay().stop(replace(desk.make()[0], native="small-one"))
+    assert kubectl.calls == both

@@ -43,8 +43,10 @@ FAKES = {
 echo "srun $*" >>"$CALLS"
 count=1 tasks=()
 while [[ $1 == --* ]]; do [[ $1 != --ntasks=* ]] || count=${1#*=}; shift; done
-trap 'kill -TERM "${tasks[@]}" 2>/dev/null || true' TERM
+trap 'kill -USR2 "${tasks[@]}" 2>/dev/null || true' USR2
+set -m # each with what it starts is a process group, which is what Slurm signals
 for ((id = 0; id < count; id++)); do SLURM_NODEID=$id "$@" & tasks+=($!); done
+printf '%s\\n' "${tasks[@]}" >"$JOINED/tasks"
 for task in "${tasks[@]}"; do
   while kill -0 "$task" 2>/dev/null; do wait "$task" || true; done
 done
@@ -291,6 +293,20 @@ def test_a_job_that_is_told_to_go_is_queued_again(site: Site, number: signal.Sig
     assert_nothing_is_left(site)
 
 
+def test_a_notice_to_the_nodes_alone_reaches_the_driver_first(site: Site) -> None:
+    process = start(site, script_of(site), DRIVER_SECONDS="60")
+    until(lambda: (site.folder / "joined" / "driver").exists())
+    for task in (site.folder / "joined" / "tasks").read_text().split():
+        os.killpg(int(task), signal.SIGTERM)  # as Slurm signals the steps of what it preempts
+    ended(process)
+    order = [call for call in site.calls if call == "rlhf told" or call.startswith("ray ended")]
+    assert order[0] == "rlhf told"
+    assert sorted(order[1:]) == ["ray ended 0", "ray ended 1"]
+    assert [call for call in site.calls if "scontrol requeue" in call]
+    assert process.returncode == 75
+    assert_nothing_is_left(site)
+
+
 def test_a_job_that_is_stopped_is_not_queued_again(site: Site) -> None:
     process = start(site, script_of(site), DRIVER_SECONDS="60")
     until(lambda: (site.folder / "joined" / "driver").exists())
@@ -404,6 +420,34 @@ def test_states(site: Site, queued: str, accounted: str, state: State, why: str)
     site.fake("sacct", f"echo '{accounted}'")
     ticket, _ = make(site.folder)
     assert Slurm().state(replace(ticket, native="17")) == (state, why)
+
+
+@pytest.mark.parametrize(
+    ("shown", "state", "why"),
+    [
+        (
+            "echo 'JobId=17 JobName=a JobState=FAILED Reason=None ExitCode=3:0 Command=(null)'",
+            State.FAILED,
+            "exit status 3",
+        ),
+        ("echo 'JobId=17 JobState=FAILED ExitCode=75:0'", State.PREEMPTED, "it was not queued again"),
+        ("echo 'JobId=17 JobState=COMPLETED ExitCode=0:0'", State.SUCCEEDED, ""),
+        (
+            "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1",
+            State.FAILED,
+            "Slurm keeps no accounts, so how it ended is not known",
+        ),
+    ],
+)
+def test_states_without_accounts(site: Site, shown: str, state: State, why: str) -> None:
+    site.fake("squeue", "exit 0")
+    site.fake("sacct", "echo 'Slurm accounting storage is disabled' >&2; exit 1")
+    site.fake("scontrol", shown)
+    ticket = replace(make(site.folder)[0], native="17")
+    assert Slurm().state(ticket) == (state, why)
+    site.fake("sacct", "echo 'Unable to connect to database' >&2; exit 1")
+    with pytest.raises(JobError, match="Unable to connect"):
+        Slurm().state(ticket)
 
 
 def test_a_job_that_nobody_knows(site: Site) -> None:
