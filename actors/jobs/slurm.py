@@ -245,8 +245,10 @@ def _ended(ticket: Ticket) -> tuple[State, str]:
     except RefusedError as refused:
         if not NO_ACCOUNTS.search(refused.said):
             raise
-        if (rows := _remembered(ticket)) is None:
+        remembered = _remembered(ticket)
+        if remembered is None:
             return State.FAILED, "Slurm keeps no accounts, so how it ended is not known"
+        rows = remembered
     if not rows.strip():
         raise JobError(f"neither squeue nor sacct knows job {ticket.native} ({ticket.job}); is this its cluster?")
     told, _, code = rows.splitlines()[-1].partition("|")
