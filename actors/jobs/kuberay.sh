@@ -13,6 +13,6 @@ echo "$BASHPID" >"$pid_file"
 cd "$work"
 attend rlhf run "${arguments[@]}" --address auto
 case $status in
-  1 | 2 | 3) echo "$status" >"$ended" ;; # it failed, cannot use its recipe or data, or missed a gate
+  2 | 3) echo "$status" >"$ended" ;; # it cannot use its recipe or data, or missed a gate; 1 may be a machine that went
 esac
 exit "$status"
