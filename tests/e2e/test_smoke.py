@@ -171,7 +171,7 @@ def test_a_stage_that_loses_its_trainer_is_computed_again_to_the_same_numbers(ru
     after = run.steps(JUDGE)
     assert [line["step"] for line in after] == list(range(1, 31))
     assert 5 <= len(run.judge_before) < 30
-    assert run.output.count("[11/19 judge] sft starts") == 2
+    assert run.output.count("[11/21 judge] sft starts") == 2
     assert [line["metrics"] for line in after[: len(run.judge_before)]] == [x["metrics"] for x in run.judge_before]
 
 
