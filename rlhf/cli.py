@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from rlhf.plan import VERDICTS, Cluster, Plan, PlanError, Verdict, check, describe, make_plan, read_verdicts
-from rlhf.preemption import PreemptedError, Preemption
+from rlhf.preemption import REQUEUE, PreemptedError, Preemption
 from rlhf.recipe import Recipe, RecipeError, load
 
 ABOUT = """Post-training of vision-language models: a recipe is a curriculum, a run works through it.
@@ -30,7 +30,6 @@ step it was in, if that ended within cluster.grace_seconds. SIGTERM again, or SI
 BRIDGES = Path("recipes/bridges")
 PIPED_WIDTH = 240  # columns of a table that no terminal shows
 FAILED, UNUSABLE, GATE_MISSED, INTERRUPTED = 1, 2, 3, 130
-REQUEUE = 75  # EX_TEMPFAIL: what batch systems are told to queue again
 CONTINUES = "the same command continues from the last checkpoint"
 
 

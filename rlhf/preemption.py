@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+REQUEUE = 75  # EX_TEMPFAIL: its exit status, at which clusters start it again; also in attend.sh and slurm.sh
 LEAVING_SECONDS = 30.0  # of a grace of a minute or more; half of a shorter one
 LAST_SECONDS = 2.0  # of a grace of 20 s or more; a tenth of a shorter one
 AGAIN_SECONDS = 5.0  # `timeout` and batch systems may send one signal twice; later, somebody means it

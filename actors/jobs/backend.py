@@ -9,8 +9,6 @@ from typing import Protocol
 from actors.jobs.ticket import Ticket
 from rlhf.recipe import NodesTable, Recipe
 
-REQUEUE = 75  # exit status of a driver that has left a checkpoint and asks to be started again; also in attend.sh
-
 
 class JobError(RuntimeError):
     """A job or a cluster that cannot be reached, started or found; the message says what to do."""

@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil
 import requests
 
+from actors import nodes
 from actors.jobs.backend import JobError
 from actors.security import private_folder, ray_environment, token_file
 
@@ -64,7 +65,7 @@ def start_head(folder: Path, port: int = DASHBOARD_PORT) -> Head:
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"),
         *("--node-ip-address=127.0.0.1", "--port=0", "--dashboard-agent-listen-port=0"),
         # Ray's fixed defaults for these would collide with a second head, and with the dashboard's port
-        *("--min-worker-port=0", "--max-worker-port=0", f"--ray-client-server-port={_free_port()}"),
+        *("--min-worker-port=0", "--max-worker-port=0", f"--ray-client-server-port={nodes.port()}"),
         *("--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={port}"),
     ]
     pid = os.posix_spawn(
@@ -132,12 +133,6 @@ def _require_free(port: int) -> None:
                 f"port {port} is taken, so no Ray head can serve its Jobs API there; if it is a head of yours, give "
                 f"--address http://127.0.0.1:{port}, else another --port"
             ) from error
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _answers(head: Head) -> bool:

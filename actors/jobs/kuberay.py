@@ -19,10 +19,11 @@ from typing import Any
 
 import yaml
 
-from actors.jobs.backend import REQUEUE, JobError, State, machines_of
+from actors.jobs.backend import JobError, State, machines_of
 from actors.jobs.command import ANSWER_SECONDS, RefusedError, ask
 from actors.jobs.shipment import Shipment, functions_of
 from actors.jobs.ticket import Ticket
+from rlhf.preemption import REQUEUE
 from rlhf.recipe import ClusterTable, NodesTable, Recipe
 
 INSTALL = "install kubectl, and give it the cluster's configuration (KUBECONFIG)"

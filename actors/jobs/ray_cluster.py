@@ -27,6 +27,7 @@ from actors.jobs.head import DASHBOARD_PORT, HEAD_FOLDER, Head, bearer, find_hea
 from actors.jobs.ticket import Ticket
 from actors.waiting import free_of, in_words
 from rlhf.checkpoint import read_json, write_json, write_text
+from rlhf.preemption import REQUEUE
 from rlhf.recipe import Recipe
 
 ANSWER_SECONDS, FOLLOW_SECONDS = 60.0, 2.0
@@ -219,7 +220,7 @@ def _ended(ticket: Ticket) -> tuple[State, str]:
 
 
 def _state(job: JobInfo | JobDetails) -> tuple[State, str]:
-    if job.status is JobStatus.FAILED and job.driver_exit_code == os.EX_TEMPFAIL:
+    if job.status is JobStatus.FAILED and job.driver_exit_code == REQUEUE:
         return State.PREEMPTED, "it left a checkpoint for `rlhf resubmit`"
     if job.status is JobStatus.FAILED and job.driver_exit_code is not None:  # Ray's message is the end of the log
         return State.FAILED, f"exit status {job.driver_exit_code}, and `rlhf logs` says why"

@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from actors.jobs.backend import REQUEUE, JobError, State, machines_of
+from actors.jobs.backend import JobError, State, machines_of
 from actors.jobs.command import RefusedError, ask
 from actors.jobs.ticket import Ticket
+from rlhf.preemption import REQUEUE
 from rlhf.recipe import NodesTable, Recipe
 
 LOGIN = "submit from a login node of the cluster, where sbatch, squeue, sacct and scancel are"
