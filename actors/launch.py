@@ -159,7 +159,7 @@ class Placement:
         Raises PlanError when the cluster could never hold them, ActorTimeoutError when it cannot in deadlines.queue.
         """
         shares, bundles = reserved(plan.actors, plan.shared_gpus)
-        require_possible(shares, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+        require_possible(shares, _alive())
         group = placement_group(shares, strategy="PACK")
         await granted(group.ready(), shares, recipe.deadlines.queue, _free)
         found = placement_group_table(group)["bundles_to_node_id"]
@@ -317,10 +317,13 @@ def cluster_of(address: str) -> Cluster:
     """The nodes of the running Ray cluster at `address`; Ray does not know the memory of its GPUs."""
     ray.init(address=address, log_to_driver=False, configure_logging=False)
     try:
-        alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        return Cluster(tuple(_alive()))
     finally:
         ray.shutdown()
-    return Cluster(tuple(map(_node, alive)))
+
+
+def _alive() -> list[Node]:
+    return [_node(node["Resources"]) for node in ray.nodes() if node["Alive"]]
 
 
 def _node(found: Mapping[str, float]) -> Node:

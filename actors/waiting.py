@@ -10,28 +10,24 @@ from typing import Any
 
 from actors.handles import ActorTimeoutError
 from rlhf.plan import PlanError
+from rlhf.plan.cluster import Node
+from rlhf.plan.nodes import packed
 from rlhf.tracking.console import duration
 
 PATIENCE, SAYING_SECONDS = 10.0, 60.0  # before the first line of a job that waits, and between two
 Bundle = Mapping[str, float]  # of resources, by Ray's names: {"CPU": 0.5, "GPU": 1.0}
 NAMES = ("GPU", "CPU")
-ROUNDING = 1e-6
 
 
-def require_possible(bundles: Sequence[Bundle], nodes: Sequence[Bundle]) -> None:
-    """Raise PlanError when the nodes, with nothing else on them, have no place for all the bundles: such a job would
-    wait for ever. The largest bundle first, each on the first node that holds it."""
-    left = [dict(node) for node in nodes]
-    for bundle in sorted(bundles, key=lambda bundle: [-bundle.get(name, 0.0) for name in NAMES]):
-        fits = (node for node in left if all(node.get(k, 0.0) >= v - ROUNDING for k, v in bundle.items()))
-        node = next(fits, None)
-        if node is None:
-            raise PlanError(
-                f"the job needs {in_words(bundles)} at once, and the nodes of this cluster, {in_words(nodes)}, could "
-                "not hold that even if nothing else ran; lower the counts in [resources], or add nodes"
-            )
-        for name, amount in bundle.items():
-            node[name] = node.get(name, 0.0) - amount
+def require_possible(bundles: Sequence[Bundle], nodes: Sequence[Node]) -> None:
+    """Raise PlanError when the nodes, with nothing else on them, have no place for all the bundles, as Ray would pack
+    them: such a job would wait for ever."""
+    if None in packed(bundles, nodes):
+        offered = in_words({"CPU": node.cpus, "GPU": node.gpus} for node in nodes)
+        raise PlanError(
+            f"the job needs {in_words(bundles)} at once, and the nodes of this cluster, {offered}, could not hold that "
+            "even if nothing else ran; lower the counts in [resources], or add nodes"
+        )
 
 
 async def granted(ready: Awaitable[Any], bundles: Sequence[Bundle], seconds: float, free: Callable[[], str]) -> None:

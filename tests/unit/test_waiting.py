@@ -10,8 +10,13 @@ from actors import waiting
 from actors.handles import ActorTimeoutError
 from actors.waiting import free_of, granted, in_words, require_possible
 from rlhf.plan import PlanError
+from rlhf.plan.cluster import Node
 
 ONE, HALF = {"CPU": 1.0}, {"CPU": 0.5}
+
+
+def node(cpus: int, gpus: int = 0) -> Node:
+    return Node(cpus, 8.0, gpus)
 
 
 def test_bundles_are_counted() -> None:
@@ -23,13 +28,13 @@ def test_bundles_are_counted() -> None:
 @pytest.mark.parametrize(
     ("bundles", "nodes"),
     [
-        ([ONE, ONE, ONE], [ONE, {"CPU": 2.0}]),
-        ([HALF, ONE, ONE], [ONE, {"CPU": 1.5}]),  # the largest first, or it finds no node whole
-        ([{"GPU": 1.0, "CPU": 0.6}, ONE], [ONE, {"GPU": 1.0, "CPU": 0.6}]),
-        ([{"CPU": 0.33}] * 3, [{"CPU": 0.99}]),  # in binary not quite
+        ([ONE, ONE, ONE], [node(1), node(2)]),
+        ([HALF, ONE, ONE], [node(1), node(2)]),
+        ([{"GPU": 1.0, "CPU": 0.6}, ONE], [node(1), node(1, 1)]),
+        ([{"CPU": 0.1}] * 10, [node(1)]),  # in binary not quite
     ],
 )
-def test_what_fits_the_empty_nodes_may_wait(bundles: list[waiting.Bundle], nodes: list[waiting.Bundle]) -> None:
+def test_what_fits_the_empty_nodes_may_wait(bundles: list[waiting.Bundle], nodes: list[Node]) -> None:
     require_possible(bundles, nodes)
 
 
@@ -37,9 +42,9 @@ def test_what_can_never_fit_is_refused() -> None:
     with pytest.raises(
         PlanError, match=r"the job needs 4 × 0.75 CPU at once, and the nodes of this cluster, 3 × 1 CPU"
     ):
-        require_possible([{"CPU": 0.75}] * 4, [ONE] * 3)  # together they would
-    with pytest.raises(PlanError, match="1 × 1 GPU"):
-        require_possible([{"GPU": 1.0}], [ONE])
+        require_possible([{"CPU": 0.75}] * 4, [node(1)] * 3)  # together they would
+    with pytest.raises(PlanError, match=r"1 × 1 GPU \+ 0.5 CPU"):
+        require_possible([HALF | {"GPU": 1.0}], [node(1)])
 
 
 def test_a_wait_is_said_and_ends(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
