@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import json
 import os
+import select
 import shutil
 import signal
 import sys
@@ -52,11 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _unread() -> bool:
     """Whether the reader of what is printed has seen enough, and gone."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        return True
-    return False
+    printed = select.poll()
+    printed.register(sys.stdout, 0)  # errors are told unasked
+    return any(event & select.POLLERR for _, event in printed.poll(0))
 
 
 def _parser() -> argparse.ArgumentParser:

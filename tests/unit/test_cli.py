@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,15 @@ def test_a_recipe_that_is_not_there(capsys: pytest.CaptureFixture[str], tmp_path
     status, shown = run(capsys, "plan", str(tmp_path / "none.toml"))
     assert status == 2
     assert "none.toml: cannot be read" in shown
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    command = [sys.executable, "-m", "rlhf.cli", "plan", str(RECIPE)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as shown:
+        assert shown.stdout is not None
+        assert shown.stderr is not None
+        shown.stdout.close()
+        assert (shown.stderr.read(), shown.wait(timeout=120)) == ("", 0)
 
 
 def test_an_impossible_batch_is_refused_before_anything_starts(
