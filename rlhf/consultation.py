@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any
-
-from pydantic import ValidationError
+from typing import Any, ClassVar
 
 from rewards.base import Item, RewardError
 from rewards.bias import Pair, compared, position_bias, relative_score, verbosity_bias
@@ -19,10 +16,11 @@ from rewards.endpoint import Endpoint, EndpointError
 from rewards.judge import Question
 from rewards.templates import TemplateError
 from rlhf.data.rows import DataError
-from rlhf.recipe import JudgeTable
+from rlhf.recipe import JudgeTable, RecipeError, load_judge
 from rlhf.scoring import Judge
 from rlhf.types import Group, Rollout, Score
 
+MOVED = 64  # items whose verdicts are asked again, changed
 NAMED = re.compile(r"(.+\.toml):judges\.([\w.-]+)")
 
 
@@ -34,19 +32,10 @@ def table_of(name: str) -> JudgeTable | None:
         return None
     path, own = Path(found[1]), found[2]
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8")).get("judges", {})
-        table = JudgeTable(**tables[own])
+        table = load_judge(path, own)
         Question.of(table)
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise RewardError(f"{path}: cannot be read ({error}); name a recipe file with [judges]") from error
-    except KeyError as error:
-        raise RewardError(f"{path}: no [judges.{own}]; there are {', '.join(tables) or 'none'}") from error
-    except TypeError as error:
-        raise RewardError(f"{path}: judges.{own} is no table; write [judges.{own}] with keys and values") from error
-    except ValidationError as error:
-        wrong = error.errors()[0]
-        key = ".".join(map(str, wrong["loc"]))
-        raise RewardError(f"{path}: judges.{own}{'.' + key if key else ''}: {wrong['msg']}") from error
+    except RecipeError as error:
+        raise RewardError(str(error)) from error
     except TemplateError as error:
         raise RewardError(f"{path}: judges.{own}.template: {error}") from error
     if table.endpoint is None:
@@ -58,7 +47,10 @@ def table_of(name: str) -> JudgeTable | None:
 
 
 class Consultation:
-    """The judge of a table with an endpoint, while the context lasts. Of its `budget` all calls are."""
+    """The judge of a table with an endpoint, while the context lasts. Of its `budget` all calls are, so few items are
+    asked one by one to be `timed`."""
+
+    timed: ClassVar[int] = 16
 
     def __init__(self, table: JudgeTable) -> None:
         self._table, self._question = table, Question.of(table)
@@ -82,13 +74,17 @@ class Consultation:
         self._runner.run(self._opened.aclose())
         self._runner.close()
 
+    def begin(self, items: Sequence[Item]) -> None:
+        """Nothing: a call that only warms up would be paid for."""
+
     def score(self, items: Sequence[Item]) -> list[Score]:
         """One verdict each. Raises RewardError where the endpoint answers nobody, or a row lacks what is shown."""
         return [row[0] for row in self._run(self._judge.score(_groups(items)))]
 
     def biases(self, items: Sequence[Item]) -> list[str]:
-        """What empty words in these replies change, and where rows have a `rejected` reply beside theirs, how often the
-        order decides which of the two is better."""
+        """What empty words in the first MOVED replies change, and where rows have a `rejected` reply beside theirs, how
+        often the order decides which of the two is better."""
+        items = items[:MOVED]
         lines = list[str]()
         try:
             found = self._run(verbosity_bias(_groups(items), self._judge.score))

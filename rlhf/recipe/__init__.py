@@ -10,7 +10,7 @@ a source or a reward. An unknown key is an error that names the nearest known on
 """
 
 from rlhf.recipe.cluster import ClusterTable, NodesTable
-from rlhf.recipe.composition import RecipeError, load, validate
+from rlhf.recipe.composition import RecipeError, load, load_judge, validate
 from rlhf.recipe.rewards import JudgeTable, Judging, Reward
 from rlhf.recipe.schema import Recipe
 from rlhf.recipe.settings import BUILDERS, Chat, Deadlines, Evaluation, Model, Resources, Source, Tokenizer, Tracking
@@ -75,6 +75,7 @@ __all__ = [
     "Tracking",
     "Upcycle",
     "load",
+    "load_judge",
     "makes_model",
     "trains",
     "validate",

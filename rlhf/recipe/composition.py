@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from rlhf.recipe.rewards import JudgeTable
 from rlhf.recipe.schema import Recipe
 from rlhf.recipe.stages import Evaluate, Merge, Preference, Rebuild, RewardModel, Rl, Sft, Synthesize
 from rlhf.recipe.table import Table
@@ -75,7 +76,21 @@ def validate(table: dict[str, Any], origin: str, layers: Sequence[Layer] = ()) -
     try:
         return Recipe.model_validate(table)
     except ValidationError as error:
-        raise RecipeError("\n".join(_explain(table, origin, layers, error))) from error
+        raise RecipeError("\n".join(_explain(table, origin, layers, error.errors()))) from error
+
+
+def load_judge(path: Path, name: str) -> JudgeTable:
+    """[judges.NAME] of a recipe's file, whatever else is in it. Raises RecipeError as `load` does."""
+    table = _read(path)
+    found = table.get("judges")
+    judges = found if isinstance(found, dict) else {}
+    if name not in judges:
+        raise RecipeError(f"{path}: no [judges.{name}]; there are {', '.join(judges) or 'none'}")
+    try:
+        return JudgeTable.model_validate(judges[name])
+    except ValidationError as error:
+        problems = [{**problem, "loc": ("judges", name, *problem["loc"])} for problem in error.errors()]
+        raise RecipeError("\n".join(_explain(table, str(path), (), problems))) from error
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -192,8 +207,10 @@ def _of_kind(stage: dict[str, Any], change: dict[str, Any], origin: str, written
     return _merge(stage, change.get(stage.get("kind", ""), {}), origin, max(0, written - 1), ("stages", stage["name"]))
 
 
-def _explain(table: dict[str, Any], origin: str, layers: Sequence[Layer], error: ValidationError) -> Iterator[str]:
-    for problem in error.errors():
+def _explain(
+    table: dict[str, Any], origin: str, layers: Sequence[Layer], problems: Iterable[Mapping[str, Any]]
+) -> Iterator[str]:
+    for problem in problems:
         # pydantic puts the discriminator's tag into the path; a reader of the recipe never wrote it
         path = _named(table, _written(problem["loc"]))
         key = ".".join(map(str, path))

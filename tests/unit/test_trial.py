@@ -191,7 +191,11 @@ def test_a_judge_is_tried_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         text = capsys.readouterr().out
         assert main([*told, "--against", judge]) == 0
         assert "κ = 1.000" in capsys.readouterr().out
-        for name, message in (("ours", 'evaluate = "judge"'), ("none", "no [judges.none]"), ("odd", "odd.models: ")):
+        for name, message in (
+            ("ours", 'evaluate = "judge"'),
+            ("none", "no [judges.none]"),
+            ("odd", "odd.models'; did you mean 'model'?"),
+        ):
             assert main(["reward", "test", f"{tmp_path}/site.toml:judges.{name}", "--data", str(rows)]) == 2
             assert message in capsys.readouterr().err
         assert main([*told, "--option", "a = 1"]) == 2
