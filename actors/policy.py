@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from actors.learner import Learner, Totals, numel, prepare
+from actors.likelihood import likelihoods
 from actors.optimizer import base_name
 from actors.signals import Target, signalling
 from rlhf.agreement import NEAR_TIE
 from rlhf.algorithms.divergence import DIVERGENCES
-from rlhf.algorithms.logprobs import likeliest, logprobs_of
 from rlhf.algorithms.losses import OBJECTIVES, Tokens, policy_loss
 from rlhf.batching import Tensors, collate
 from rlhf.routing import Routing, Usage, lowest_margins, routers
@@ -156,26 +156,11 @@ class Policy(Learner):
     def _forward(
         self, tensors: Tensors, loss: Loss, model: Any = None, places: Tensor | None = None, greedy: bool = False
     ) -> tuple[Tensor, Tensor, Any]:
-        """Log-probabilities and entropies [B, L − 1], 0 outside completions, and the output of `model` (the policy).
-        `greedy`: in the place of entropies whether greedy decoding takes the token."""
-        kept, predicting = tensors.predictions()  # prompts take no logits
-        targets = tensors.input_ids[:, 1:][tensors.completion]
-        with _scoring(self.model if model is None else model, predicting, targets, loss, greedy) as scored:
-            more = {} if places is None else {"signal_places": places}
-            out = (self.engine if model is None else model)(
-                **tensors.model_inputs(), use_cache=False, logits_to_keep=kept, **more
-            )
-        (given,) = scored
-        if out.logits.shape != given.shape or not torch.allclose(out.logits, given, rtol=0, atol=0, equal_nan=True):
-            raise ValueError(
-                f"{self.spec.model} is a {type(self.model).__name__}, which changes its logits after its head: the "
-                "trainer cannot take the log-probabilities of its tokens"
-            )
-        found, spread = out.logits.unbind()
-        shape = tensors.completion.shape
-        logprobs = found.new_zeros(shape).masked_scatter(tensors.completion, found)
-        entropy = spread.new_zeros(shape).masked_scatter(tensors.completion, spread)
-        return logprobs, entropy, out
+        """`likelihoods` of `model` (the policy, through its engine)."""
+        more = {} if places is None else {"signal_places": places}
+        if model is not None:
+            return likelihoods(model, tensors, loss, greedy=greedy, **more)
+        return likelihoods(self.model, tensors, loss, self.engine, greedy, **more)
 
     def _gather(self, differences: list[Tensor]) -> tuple[list[float], list[bool]]:
         """[N] each, ranks in order: |trainer − engine| in nats, and whether a router was at a tie."""
@@ -264,31 +249,6 @@ class Policy(Learner):
                 with self._gathered([parameter]):
                     tensors[name] = parameter.detach().cpu().clone()
         return tensors
-
-
-@contextmanager
-def _scoring(model: Any, predicting: Tensor, targets: Tensor, loss: Loss, greedy: bool) -> Iterator[list[Tensor]]:
-    """Meanwhile the model's "logits" are log-probabilities and entropies (`greedy`: 1 for the likeliest token, else 0)
-    [2, N] of `targets` [N], each predicted at the place `predicting` [N] of the head's input, so that a forward never
-    holds all the logits; what the head gave is put into the list."""
-    head, scored = model.get_output_embeddings(), list[Tensor]()
-    plain, vocabulary = head.forward, model.config.get_text_config().vocab_size
-
-    def forward(hidden: Tensor) -> Tensor:
-        # looked up: rows that share a prompt add their gradients of its last token in one order
-        found = nn.functional.embedding(predicting, hidden.flatten(0, -2))
-        settings = (loss.temperature, loss.masked_ids, loss.entropy > 0)
-        logprobs, spread = logprobs_of(plain, found, targets, *settings, vocab_size=vocabulary)
-        if greedy:
-            spread = likeliest(plain, found, targets, vocab_size=vocabulary).to(logprobs)
-        scored.append(torch.stack((logprobs, spread)))
-        return scored[0]
-
-    head.forward = forward  # inside of the hooks that gather the head's weight under ZeRO-3
-    try:
-        yield scored
-    finally:
-        del head.forward
 
 
 def _chunks(

@@ -9,20 +9,24 @@ from torch import Tensor, nn
 
 from actors.learner import Totals
 from actors.policy import Policy
-from actors.scalar import one_output, pooled, restore_head, write_head
+from actors.scalar import one_output, restore_head, rewarded, write_head
 from rlhf.batching import collate
 from rlhf.reward_model import HEAD
 from rlhf.routing import Usage, routers
-from rlhf.types import Batch, Pool
+from rlhf.types import Batch, Scalar
 
 
 class RewardModel(Policy):
-    """Begun from a policy's artifact it says 0 of every reply; from a reward model's, what that says."""
+    """With a head, begun from a policy's artifact it says 0 of every reply, from a reward model's, what that says."""
 
     role = "the reward model"
     advice = "lower the learning rate"
 
     def shaped(self, model: nn.Module) -> nn.Module:
+        self._words = None
+        return super().shaped(self._headed(model) if self._scalar.headed else model)
+
+    def _headed(self, model: nn.Module) -> nn.Module:
         words = model.get_output_embeddings().weight  # type: ignore[operator]
         tied = words is model.get_input_embeddings().weight  # type: ignore[operator]
         # the artifact opens as the model it was, so what was not tied to the embeddings has to be there
@@ -31,10 +35,10 @@ class RewardModel(Policy):
         if getattr(model, HEAD, None) is not head:
             raise ValueError(f"{self.spec.model} is a {type(model).__name__}, whose output is not named {HEAD}")
         restore_head(head, Path(self.spec.model))
-        return super().shaped(model)
+        return model
 
     @property
-    def _pool(self) -> Pool:
+    def _scalar(self) -> Scalar:
         assert self.spec.scalar is not None
         return self.spec.scalar
 
@@ -50,7 +54,7 @@ class RewardModel(Policy):
         for index, samples in enumerate(rows):
             tensors = collate(samples, self.visual).to(self.device)
             with routers(self.model) as routed:
-                rewards = pooled(self.engine, tensors, self._pool)
+                rewards = rewarded(self.model, tensors, self._scalar, self.engine)
             # of a dummy row 0 times its reward: every rank must run backward through the whole model
             loss = -(tensors.advantages[:, 0] * tensors.weights * rewards).sum() / max(1, batch.num_rows)
             loss, usage = self.balanced(loss, routed, tensors, batch, usage)
@@ -64,19 +68,20 @@ class RewardModel(Policy):
         with self.evaluating(), torch.no_grad():
             for samples in batch.micro_batches[self.rank]:
                 tensors = collate(samples, self.visual).to(self.device)
-                each = pooled(self.engine, tensors, self._pool).tolist()
+                each = rewarded(self.model, tensors, self._scalar, self.engine).tolist()
                 found |= {sample.key: value for sample, value in zip(samples, each, strict=False)}  # a blank may follow
         return found
 
     def export(self, folder: Path) -> None:
-        """Write the model with the language head it began with, its processor, and the head of its own beside them."""
+        """Write the model, with the language head it began with, its processor, and beside them the head of its own and
+        how it is asked."""
         saved = self.model if self.spec.lora is None else self.model.get_base_model()
         tensors = {name: value.to("cpu", copy=True) for part in self.parts(1 << 30) for name, value in part}
         if self.rank == 0:
-            head = tensors.pop(f"{HEAD}.weight")
+            head = tensors.pop(f"{HEAD}.weight") if self._scalar.headed else None
             if self._words is not None:
                 tensors[f"{HEAD}.weight"] = self._words
             saved.save_pretrained(folder, state_dict=tensors, safe_serialization=True)
             self.processor.save_pretrained(folder)
-            write_head(folder, head, self._pool)
+            write_head(folder, head, self._scalar)
         torch.distributed.barrier()

@@ -1,19 +1,21 @@
-"""One number a token: a linear head in the place of a model's language head, for critics and reward models."""
+"""One number a token, by a linear head in the place of a model's language head, for critics and reward models; and one
+number a reply, which a reward model says by such a head or without."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from actors.likelihood import likelihoods
 from rlhf.batching import Tensors
-from rlhf.types import Pool
+from rlhf.types import Loss, Pool, Scalar
 
-HEAD = "reward_head.safetensors"  # beside the model in a reward model's folder: "weight" [1, hidden]
+HEAD = "reward_head.safetensors"  # beside the model in a reward model's folder: "weight" [1, hidden], how it is asked
 
 
 def one_output(model: Any, bias: bool) -> nn.Linear:
@@ -31,39 +33,56 @@ def one_output(model: Any, bias: bool) -> nn.Linear:
     return head
 
 
-def pooled(model: Any, tensors: Tensors, pool: Pool) -> Tensor:
+def rewarded(model: Any, tensors: Tensors, scalar: Scalar, through: Any = None) -> Tensor:
+    """[B] what a reward model says of every row's reply; `through`: the engine by which it is called."""
+    if scalar.headed:
+        return _pooled(model if through is None else through, tensors, scalar.pool)
+    logprobs, _, out = likelihoods(model, tensors, Loss(), through)
+    return scalar.beta * logprobs.sum(1) + _rooted(out)
+
+
+def _pooled(model: Any, tensors: Tensors, pool: Pool) -> Tensor:
     """[B] what the head of one output says of every row's reply: at its "last" token, the end token or the one at which
     it was cut off; or the "mean" of what it says at each."""
     kept, places = tensors.ends() if pool == "last" else tensors.replies()
-    out = model(**tensors.model_inputs(), use_cache=False, logits_to_keep=kept).logits
+    out = model(**tensors.model_inputs(), use_cache=False, logits_to_keep=kept)
     # looked up, as the policy's logits are
-    found = nn.functional.embedding(places, out.flatten(0, 1))[:, 0].float()
+    found = nn.functional.embedding(places, out.logits.flatten(0, 1))[:, 0].float()
     if pool == "last":
         return found
     each = found.new_zeros(tensors.completion.shape).masked_scatter(tensors.completion, found)
-    means = each.sum(1) / tensors.completion.sum(1).clamp(min=1)
-    # a row without a reply says 0, and every rank must run backward through the whole model
-    return means + 0.0 * out.float().sum()
+    return each.sum(1) / tensors.completion.sum(1).clamp(min=1) + _rooted(out)
 
 
-def write_head(folder: Path, weight: Tensor, pool: Pool) -> None:
-    save_file({"weight": weight.contiguous()}, folder / HEAD, metadata={"pool": pool})
+def _rooted(out: Any) -> Tensor:
+    """0: a row without a reply says that, and every rank must run backward through the whole model."""
+    rooted: Tensor = 0.0 * out.logits.float().sum()
+    return rooted
 
 
-def pool_of(folder: Path) -> Pool:
+def write_head(folder: Path, weight: Tensor | None, scalar: Scalar) -> None:
+    held = {} if weight is None else {"weight": weight.contiguous()}
+    save_file(held, folder / HEAD, metadata={"pool": scalar.pool, "beta": repr(scalar.beta)})
+
+
+def scalar_of(folder: Path) -> Scalar:
     """How the reward model of this folder is asked. Raises ValueError for a folder that holds none."""
     if not (folder / HEAD).is_file():
         raise ValueError(f"{folder} holds no reward model: name the artifact of a reward_model stage")
     with safe_open(folder / HEAD, framework="pt") as file:
-        return "mean" if (file.metadata() or {}).get("pool") == "mean" else "last"
+        said = file.metadata() or {}
+    pool = said.get("pool")
+    if pool not in get_args(Pool):
+        raise ValueError(f"{folder / HEAD}: its reward model is asked {pool!r}; known are {', '.join(get_args(Pool))}")
+    return Scalar(pool, float(said.get("beta", 1.0)))
 
 
 def restore_head(head: nn.Linear, folder: Path) -> bool:
     """Give a head the weight that the folder holds; whether it holds one. Raises ValueError for one of another size."""
     path = folder / HEAD
-    if not path.is_file():
+    weight = load_file(path).get("weight") if path.is_file() else None
+    if weight is None:
         return False
-    weight = load_file(path)["weight"]
     if weight.shape != head.weight.shape:
         raise ValueError(
             f"{path} is {list(weight.shape)}, and the model beside it needs {list(head.weight.shape)}: its "

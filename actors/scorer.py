@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from actors.learner import prepare
-from actors.scalar import one_output, pool_of, pooled, restore_head
+from actors.scalar import one_output, restore_head, rewarded, scalar_of
 from rlhf.batching import Cached, Visual, collate, make_batch
 from rlhf.foreign import loop_over_experts, mixes_experts
 from rlhf.types import Group, Loss, Sample, Score, TrainSpec
@@ -38,8 +38,9 @@ class Scorer:
             folder, 0, Loss(), {}, steps=1, precision=settings.precision, packed=settings.packed
         )  # opened as a trainer opens it
         model, self._processor, visual = prepare(looks)
-        self._pool = pool_of(Path(folder))
-        restore_head(one_output(model, bias=False), Path(folder))
+        self._scalar = scalar_of(Path(folder))
+        if self._scalar.headed:
+            restore_head(one_output(model, bias=False), Path(folder))
         if settings.device == "cpu" and mixes_experts(model):
             loop_over_experts(model)
         self._model: Any = model.to(settings.device).eval().requires_grad_(False)
@@ -58,7 +59,7 @@ class Scorer:
             batch = make_batch(samples, 1, self._settings.token_budget, packed=self._settings.packed)
             found: dict[str, float] = {}
             for part in batch.micro_batches[0]:
-                each = pooled(self._model, collate(part, self._visual).to(self._settings.device), self._pool)
+                each = rewarded(self._model, collate(part, self._visual).to(self._settings.device), self._scalar)
                 found |= {sample.key: value for sample, value in zip(part, each.tolist(), strict=False)}
         except ValueError as error:  # of the row: its pictures, its length
             return [Score("failed", note=str(error))] * len(group.rollouts)

@@ -72,7 +72,7 @@ from rlhf.scoring import Judge
 from rlhf.stage import Context, GateError, derive, packs
 from rlhf.tasks import beside
 from rlhf.tracking import Tracker, stage_folder
-from rlhf.types import Correction, Loss, Media, Sample, TrainSpec
+from rlhf.types import Correction, Loss, Media, Sample, Scalar, TrainSpec
 
 NUM_PROBES, PROBE_LENGTH = 12, 48
 PROBE_ROWS = 1000  # of a source, in which to look for pictures
@@ -585,12 +585,13 @@ def train_spec(
         made = stage.upcycle
         upcycle = (made.num_experts, made.top_k, made.layers) if made else None
     resources, train = recipe.resources, stage.train or {"*": stage.lr}
-    scalar = stage.pool if isinstance(stage, RewardModel) else None
+    scalar = Scalar(stage.pool, stage.beta) if isinstance(stage, RewardModel) else None
+    headed = scalar is not None and scalar.headed
     return TrainSpec(
         model=str(model),
         seed=derive(recipe.seed, stage.name, "trainer") % 2**31,
         loss=loss,
-        train=with_head(train) if scalar is not None else train,
+        train=with_head(train) if headed else train,
         steps=stage.steps * updates,
         schedule=stage.schedule,
         warmup=stage.warmup,
@@ -604,7 +605,7 @@ def train_spec(
         upcycle=upcycle,
         lora=(stage.lora.rank, stage.lora.alpha, tuple(stage.lora.target_modules)) if stage.lora else None,
         rows_of=tuple(stage.rows_of),
-        whole=(*stage.lora.whole, *([f"{HEAD}.*"] if scalar else [])) if stage.lora else (),
+        whole=(*stage.lora.whole, *([f"{HEAD}.*"] if headed else [])) if stage.lora else (),
         muon=(stage.muon.ratio, stage.muon.momentum) if stage.muon else None,
         objectives={str(name): weight for name, weight in stage.objectives.items()} if isinstance(stage, Sft) else {},
         signals=stage.signals if isinstance(stage, Sft) else 0.0,

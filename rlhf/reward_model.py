@@ -1,10 +1,10 @@
 """Learning what people prefer (Bradley–Terry, arXiv:1706.03741) by the trainer's own step.
 
-A reward model gives a reply a number r. Of a pair the loss is −log σ(Δ − m) + c (r⁺ + r⁻)², Δ = r⁺ − r⁻ being by how
-much it prefers the chosen reply, m the pair's margin (Llama 2, arXiv:2307.09288, eq. 2) and c what holds rewards around
-0 (arXiv:2312.09244). Its slope in either reward is a number that both rewards give; so a step first asks for the
-rewards, and then learns a weighted sum of them: packed, over any number of ranks and micro-batches, a pair's replies
-need not even meet.
+A reward model gives a reply a number r. Of a pair the loss is −log σ(Δ − m) + c (r⁺ + r⁻)² − a r⁺, Δ = r⁺ − r⁻ being by
+how much it prefers the chosen reply, m the pair's margin (Llama 2, arXiv:2307.09288, eq. 2), c what holds rewards
+around 0 (arXiv:2312.09244), a what holds the chosen reply up where r is its likelihood (arXiv:2401.08417). Its slope in
+either reward is a number that both rewards give; so a step first asks for the rewards, and then learns a weighted sum
+of them: packed, over any number of ranks and micro-batches, a pair's replies need not even meet.
 """
 
 from __future__ import annotations
@@ -38,13 +38,14 @@ class Pair:
         """By how much it does."""
         return self.chosen - self.rejected
 
-    def loss(self, center: float) -> float:
-        return -log_sigmoid(self.preferred - self.margin) + center * (self.chosen + self.rejected) ** 2
+    def loss(self, center: float, anchor: float = 0.0) -> float:
+        ranked = -log_sigmoid(self.preferred - self.margin)
+        return ranked + center * (self.chosen + self.rejected) ** 2 - anchor * self.chosen
 
-    def slopes(self, center: float) -> tuple[float, float]:
+    def slopes(self, center: float, anchor: float = 0.0) -> tuple[float, float]:
         """Of the loss in the rewards of the chosen and of the rejected reply."""
         missed, drift = sigmoid(self.margin - self.preferred), 2 * center * (self.chosen + self.rejected)
-        return drift - missed, drift + missed
+        return drift - missed - anchor, drift + missed
 
 
 def with_head(train: Mapping[str, float]) -> dict[str, float]:
@@ -64,13 +65,13 @@ async def weigh(stage: RewardModel, trainer: Trainer, batch: Batch) -> tuple[Bat
 
     def weighed(sample: Sample) -> Sample:
         first = sample.key.endswith(CHOSEN)
-        slopes = pairs[sample.key.removesuffix(CHOSEN if first else REJECTED)].slopes(stage.center)
+        slopes = pairs[sample.key.removesuffix(CHOSEN if first else REJECTED)].slopes(stage.center, stage.anchor)
         return replace(sample, advantage=-2 * slopes[0 if first else 1])  # two rows a pair are what it is divided by
 
     found = [pairs[sample.key.removesuffix(CHOSEN)] for sample in chosen]
     cut = tuple(tuple(tuple(map(weighed, part)) for part in rank) for rank in batch.micro_batches)
     return replace(batch, micro_batches=cut), {
-        "loss": math.fsum(pair.loss(stage.center) for pair in found) / len(found),
+        "loss": math.fsum(pair.loss(stage.center, stage.anchor) for pair in found) / len(found),
         "accuracy": sum(pair.preferred > 0 for pair in found) / len(found),
         "margin": math.fsum(pair.preferred for pair in found) / len(found),
         "reward.chosen": math.fsum(pair.chosen for pair in found) / len(found),

@@ -24,7 +24,7 @@ from PIL import Image
 MediaKind = Literal["image", "video"]
 Outcome = Literal["scored", "failed", "timed_out"]
 Finish = Literal["stop", "length", "abort"]
-Pool = Literal["last", "mean"]  # of what a reward model says at a reply's tokens
+Pool = Literal["last", "mean", "likelihood"]  # of a reply's tokens, in a reward model
 Normalise = Literal["token", "row", "row_mean", "constant"]
 
 
@@ -298,6 +298,19 @@ class Loss:
 
 
 @dataclass(frozen=True)
+class Scalar:
+    """How a reward model is asked of a reply: a head of one output at the "last" token, or the "mean" of what that says
+    at each; or, without a head, `beta` times the "likelihood", the sum of the tokens' log-probabilities in nats."""
+
+    pool: Pool = "last"
+    beta: float = 1.0
+
+    @property
+    def headed(self) -> bool:
+        return self.pool != "likelihood"
+
+
+@dataclass(frozen=True)
 class TrainSpec:
     """One stage's training, as a trainer rank needs it.
 
@@ -316,7 +329,7 @@ class TrainSpec:
     objectives  of a stage that teaches the connector alone, and their weights: `rlhf.bridge.alignment`
     signals  weight of what signal tokens say beside their captions (`actors.signals`); 0: they say nothing
     critic   the learning rate of a second model, begun from `model`, that foretells the rewards; None: there is none
-    scalar   one output in place of the language head, and at which tokens of a reply it is asked: a reward model
+    scalar   of a reward model: how it is asked of a reply
     """
 
     model: str
@@ -346,4 +359,4 @@ class TrainSpec:
     critic: float | None = None
     objectives: Mapping[str, float] = field(default_factory=dict)
     signals: float = 0.0
-    scalar: Pool | None = None
+    scalar: Scalar | None = None

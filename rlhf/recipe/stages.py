@@ -226,14 +226,18 @@ class RewardModel(Pairs):
     """A reward model (Bradley–Terry) for an rl stage to name as a `scalar`: the model that the stage starts from, with
     one output in place of its language head, learns to say more of a chosen reply than of the rejected one, and more by
     the row's column `margin` where it has one. It is asked at a reply's "last" token, or `pool` takes the "mean" over
-    all (arXiv:2306.00398), which tells it where a reply went wrong. `center` weighs the square of what it says of both
-    together, which holds rewards around 0. The head learns at the rate of the glob of `train` that names it, else at
-    the highest. What it leaves is no policy: only rl stages, and stages that measure or train it further, can name
-    it."""
+    all (arXiv:2306.00398), which tells it where a reply went wrong; or it keeps its language head, and what it says is
+    `beta` times the reply's log-"likelihood" (arXiv:2401.08417), which knows what the model knew before. `center`
+    weighs the square of what it says of both together, which holds rewards around 0; `anchor` what it says of the
+    chosen reply, which keeps a likelihood from falling. A head learns at the rate of the glob of `train` that names it,
+    else at the highest. What it leaves is no policy: only rl stages, and stages that measure or train it further, can
+    name it."""
 
     kind: Literal["reward_model"]
     center: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-    pool: Literal["last", "mean"] = "last"
+    pool: Literal["last", "mean", "likelihood"] = "last"
+    beta: Positive = 0.1
+    anchor: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
 
     @model_validator(mode="after")
     def _learns_whole_tables(self) -> RewardModel:
@@ -242,6 +246,11 @@ class RewardModel(Pairs):
                 "`rows_of` says which tokens' rows of embeddings and head train, and the head of a reward model has "
                 "one row, for none of them: remove it"
             )
+        for key in ("beta", "anchor"):
+            if self.pool != "likelihood" and key in self.model_fields_set:
+                raise ValueError(
+                    f'`{key}` is of a likelihood, and this is a head\'s: add pool = "likelihood", or remove it'
+                )
         return self
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import math
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import Qwen3Config, Qwen3ForSequenceClassification
 
-from actors.scalar import HEAD, one_output, pooled, restore_head, write_head
+from actors.scalar import HEAD, one_output, restore_head, rewarded, write_head
 from actors.scorer import Scorer, ScorerSettings
 from rlhf.batching import BridgeVisual, collate, make_batch
 from rlhf.data.digits import build
@@ -26,7 +26,7 @@ from rlhf.packing import attend_by_row
 from rlhf.recipe import Chat, Reward, RewardModel, Rl
 from rlhf.reward_model import as_ranked, weigh
 from rlhf.scoring import score
-from rlhf.types import Batch, Group, Media, Pool, Prompt, Rollout, Sample, Score
+from rlhf.types import Batch, Group, Media, Pool, Prompt, Rollout, Sample, Scalar, Score
 from tests.unit.test_bridge_build import MOE, tiny
 from tests.unit.test_bridge_training import TEMPLATE, settings
 from tests.unit.test_packing import media, rows
@@ -84,6 +84,16 @@ def test_slopes_and_metrics_by_hand() -> None:
     )
 
 
+def test_what_holds_a_chosen_reply_up_is_one_more_slope() -> None:
+    batch = make_batch(pair("a"), 1, 64)
+    said = Said({"a/chosen": -2.0, "a/rejected": -3.0})
+    plain, before = asyncio.run(weigh(stage(pool="likelihood"), said, batch))
+    anchored, metrics = asyncio.run(weigh(stage(pool="likelihood", anchor=0.25), said, batch))
+    assert metrics["loss"] == pytest.approx(before["loss"] + 0.25 * 2.0)
+    assert advantages(anchored)["a/chosen"] == pytest.approx(advantages(plain)["a/chosen"] + 2 * 0.25)
+    assert advantages(anchored)["a/rejected"] == advantages(plain)["a/rejected"]
+
+
 def test_a_pair_that_comes_twice_counts_twice() -> None:
     said = {"a/chosen": 1.0, "a/rejected": 0.0, "b/chosen": 0.0, "b/rejected": 3.0}
     batch = make_batch(pair("a") + pair("b") + pair("b"), 1, 64)
@@ -97,18 +107,31 @@ def trls(chosen: Tensor, rejected: Tensor, margin: Tensor, center: float) -> Ten
     return -logsigmoid(chosen - rejected - margin).mean() + center * ((chosen + rejected) ** 2).mean()
 
 
-def valued(decoder: dict[str, Any], seed: int = 0) -> tuple[Any, Any]:
-    """A tiny bridge with a head of one output that is not zero, and its processor."""
+def valued(decoder: dict[str, Any], seed: int = 0, headed: bool = True) -> tuple[Any, Any]:
+    """A tiny bridge, with a head of one output that is not zero or its own, and its processor."""
     model, processor = tiny(**decoder)
+    if not headed:
+        return model, processor
     head = one_output(model, bias=False)
     torch.nn.init.normal_(head.weight, std=0.5, generator=torch.Generator().manual_seed(seed))
     return model, processor
 
 
-@pytest.mark.parametrize("pool", ["last", "mean"])
+def read_off(logits: Tensor, sample: Sample, scalar: Scalar) -> Tensor:
+    """What a reward model says, from what it gives at all tokens of a row [L, head]: at the last, at the reply's,
+    or of each of these at the one before it."""
+    begins, ids = sample.prompt_length, torch.tensor(sample.token_ids)
+    if scalar.pool == "likelihood":
+        each = logits[begins - 1 : -1].log_softmax(-1)
+        return scalar.beta * each.gather(1, ids[begins:, None]).sum()
+    return logits[-1, 0] if scalar.pool == "last" else logits[begins:, 0].mean()
+
+
+@pytest.mark.parametrize("pool", get_args(Pool))
 @pytest.mark.parametrize("decoder", [{}, {"decoder": MOE}])
 def test_the_step_on_packed_rows_is_autograds_of_the_loss_row_by_row(decoder: dict[str, Any], pool: Pool) -> None:
-    model, processor = valued(decoder)
+    scalar = Scalar(pool, 0.3)
+    model, processor = valued(decoder, headed=scalar.headed)
     shown = {sample.key: sample for sample in rows(processor)}
     samples = []
     for index, margin in ((2, 0.5), (0, 0.0)):  # one with two pictures, one of text alone
@@ -118,8 +141,7 @@ def test_the_step_on_packed_rows_is_autograds_of_the_loss_row_by_row(decoder: di
     def alone(sample: Sample) -> Tensor:
         """The reward by a forward of this row only, read at the last of its logits, or at all of its reply."""
         inputs = collate([sample], BridgeVisual(processor)).model_inputs()
-        found: Tensor = model(**inputs, use_cache=False).logits[0, :, 0]
-        return found[-1] if pool == "last" else found[sample.prompt_length :].mean()
+        return read_off(model(**inputs, use_cache=False).logits[0], sample, scalar)
 
     each = {sample.key: alone(sample) for sample in samples}
     chosen, rejected = (torch.stack([each[f"{index}/{kind}"] for index in (2, 0)]) for kind in ("chosen", "rejected"))
@@ -133,14 +155,14 @@ def test_the_step_on_packed_rows_is_autograds_of_the_loss_row_by_row(decoder: di
         said = {
             sample.key: value
             for part in batch.micro_batches[0]
-            for sample, value in zip(part, pooled(model, collate(part, visual), pool).tolist(), strict=True)
+            for sample, value in zip(part, rewarded(model, collate(part, visual), scalar).tolist(), strict=True)
         }
     weighed, metrics = asyncio.run(weigh(stage(center=0.3), Said(said), batch))
-    assert metrics["loss"] == pytest.approx(float(loss.detach()), abs=1e-5)
+    assert metrics["loss"] == pytest.approx(float(loss.detach()), rel=1e-6, abs=1e-5)
     for part in weighed.micro_batches[0]:
         tensors = collate(part, visual)
         (
-            -(tensors.advantages[:, 0] * tensors.weights * pooled(model, tensors, pool)).sum() / weighed.num_rows
+            -(tensors.advantages[:, 0] * tensors.weights * rewarded(model, tensors, scalar)).sum() / weighed.num_rows
         ).backward()
     for (name, parameter), gradient in zip(model.named_parameters(), expected, strict=True):
         found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
@@ -172,7 +194,7 @@ def test_the_loss_is_trls_on_the_same_rows(tmp_path: Path, center: float | None)
             sample.key: value
             for part in batch.micro_batches[0]
             for sample, value in zip(
-                part, pooled(model, collate(part, BridgeVisual(processor)), "last").tolist(), strict=True
+                part, rewarded(model, collate(part, BridgeVisual(processor)), Scalar()).tolist(), strict=True
             )
         }
     _, metrics = asyncio.run(weigh(stage(center=center or 0.0), Said(said), batch))
@@ -254,7 +276,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any]:
     processor.save_pretrained(folder)
     head = one_output(model, bias=False)
     torch.nn.init.normal_(head.weight, std=0.5, generator=torch.Generator().manual_seed(0))
-    write_head(folder, head.weight.detach(), "last")
+    write_head(folder, head.weight.detach(), Scalar())
     return folder, model, processor
 
 
@@ -288,12 +310,14 @@ def values(scores: list[list[Score]]) -> list[float]:
     return [one.value for row in scores for one in row if one.value is not None]
 
 
-@pytest.mark.parametrize("pool", ["last", "mean"])
+@pytest.mark.parametrize("pool", get_args(Pool))
 def test_scores_are_those_of_each_row_alone(artifact: tuple[Path, Any, Any], tmp_path: Path, pool: Pool) -> None:
     folder, model, processor = artifact
-    if pool == "mean":  # the same model, asked otherwise
-        folder = Path(shutil.copytree(folder, tmp_path / "mean"))
-        write_head(folder, model.lm_head.weight.detach(), "mean")
+    scalar = Scalar(pool, 0.3)
+    if pool != "last":  # the same model, asked otherwise
+        folder = Path(shutil.copytree(folder, tmp_path / pool))
+        write_head(folder, model.lm_head.weight.detach() if scalar.headed else None, scalar)
+    said = model if scalar.headed else type(model).from_pretrained(folder)
     asked = groups(processor)
     expected = []
     for group in asked:
@@ -301,8 +325,7 @@ def test_scores_are_those_of_each_row_alone(artifact: tuple[Path, Any, Any], tmp
             row = Sample("x", group.prompt_ids + rollout.token_ids, len(group.prompt_ids), group.prompt.media)
             inputs = collate([row], BridgeVisual(processor)).model_inputs()
             with torch.no_grad():
-                said = model(**inputs, use_cache=False).logits[0, :, 0]
-            expected.append(float(said[-1] if pool == "last" else said[len(group.prompt_ids) :].mean()))
+                expected.append(float(read_off(said(**inputs, use_cache=False).logits[0], row, scalar)))
     assert max(expected) - min(expected) > 0.1
     packed, padded = Scorer(str(folder), settings_of()), Scorer(str(folder), settings_of(packed=False))
     for scorer in (packed, padded):
@@ -342,7 +365,7 @@ def test_only_a_reward_models_folder_is_taken(artifact: tuple[Path, Any, Any], t
     processor.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="holds no reward model: name the artifact of a reward_model stage"):
         Scorer(str(tmp_path), settings_of())
-    write_head(tmp_path, torch.zeros(1, 5), "last")
+    write_head(tmp_path, torch.zeros(1, 5), Scalar())
     with pytest.raises(ValueError, match=rf"{HEAD} is \[1, 5\], and the model beside it needs \[1, 32\]"):
         restore_head(one_output(model, bias=False), tmp_path)
 
@@ -373,6 +396,8 @@ def test_a_reward_is_of_one_kind() -> None:
         Reward(scalar="a", only_if="b")
     with pytest.raises(ValueError, match="the head of a reward model has one row"):
         stage(rows_of=["<think>"])
+    with pytest.raises(ValueError, match='add pool = "likelihood", or remove it'):
+        stage(anchor=0.1)
 
 
 def test_digits_say_what_is_wrong_with_the_rejected_chain() -> None:
