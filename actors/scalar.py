@@ -74,7 +74,7 @@ def scalar_of(folder: Path) -> Scalar:
     pool = said.get("pool")
     if pool not in get_args(Pool):
         raise ValueError(f"{folder / HEAD}: its reward model is asked {pool!r}; known are {', '.join(get_args(Pool))}")
-    return Scalar(pool, float(said.get("beta", 1.0)))
+    return Scalar(pool, float(said.get("beta", 0.1)))
 
 
 def restore_head(head: nn.Linear, folder: Path) -> bool:

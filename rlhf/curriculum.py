@@ -19,24 +19,19 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
-import hashlib
 import itertools
-import json
-import re
 import shutil
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Set
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rewards.base import file_of, sources_of
 from rewards.cache import Cache, key_of
 from rewards.endpoint import Endpoint
 from rewards.judge import Question
 from rewards.mixture import holds
-from rewards.templates import template_of
 from rlhf import evaluation, offline, online, remaking, replay, synthesis
 from rlhf.agreement import make_probes
 from rlhf.algorithms.table import method_of
@@ -46,8 +41,9 @@ from rlhf.data.formatting import as_sample
 from rlhf.data.rows import Rows, read, write
 from rlhf.data.sources import open_source, open_sources
 from rlhf.footprint import Footprint
-from rlhf.models import bridges_of, build_model, load_processor, local_folder, marks_of, masked_ids
+from rlhf.models import build_model, load_processor, local_folder, masked_ids
 from rlhf.preemption import PreemptedError, Preemption
+from rlhf.provenance import deciding, inputs_of, measured_on, model_digest, trained_on
 from rlhf.recipe import (
     Evaluate,
     Gate,
@@ -106,7 +102,7 @@ class Curriculum:
         with self._summarised():
             for index, stage in enumerate(self.recipe.stages):
                 folder = stage_folder(self.folder, index, stage.name)
-                inputs = self._inputs(stage)
+                inputs = inputs_of(stage, self.recipe, self.made, self.rows)
                 result = self._finished(folder, inputs)
                 if result is None:
                     result = await self._survive(stage, index, folder, inputs)
@@ -394,7 +390,9 @@ class Curriculum:
                     engine = await opened.enter_async_context(endpoint)
                     tokenizer = context.tokenizer
                 kept = cache if remembers(table) else None
-                key = self._judge_inputs(name, {"budget", "missing"})  # which change nothing that was said
+                key = deciding(
+                    name, self.recipe, self.made, {"budget", "missing"}
+                )  # which change nothing that was said
                 found[name] = Judge(engine, tokenizer, table, question, kept, (key,))
             yield found
 
@@ -407,16 +405,6 @@ class Curriculum:
         key = key_of("budget", context.folder.name, name, read_json(context.folder / "inputs.json"))
         return Endpoint(table, question.grammar, spent=cache.calls(key), spend=functools.partial(cache.count, key))
 
-    def _judge_inputs(self, name: str, also_spared: Set[str] = frozenset()) -> list[Any]:
-        """What decides a judge's verdicts."""
-        table = self.recipe.judge(name)
-        if name not in self.recipe.judges:
-            return [self.results[name]["artifact"]["digest"], self.recipe.judging.model_dump(mode="json")]
-        made = self.results[table.artifact]["artifact"]["digest"] if table.artifact is not None else None
-        spared = {"artifact", "key_env", "cache", "concurrency", "retries", "deadline", *also_spared}
-        template, precision = template_of(table.template), self.recipe.resources.precision
-        return [made, table.model_dump(mode="json", exclude=spared), template.text, template.image, precision]
-
     def rows(self, name: str) -> Rows:
         """Rows of a [data] source, or of an earlier synthesize stage."""
         if name not in self.sources:
@@ -426,6 +414,10 @@ class Curriculum:
             else:
                 self.sources[name] = read(self.artifact(name) / "rows.parquet")
         return self.sources[name]
+
+    def made(self, stage: str) -> str:
+        """Digest of what an earlier stage left."""
+        return str(self.results[stage]["artifact"]["digest"])
 
     def artifact(self, stage: str) -> Path:
         """Folder of what an earlier stage left."""
@@ -451,7 +443,7 @@ class Curriculum:
             if isinstance(stage, Rl):
                 require_conditions(stage, {name: self.sources[name] for name in stage.data if name in self.sources})
         if bridge:
-            model, inputs = self.folder / "model", {"digest": self._model_digest()}
+            model, inputs = self.folder / "model", {"digest": model_digest(self.recipe, self.rows)}
             if not model.exists() or read_json(self.folder / "model.json") != inputs:
                 with whole(model) as partial:
                     build_model(self.recipe, {name: self.rows(name) for name in self.recipe.data}, partial)
@@ -459,58 +451,6 @@ class Curriculum:
         if any(isinstance(stage, Rebuild) for stage in self.recipe.stages):
             path = self.recipe.model.path
             remaking.require_rebuildable(self.recipe, self.folder / "model" if path is None else local_folder(path))
-
-    def _model_digest(self) -> str:
-        """What the model before all stages is: what it is built from, or which files it has."""
-        if self.recipe.model.path is None:
-            data = {name: self.rows(name).digest for name in self.recipe.data}
-            taken = self.recipe.model.tokenizer.path
-            marks = sorted({mark for bridge in bridges_of(self.recipe) for mark in marks_of(bridge)})
-            return _digest([self._shared(), data, marks, facts_of(local_folder(taken)) if taken else None])
-        return _digest([self.recipe.model.path, facts_of(local_folder(self.recipe.model.path))])
-
-    def _shared(self) -> dict[str, Any]:
-        """What every artifact depends on; which engine serves a model changes nothing in it."""
-        return self.recipe.model_dump(
-            mode="json", include={"seed": True, "chat": True, "model": {"bridge", "path", "tokenizer"}}
-        )
-
-    def _inputs(self, stage: Stage) -> dict[str, Any]:
-        """Everything that determines a stage's artifact, and apart from that, what it is measured with, as digests:
-        a change in the former makes the stage run again, in the latter makes it measured again."""
-        parent = self.recipe.parent_of(stage)
-        judges = {name: self._judge_inputs(name) for name in stage.judges}
-        scalars = {name: self.results[name]["artifact"]["digest"] for name in stage.scalars}
-        shared = self._shared() | {"precision": self.recipe.resources.precision}
-        config = stage.model_dump(mode="json", exclude={"gates", "budget_minutes", "checkpoint_every"})
-        measure = [config.pop(name, None) for name in ("evaluate", "eval_data", "temperatures")]
-        asked = self.recipe.evaluation
-        if stage.evaluate == "judge":
-            judge = self.recipe.measured(stage)
-            measure.append(judge.model_dump(mode="json", exclude={"artifact", "template", "image"}))
-        else:
-            measure.append(asked.model_dump(mode="json"))
-        measure.append(_code([asked.answer, asked.format, asked.soundness]))
-        if stage.evaluate == "none":
-            measure = ["none"]
-        taken: list[Any] = []
-        for part in stage.parts.values() if isinstance(stage, Rebuild) else ():
-            home = part.artifact and self.results[part.artifact]["artifact"]["digest"]
-            taken.append(home or facts_of(self._home(part)))
-        if isinstance(stage, Merge):
-            taken = [self.results[name]["artifact"]["digest"] for name in stage.of]
-            taken.append(self.recipe.evaluation.prompts)  # rows that decide whether it may be
-        return {
-            "parent": self.results[parent]["artifact"]["digest"] if parent else self._model_digest(),
-            "recipe_digest": _digest(
-                {"stage": config, "shared": shared, "judges": judges, "code": _code(functions_of(stage))}
-                | ({"parts": taken} if taken else {})
-                | ({"scalars": scalars} if scalars else {})
-                | ({"record": digest(Path(stage.replay))} if isinstance(stage, Rl) and stage.replay else {})
-            ),
-            "data_digest": _digest({name: self.rows(name).digest for name in trained_on(stage)}),
-            "evaluation_digest": _digest([measure, {n: self.rows(n).digest for n in measured_on(stage, self.recipe)}]),
-        }
 
     def _finished(self, folder: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:
         result = read_json(folder / "result.json")
@@ -618,25 +558,6 @@ def train_spec(
     )
 
 
-def facts_of(folder: Path) -> list[tuple[str, int, int]]:
-    """What tells whether a folder's files have changed: the bytes of a large model would take minutes to read."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-
-
-def trained_on(stage: Stage) -> list[str]:
-    """Names of the rows a stage makes its artifact from."""
-    if isinstance(stage, Merge):
-        return [stage.on]
-    return [*getattr(stage, "data", {}), *(stage.calibrating if isinstance(stage, Optimised) else ())]
-
-
-def measured_on(stage: Stage, recipe: Recipe) -> list[str]:
-    """Names of the rows a stage is measured on."""
-    names = [recipe.evaluation.data] if stage.evaluate == "modes" and recipe.evaluation.data is not None else []
-    return names + ([stage.eval_data] if stage.eval_data is not None else [])
-
-
 def remembers(table: JudgeTable) -> bool:
     """Whether what a judge said is kept: one that draws its words by chance may say something else next time."""
     return table.cache and table.extra.get("temperature", 0) == 0
@@ -652,25 +573,6 @@ def require_conditions(stage: Rl, sources: Mapping[str, Rows]) -> None:
                     holds(condition, name, rows.bare(index), f"{rows.origin}, row {index}")
                 except ValueError as error:
                     raise ValueError(f"stage {stage.name!r}: rewards.{part}: {error}") from error
-
-
-def functions_of(stage: Stage) -> list[str | None]:
-    """The functions that decide what a stage makes, those among the options of others too."""
-    if isinstance(stage, Rl):
-        options = [value for part in stage.rewards.values() for value in part.options.values()]
-        named = [value for value in options if isinstance(value, str) and re.fullmatch(r"[\w./-]+:\w+", value)]
-        return [*(part.function for part in stage.rewards.values()), *named]
-    return [stage.answer, stage.critic] if isinstance(stage, Synthesize) else []
-
-
-def _code(functions: Iterable[str | None]) -> dict[str, str]:
-    """sha256 of the files each function is written in: a reward that was edited is another reward."""
-    files = {name: file_of(name) for name in functions if name is not None}
-    return {
-        name: hashlib.sha256(b"\0".join(one.read_bytes() for one in sources_of(path))).hexdigest()
-        for name, path in files.items()
-        if path is not None and path.is_file()
-    }
 
 
 def _clear(folder: Path, inputs: Mapping[str, Any]) -> None:
@@ -708,7 +610,3 @@ def explain(stage: Stage, gate: Mapping[str, Any]) -> str:
 def _bytes(folder: Path) -> int:
     """Of all files in a folder: what tells a lost or cut file without reading a large model."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

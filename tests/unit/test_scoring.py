@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from rewards.base import sources_of
-from rlhf.curriculum import functions_of, require_conditions
+from rlhf.curriculum import require_conditions
 from rlhf.data.rows import read
 from rlhf.data.tokenizer import train_tokenizer
+from rlhf.provenance import functions_of
 from rlhf.recipe import Chat, Judging, Rl
 from rlhf.scoring import Judge, part_means, score
 from rlhf.types import Group, Prompt, Rollout, Sampling, Score
