@@ -524,10 +524,15 @@ def _locked(folder: Path) -> Iterator[None]:
     with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise RecipeError(
                 f"{folder}: another `rlhf run` is using this run folder; stop it, or give the recipe another name"
             ) from None
+        except OSError as error:
+            raise RecipeError(
+                f"{folder}: its file system locks no files ({error.strerror}), so nothing would keep a second run out; "
+                "choose a folder elsewhere with --runs"
+            ) from error
         yield
 
 
