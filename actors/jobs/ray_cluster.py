@@ -143,7 +143,7 @@ class RayCluster:
             environment |= in_place(folder)
         else:
             _require_runs(ticket, ray.address)
-            sent = archive_of(folder, ticket.files, recipe, self.runs.absolute())
+            sent = archive_of(folder, ticket.files, recipe, [self.runs, Path(ticket.runs)])
             files = tuple(sent.recipes.get(file, file) for file in ticket.files)
             environment |= {"working_dir": str(folder), "py_modules": [*map(str, packages())]}
         # -P: our packages come before what lies in the folder; exec, so that a stop reaches the driver itself
