@@ -492,7 +492,7 @@ def list_command(parsed: argparse.Namespace) -> int:
     def listed() -> str:
         table = Table(Column("job", no_wrap=True), "cluster", "state", "", box=box.SIMPLE_HEAD)
         for found in jobs.list_jobs(parsed.runs):
-            table.add_row(found.ticket.job, found.ticket.cluster.to, found.word, found.why.partition("\n")[0])
+            table.add_row(found.job, found.to, found.word, found.why.partition("\n")[0])
         Console(width=None if sys.stdout.isatty() else PIPED_WIDTH).print(table, markup=False)
         return ""
 
