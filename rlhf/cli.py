@@ -492,7 +492,7 @@ def list_command(parsed: argparse.Namespace) -> int:
     def listed() -> str:
         table = Table(Column("job", no_wrap=True), "cluster", "state", "", box=box.SIMPLE_HEAD)
         for found in jobs.list_jobs(parsed.runs):
-            table.add_row(found.ticket.job, found.ticket.cluster.to, found.word, found.why.partition("\n")[0])
+            table.add_row(found.job, found.to, found.word, found.why.partition("\n")[0])
         Console(width=None if sys.stdout.isatty() else PIPED_WIDTH).print(table, markup=False)
         return ""
 
@@ -524,10 +524,15 @@ def _locked(folder: Path) -> Iterator[None]:
     with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise RecipeError(
                 f"{folder}: another `rlhf run` is using this run folder; stop it, or give the recipe another name"
             ) from None
+        except OSError as error:
+            raise RecipeError(
+                f"{folder}: its file system locks no files ({error.strerror}), so nothing would keep a second run out; "
+                "choose a folder elsewhere with --runs"
+            ) from error
         yield
 
 

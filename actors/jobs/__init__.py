@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from actors.jobs import ticket as tickets
-from actors.jobs.backend import Backend, JobError, State
+from actors.jobs.backend import Backend, JobError, State, UnknownJobError
 from actors.jobs.ticket import Ticket
 from rlhf.recipe import Recipe
 
@@ -29,14 +30,16 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Found:
-    """A job as its cluster tells of it; `state` is None where the cluster cannot be asked, and `why` says so."""
+    """A job as its cluster, `to`, tells of it ("" where its ticket cannot be read); `state` is None where the cluster
+    cannot be asked, and `why` says so."""
 
-    ticket: Ticket
+    job: str
+    to: str
     state: State | None
     why: str
 
     def __str__(self) -> str:
-        return f"{self.ticket.job}: {self.word}" + (f" ({self.why})" if self.why else "")
+        return f"{self.job}: {self.word}" + (f" ({self.why})" if self.why else "")
 
     @property
     def ended(self) -> bool:
@@ -64,17 +67,30 @@ def backend(ticket: Ticket, runs: Path, port: int | None = None) -> Backend:
 
 
 def submit(ticket: Ticket, recipe: Recipe, runs: Path, port: int | None = None) -> Ticket:
-    """Hand a new ticket's job over, and keep the ticket in `runs`; returns it with its native name."""
+    """Hand a new ticket's job over, and keep the ticket in `runs`; returns it with its native name.
+
+    Raises JobError where it is not handed over, and while another job has the run folder. Of a job that was perhaps
+    handed over the ticket stays, without a native name.
+    """
+    _require_alone(ticket, runs)
+    _keep(ticket, runs)  # before anything runs that nobody could find again
     try:
-        tickets.keep(ticket, runs)  # before anything runs that nobody could find again
-        ticket = replace(ticket, native=backend(ticket, runs, port).submit(ticket, recipe))
-        tickets.keep(ticket, runs)
+        native = backend(ticket, runs, port).submit(ticket, recipe)
+    except KeyboardInterrupt as error:
+        raise JobError(f"interrupted; {_perhaps(ticket, runs)}") from error
+    except JobError as error:
+        if error.unanswered:
+            raise JobError(f"{error}; {_perhaps(ticket, runs)}") from error
+        tickets.drop(ticket, runs)
+        raise
     except OSError as error:
-        started = f"; the job runs as {ticket.native!r}" if ticket.native else ""
-        raise JobError(f"{runs / tickets.FOLDER}: no ticket can be kept there ({error}){started}") from error
+        tickets.drop(ticket, runs)
+        raise JobError(f"the job was not submitted: {error}") from error
     except BaseException:
         tickets.drop(ticket, runs)
         raise
+    ticket = replace(ticket, native=native)
+    _keep(ticket, runs)
     return ticket
 
 
@@ -86,60 +102,120 @@ def render(ticket: Ticket, recipe: Recipe, runs: Path) -> str:
 def resubmit(job: str, recipe: Recipe, runs: Path, port: int | None = None) -> Ticket:
     """Submit the same again under a new name: it continues the run folder. `recipe`: read anew from the ticket's files.
 
-    Raises JobError while the job has not ended.
+    Raises JobError while the job, or another of its run folder, has not ended.
     """
-    old = ticket_of(job, runs)
-    state, _ = backend(old, runs).state(old)
-    if not state.ended:
-        raise JobError(f"job {job!r} is {state.value}, and two cannot share its run folder; `rlhf stop {job}` ends it")
-    return submit(old.again(), recipe, runs, port)
+    return submit(ticket_of(job, runs).again(), recipe, runs, port)
 
 
 def status(job: str, runs: Path) -> Found:
     """How it stands with a job."""
     ticket = ticket_of(job, runs)
-    return Found(ticket, *backend(ticket, runs).state(ticket))
+    try:
+        state, why = backend(ticket, runs).state(_named(ticket, runs))
+    except UnknownJobError as error:
+        if not ticket.native:
+            raise JobError(
+                f"job {job!r} is being submitted, or was never handed over ({error}); `rlhf stop {job}` gives it up"
+            ) from error
+        state, why = State.FAILED, f"{error}; `rlhf resubmit {job}` continues it"
+    return Found(job, ticket.cluster.to, state, why)
 
 
 def logs(job: str, runs: Path, follow: bool = False) -> Iterator[str]:
     """What the job printed so far; with `follow` what it prints until it ends."""
     ticket = ticket_of(job, runs)
-    return backend(ticket, runs).logs(ticket, follow)
+    return backend(ticket, runs).logs(_named(ticket, runs), follow)
 
 
 def stop(job: str, runs: Path) -> Found:
     """Stop the job, and wait for its end."""
     ticket = ticket_of(job, runs)
-    backend(ticket, runs).stop(ticket)
-    return Found(ticket, *backend(ticket, runs).state(ticket))
+    named = _named(ticket, runs)
+    with contextlib.suppress(UnknownJobError):  # which has ended, then
+        backend(ticket, runs).stop(named)
+    if named != ticket:
+        _keep(named, runs)  # else it would be taken to be on its way for ever
+    return status(job, runs)
 
 
 def list_jobs(runs: Path) -> list[Found]:
     """Every job that was submitted from here, the oldest first."""
-    found = []
-    for ticket in _all(runs):
-        try:
-            found.append(Found(ticket, *backend(ticket, runs).state(ticket)))
-        except JobError as error:
-            found.append(Found(ticket, None, str(error)))
-    return found
+    return [_found(job, runs) for job in tickets.names(runs)]
 
 
 def ticket_of(job: str, runs: Path) -> Ticket:
     """The ticket of that name. Raises JobError that names those there are."""
-    try:
-        ticket = tickets.find(job, runs)
-    except ValueError as error:
-        raise JobError(str(error)) from error
+    ticket = tickets.find(job, runs)
     if ticket is None:
-        known = [other.job for other in _all(runs)]
+        known = tickets.names(runs)
         there = f"the latest are {', '.join(known[-3:])}" if known else "none was submitted from here"
         raise JobError(f"{runs / tickets.FOLDER} has no job {job!r}; {there}; --runs names another folder")
     return ticket
 
 
-def _all(runs: Path) -> list[Ticket]:
+def _found(job: str, runs: Path) -> Found:
+    """How it stands with a job, whatever can be known of it."""
     try:
-        return tickets.find_all(runs)
-    except ValueError as error:
-        raise JobError(str(error)) from error
+        return status(job, runs)
+    except JobError as error:
+        ticket = _readable(job, runs)
+        return Found(job, "" if ticket is None else ticket.cluster.to, None, str(error))
+
+
+def _readable(job: str, runs: Path) -> Ticket | None:
+    try:
+        return tickets.find(job, runs)
+    except JobError:
+        return None
+
+
+def _require_alone(ticket: Ticket, runs: Path) -> None:
+    """Raise JobError while another job has, or may have, the run folder of this one."""
+    for job in tickets.names(runs):
+        other = _readable(job, runs)
+        if other is None or other.run_folder != ticket.run_folder:
+            continue
+        found = _found(job, runs)
+        if not found.ended:
+            left = f"; where nothing of it runs, remove {tickets.path_of(job, runs)}" if found.state is None else ""
+            raise JobError(
+                f"job {job!r} is {found.word}, and two cannot share its run folder, {ticket.run_folder[0]}; "
+                f"`rlhf stop {job}` ends it{left}" + (f" ({found.why})" if found.why else "")
+            )
+
+
+def _keep(ticket: Ticket, runs: Path) -> None:
+    try:
+        tickets.keep(ticket, runs)
+    except OSError as error:
+        started = f"; the job runs as {ticket.native!r}" if ticket.native else ""
+        raise JobError(f"{runs / tickets.FOLDER}: no ticket can be kept there ({error}){started}") from error
+
+
+def _named(ticket: Ticket, runs: Path) -> Ticket:
+    """The ticket with what its cluster calls the job, or would call it where it was perhaps handed over.
+
+    Raises JobError where only the cluster knows.
+    """
+    if ticket.native:
+        return ticket
+    if ticket.cluster.to == "ray":
+        return replace(ticket, native=ticket.job)
+    if ticket.cluster.to == "kuberay":
+        from actors.jobs.kuberay import name_of
+
+        return replace(ticket, native=name_of(ticket.job))
+    raise JobError(_perhaps(ticket, runs))
+
+
+def _perhaps(ticket: Ticket, runs: Path) -> str:
+    """How to look for a job that was perhaps handed over."""
+    job = ticket.job
+    if ticket.cluster.to == "slurm":
+        look = (
+            f"`squeue --name={job}` and `sacct --name={job}` tell, and `scancel --name={job}` ends it; "
+            f"where nothing of it runs, remove {tickets.path_of(job, runs)}"
+        )
+    else:
+        look = f"`rlhf status {job}` tells, and `rlhf stop {job}` ends it"
+    return f"job {job!r} was perhaps handed over: {look}"

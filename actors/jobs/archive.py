@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,22 +34,40 @@ class Archive:
     recipes: dict[str, str]
 
     def write(self, path: Path) -> None:
-        """Write it, as a zip file."""
+        """Write it, as a zip file. Raises JobError for a file that cannot be read."""
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as zipped:
             for source, name in [(self.folder / file, str(file)) for file in self.files] + [
                 (self.folder / given, name) for given, name in self.recipes.items()
             ]:
                 entry = zipfile.ZipInfo(name, WRITTEN_AT)
                 entry.compress_type = zipfile.ZIP_DEFLATED
-                entry.external_attr = (source.stat().st_mode & 0o777) << 16
-                zipped.writestr(entry, source.read_bytes())
+                with _reading():
+                    mode, contents = source.stat().st_mode, source.read_bytes()
+                entry.external_attr = (mode & 0o777) << 16
+                zipped.writestr(entry, contents)
 
 
-def archive_of(folder: Path, recipe_files: Sequence[str], recipe: Recipe, runs: Path) -> Archive:
-    """Choose what is sent. Raises JobError when it is too much, and when the recipe names what lies in the folder and
-    is not sent, or a place in it to write to."""
-    files = tuple(sorted(_kept(folder, folder, runs)))
-    _require_small(folder, files)
+@contextlib.contextmanager
+def _reading() -> Iterator[None]:
+    """Raise JobError for what of the folder cannot be read."""
+    try:
+        yield
+    except OSError as error:
+        raise JobError(
+            f"{error.filename}: cannot be read ({error.strerror}), and goes with a job from here; make it readable, or "
+            "move it out of the folder"
+        ) from error
+
+
+def archive_of(folder: Path, recipe_files: Sequence[str], recipe: Recipe, runs: Sequence[Path]) -> Archive:
+    """Choose what is sent; never `runs`, where run folders lie. Raises JobError when it is too much or cannot be read
+    or named, and when the recipe names what lies in the folder and is not sent, or a place in it to write to."""
+    root = folder.resolve()
+    left = {folder / path.resolve().relative_to(root) for path in runs if path.resolve().is_relative_to(root)}
+    with _reading():
+        files = tuple(sorted(_kept(folder, folder, left)))
+        _require_small(folder, files)
+    _require_names(files)
     sent = {*files, *(parent for file in files for parent in file.parents)}
     for key, value in _paths(recipe.model_dump(exclude={"cluster"})):
         here = Path(os.path.normpath(value))
@@ -64,23 +83,23 @@ def archive_of(folder: Path, recipe_files: Sequence[str], recipe: Recipe, runs: 
     return Archive(folder, files, {file: f"{RECIPES}/{i}-{Path(file).name}" for i, file in enumerate(elsewhere)})
 
 
-def _kept(folder: Path, root: Path, runs: Path) -> Iterator[Path]:
+def _kept(folder: Path, root: Path, left: Collection[Path]) -> Iterator[Path]:
     """The files under a folder that are sent, seen from `root`. A link to a folder is no file, and is not followed."""
     tracked = any((parent / ".git").exists() for parent in (folder.resolve(), *folder.resolve().parents))
     for path in _known_to_git(folder) if tracked else sorted(folder.iterdir()):
         if path == folder:  # all that git says of a submodule that is not there
             continue
         inner = (path, *(parent for parent in path.parents if folder in parent.parents))
-        if any(_is_left(one, runs) for one in inner):
+        if any(_is_left(one, left) for one in inner):
             continue
         if path.is_dir() and not path.is_symlink():  # without git; or a repository within it
-            yield from _kept(path, root, runs)
+            yield from _kept(path, root, left)
         elif path.is_file():
             yield path.relative_to(root)
 
 
-def _is_left(path: Path, runs: Path) -> bool:
-    return path.name in NEVER or path == runs or (path.is_dir() and any((path / mark).is_file() for mark in MARKS))
+def _is_left(path: Path, left: Collection[Path]) -> bool:
+    return path.name in NEVER or path in left or (path.is_dir() and any((path / mark).is_file() for mark in MARKS))
 
 
 def _known_to_git(folder: Path) -> list[Path]:
@@ -93,6 +112,14 @@ def _known_to_git(folder: Path) -> list[Path]:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise JobError(f"{folder} is a git repository, and git, which knows what it ignores, fails: {error}") from error
     return [folder / os.fsdecode(name).rstrip("/") for name in done.stdout.split(b"\0") if name]
+
+
+def _require_names(files: Sequence[Path]) -> None:
+    for file in files:
+        try:
+            str(file).encode()
+        except UnicodeEncodeError as error:
+            raise JobError(f"{str(file)!r}: the name is not UTF-8, and cannot be sent; rename the file") from error
 
 
 def _require_small(folder: Path, files: Sequence[Path]) -> None:

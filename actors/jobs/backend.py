@@ -6,12 +6,15 @@ from collections.abc import Iterator
 from enum import Enum
 from typing import Protocol
 
+from actors.jobs.record import JobError
 from actors.jobs.ticket import Ticket
 from rlhf.recipe import NodesTable, Recipe
 
+__all__ = ["Backend", "JobError", "State", "UnknownJobError", "machines_of"]
 
-class JobError(RuntimeError):
-    """A job or a cluster that cannot be reached, started or found; the message says what to do."""
+
+class UnknownJobError(JobError):
+    """A cluster that has no such job: it has forgotten it, or was never given it."""
 
 
 def machines_of(ticket: Ticket) -> list[NodesTable]:
@@ -46,7 +49,8 @@ class Backend(Protocol):
         ...
 
     def submit(self, ticket: Ticket, recipe: Recipe) -> str:
-        """Hand the job over; returns what the cluster calls it (`Ticket.native`)."""
+        """Hand the job over; returns what the cluster calls it (`Ticket.native`). An `unanswered` JobError says that it
+        perhaps was."""
         ...
 
     def state(self, ticket: Ticket) -> tuple[State, str]:

@@ -7,7 +7,6 @@ a token, and reports nothing to anybody.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import socket
@@ -21,9 +20,11 @@ import requests
 
 from actors import nodes
 from actors.jobs.backend import JobError
+from actors.jobs.record import read
 from actors.security import private_folder, ray_environment, token_file
+from rlhf.checkpoint import write_json
 
-HEAD_FOLDER = ".ray"
+HEAD_FOLDER, DESCRIPTION = ".ray", "head.json"
 DASHBOARD_PORT = 8265
 START_SECONDS, STOP_SECONDS = 120.0, 20.0  # a head took 35 to 45 s on two busy cores
 
@@ -51,16 +52,24 @@ class Head:
 def start_head(folder: Path, port: int = DASHBOARD_PORT) -> Head:
     """Start a Ray head whose token, log and description lie in `folder`; returns when its Jobs API answers.
 
-    Raises JobError when the port is taken or the head does not come up, with the end of its log.
+    Raises JobError when the folder cannot be written, the port is none or taken, or the head does not come up, with the
+    end of its log.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     _require_free(port)
-    token = token_file(folder)
+    log = folder / "head.log"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        token = token_file(folder)
+        log.touch(mode=0o600)
+    except OSError as error:
+        raise JobError(
+            f"{error.filename or folder}: cannot be written ({error.strerror}), and a Ray head keeps its token and log "
+            "there; choose another folder with --runs"
+        ) from error
     # the head's own token, whatever this process was given for another cluster
     environment = {key: value for key, value in os.environ.items() if key != "RAY_AUTH_TOKEN"}
     temporary = private_folder()
     environment |= ray_environment(folder) | {"RAY_AUTH_TOKEN_PATH": str(token), "RAY_TMPDIR": str(temporary)}
-    log = folder / "head.log"
     command = [
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"),
         *("--node-ip-address=127.0.0.1", "--port=0", "--dashboard-agent-listen-port=0"),
@@ -80,7 +89,7 @@ def start_head(folder: Path, port: int = DASHBOARD_PORT) -> Head:
         setsid=True,  # Ctrl-C of the command that submits must not end the head
     )
     head = Head(f"http://127.0.0.1:{port}", str(token), pid, psutil.Process(pid).create_time(), str(temporary))
-    (folder / "head.json").write_text(json.dumps(asdict(head)))
+    write_json(folder / DESCRIPTION, asdict(head))
     deadline = time.monotonic() + START_SECONDS
     while not _answers(head):
         if not head.alive or time.monotonic() > deadline:
@@ -92,12 +101,10 @@ def start_head(folder: Path, port: int = DASHBOARD_PORT) -> Head:
 
 
 def find_head(folder: Path) -> Head | None:
-    """The head described in `folder`, if it is still alive."""
-    path = folder / "head.json"
-    if not path.exists():
-        return None
-    head = Head(**json.loads(path.read_text()))
-    return head if head.alive else None
+    """The head described in `folder`, if it is still alive. Raises JobError where the description cannot be read."""
+    remedy = "end the Ray head that you started there, if it runs, then remove the file"
+    head = read(folder / DESCRIPTION, lambda kept: Head(**kept), remedy)
+    return head if head is not None and head.alive else None
 
 
 def stop_head(folder: Path) -> None:
@@ -115,7 +122,7 @@ def stop_head(folder: Path) -> None:
                 process.kill()
         psutil.wait_procs(left, timeout=STOP_SECONDS)
         shutil.rmtree(head.temporary, ignore_errors=True)
-    (folder / "head.json").unlink(missing_ok=True)
+    (folder / DESCRIPTION).unlink(missing_ok=True)
 
 
 def bearer(token: str | None) -> dict[str, str]:
@@ -124,6 +131,8 @@ def bearer(token: str | None) -> dict[str, str]:
 
 
 def _require_free(port: int) -> None:
+    if not 0 < port < 2**16:
+        raise JobError(f"--port {port}: a port is a number from 1 to {2**16 - 1}; choose one of those")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

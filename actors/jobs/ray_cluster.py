@@ -22,11 +22,12 @@ from ray.job_submission import JobDetails, JobInfo, JobStatus, JobSubmissionClie
 
 from actors.imports import in_place, packages
 from actors.jobs.archive import Archive, archive_of
-from actors.jobs.backend import JobError, State
+from actors.jobs.backend import JobError, State, UnknownJobError
 from actors.jobs.head import DASHBOARD_PORT, HEAD_FOLDER, Head, bearer, find_head, start_head, stop_head
+from actors.jobs.record import read
 from actors.jobs.ticket import Ticket
 from actors.waiting import free_of, in_words
-from rlhf.checkpoint import read_json, write_json, write_text
+from rlhf.checkpoint import write_json, write_text
 from rlhf.preemption import REQUEUE
 from rlhf.recipe import Recipe
 
@@ -46,7 +47,13 @@ class _Client(JobSubmissionClient):
     """Ray's client, which of itself waits for ever, with a deadline for every answer; and what else there is to ask."""
 
     def _do_request(self, method: str, endpoint: str, **options: Any) -> requests.Response:
-        answer: requests.Response = super()._do_request(method, endpoint, **{"timeout": ANSWER_SECONDS, **options})
+        answer: requests.Response
+        try:
+            answer = super()._do_request(method, endpoint, **{"timeout": ANSWER_SECONDS, **options})
+        except requests.RequestException as error:
+            if (method, endpoint) == ("POST", "/api/jobs/"):  # the job itself, which may be there now
+                raise TimeoutError(*error.args) from error
+            raise
         return answer
 
     def submit_patiently(self, **request: Any) -> str:
@@ -115,7 +122,7 @@ class RayCluster:
     def submit(self, ticket: Ticket, recipe: Recipe) -> str:
         request = self._request(ticket, recipe)
         if ticket.cluster.ray.address is None and find_head(_folder(ticket)) is None:
-            start_head(_folder(ticket), self.port or DASHBOARD_PORT)
+            start_head(_folder(ticket), DASHBOARD_PORT if self.port is None else self.port)
         with tempfile.TemporaryDirectory() as folder, _client(ticket) as client:
             environment = dict(request.runtime_env)
             if request.archive is not None:
@@ -142,8 +149,8 @@ class RayCluster:
             python = "python" if ray.pip else sys.executable  # that of Ray's environment with those packages
             environment |= in_place(folder)
         else:
-            _require_runs(ticket, ray.address)
-            sent = archive_of(folder, ticket.files, recipe, self.runs.absolute())
+            _require_runs(ticket, _checked(ray.address))
+            sent = archive_of(folder, ticket.files, recipe, [self.runs, Path(ticket.runs)])
             files = tuple(sent.recipes.get(file, file) for file in ticket.files)
             environment |= {"working_dir": str(folder), "py_modules": [*map(str, packages())]}
         # -P: our packages come before what lies in the folder; exec, so that a stop reaches the driver itself
@@ -189,12 +196,31 @@ class RayCluster:
                 _retire(client, _folder(ticket))
 
 
+def _checked(address: str) -> str:
+    """The address of a head. Raises JobError for what is none."""
+    try:
+        parts = urlsplit(address)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number or too large, an IPv6 address that does not end
+        good = False
+    if not good:
+        raise JobError(f"cluster.ray.address = {address!r}: give the head's dashboard as http://HOST:PORT")
+    return address
+
+
 def _require_runs(ticket: Ticket, address: str) -> None:
     """Raise JobError where the run folders would be where they lie here, on machines that do not see this one's."""
-    if ticket.cluster.runs is None and urlsplit(address).hostname not in ("127.0.0.1", "localhost", "::1"):
+    if urlsplit(address).hostname in ("127.0.0.1", "localhost", "::1"):
+        return
+    if ticket.cluster.runs is None:
         raise JobError(
             f"the nodes behind {address} may not see {ticket.runs}; say where run folders lie there, on storage that "
             "all of them share: -o 'cluster.runs = \"/shared/runs\"', or in the site's file"
+        )
+    if not Path(ticket.cluster.runs).is_absolute():
+        raise JobError(
+            f"cluster.runs = {ticket.cluster.runs!r} must be the path at which all nodes behind {address} see the run "
+            'folders, such as "/shared/runs"'
         )
 
 
@@ -213,10 +239,9 @@ def _retire(client: JobSubmissionClient, folder: Path) -> None:
 
 def _ended(ticket: Ticket) -> tuple[State, str]:
     """What became of a job whose private head has ended."""
-    kept = read_json(_folder(ticket) / ENDED_FOLDER / f"{ticket.native}.json")
-    if kept is None:
-        return State.FAILED, f"its Ray head has ended; `rlhf resubmit {ticket.job}` continues it"
-    return State(kept["state"]), kept["why"]
+    path = _folder(ticket) / ENDED_FOLDER / f"{ticket.native}.json"
+    kept = read(path, lambda told: (State(told["state"]), str(told["why"])), "remove it: the job then counts as failed")
+    return kept or (State.FAILED, f"its Ray head has ended; `rlhf resubmit {ticket.job}` continues it")
 
 
 def _state(job: JobInfo | JobDetails) -> tuple[State, str]:
@@ -242,44 +267,76 @@ def _head(ticket: Ticket) -> Head | None:
 def _client(ticket: Ticket) -> Iterator[_Client]:
     """A client with the right token; what Ray answers becomes a JobError that says what to do."""
     address = ticket.cluster.ray.address
-    token: str | None
     if address is None:
         head = _head(ticket)
         if head is None:
-            raise JobError(f"no Ray head runs for {ticket.runs}; `rlhf submit` starts one, or give --address")
-        address, token = head.address, Path(head.token_path).read_text().strip()
-    elif address.startswith(("http://", "https://")):
-        token = _given_token()
+            raise UnknownJobError(
+                f"the Ray head of {ticket.runs} has ended, and job {ticket.job!r} with it; "
+                f"`rlhf resubmit {ticket.job}` continues it"
+            )
+        address, token = head.address, _Token.of_file(head.token_path, head.token_path)
     else:
-        raise JobError(f"cluster.ray.address = {address!r}: give the head's dashboard as http://HOST:PORT")
+        address, token = _checked(address), _Token.given()
     where = f"the Ray head at {address}"
     for name in ("ray", "ray.dashboard.modules.dashboard_sdk"):
         logging.getLogger(name).setLevel(logging.WARNING)  # of each package they tell that it is sent
     try:
-        yield _Client(address, headers=bearer(token))
-    except (ConnectionError, requests.RequestException) as error:
-        raise JobError(f"{where} does not answer; is it running, and is the address right?") from error
-    except AuthenticationError as error:
+        yield _Client(address, headers=bearer(token.text))
+    except (ConnectionError, TimeoutError, requests.RequestException) as error:
         raise JobError(
-            f"{where} refuses this token; set RAY_AUTH_TOKEN_PATH to the cluster's token file (for a head of ours, "
-            f"{_folder(ticket) / 'token'})"
+            f"{where} does not answer; is it running, and is the address right? ({_cause(error)})"
         ) from error
+    except AuthenticationError as error:
+        ours = _folder(ticket) / "token"
+        hint = f" (of a head of ours, {ours})" if ours.exists() else ""
+        raise JobError(f"{where} {token.refused}{hint}") from error
     except JobError:
         raise
     except RuntimeError as error:
         if ticket.native and "status code 404" in str(error):
-            raise JobError(f"{where} knows no job {ticket.native!r}; it has forgotten it, or is another") from error
+            raise UnknownJobError(
+                f"{where} knows no job {ticket.native!r}; it was started anew since, or is another"
+            ) from error
         raise JobError(f"{where}: {error}") from error
 
 
-def _given_token() -> str | None:
-    """The token in the environment, as Ray itself reads it."""
-    if token := os.environ.get("RAY_AUTH_TOKEN"):
-        return token
-    path = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    if path is None:
-        return None
-    try:
-        return Path(path).read_text().strip()
-    except OSError as error:
-        raise JobError(f"RAY_AUTH_TOKEN_PATH = {path}: cannot be read ({error.strerror})") from error
+def _cause(error: Exception) -> str:
+    """What lies under what Ray and requests made of it."""
+    known: Any = error.__context__ if isinstance(error, ConnectionError) and error.__context__ else error
+    reason = getattr(known.args[0], "reason", None) if known.args else None
+    return str(reason or known).rpartition("): ")[2]
+
+
+@dataclass(frozen=True)
+class _Token:
+    """What is shown to a head, and what to do where it is `refused`."""
+
+    text: str | None
+    refused: str
+
+    @classmethod
+    def given(cls) -> _Token:
+        """The token in the environment, as Ray itself reads it. Raises JobError for what can be none."""
+        if text := os.environ.get("RAY_AUTH_TOKEN"):
+            refused = "refuses the token in RAY_AUTH_TOKEN; correct it, or unset it and set RAY_AUTH_TOKEN_PATH"
+            return cls(_legible(text, "RAY_AUTH_TOKEN"), f"{refused} to the cluster's token file")
+        path = os.environ.get("RAY_AUTH_TOKEN_PATH")
+        if path is None:
+            return cls(None, "asks for a token, and none is given; set RAY_AUTH_TOKEN_PATH to the cluster's token file")
+        return cls.of_file(path, f"RAY_AUTH_TOKEN_PATH = {path}")
+
+    @classmethod
+    def of_file(cls, path: str, named: str) -> _Token:
+        try:
+            text = Path(path).read_text(errors="replace").strip()
+        except OSError as error:
+            raise JobError(f"{named}: cannot be read ({error.strerror}); name the cluster's token file") from error
+        return cls(_legible(text, named), f"refuses the token of {named}; name the cluster's token file")
+
+
+def _legible(text: str, named: str) -> str:
+    """A token, if it can be one. Raises JobError otherwise."""
+    if not text or not text.isascii() or not text.isprintable():
+        what = "is not one line of ASCII" if text else "is empty"
+        raise JobError(f"{named}: what should be a token {what}; give the cluster's")
+    return text

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 import shlex
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -94,6 +95,8 @@ class Slurm:
 
     def submit(self, ticket: Ticket, recipe: Recipe) -> str:
         script = self.render(ticket, recipe)
+        if shutil.which("sbatch") is None:
+            raise JobError(f"there is no sbatch here: {LOGIN}")
         try:
             _folder(ticket).mkdir(parents=True, exist_ok=True)  # Slurm does not make what the log lies in
         except OSError as error:

@@ -5,7 +5,6 @@ runs/.jobs/NAME.json    one a job, kept beside the run folders of whoever submit
 
 from __future__ import annotations
 
-import json
 import secrets
 import time
 import tomllib
@@ -14,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from actors.jobs.record import JobError, read
 from rlhf.checkpoint import write_json
 from rlhf.recipe import ClusterTable, Recipe
 
@@ -29,7 +29,8 @@ class Ticket:
     files    recipe files as given, seen from `folder`, where the user stood; overrides: as given
     runs     where run folders lie, for the job: cluster.runs, else the folder here
     cluster  [cluster] with the site's file and all flags laid over
-    native   what the cluster calls the job: Ray's submission id, Slurm's job id, the RayJob's name
+    native   what the cluster calls the job: Ray's submission id, Slurm's job id, the RayJob's name; "" while it is on
+             its way, and where it was perhaps handed over
     """
 
     job: str
@@ -44,9 +45,15 @@ class Ticket:
     @classmethod
     def of(cls, recipe: Recipe, files: Sequence[str | Path], overrides: Sequence[str], runs: Path) -> Ticket:
         """A new ticket of a recipe that was read from `files` and `overrides`, from where this process stands."""
-        there = recipe.cluster.runs or str(runs.absolute())
+        there = str(Path(recipe.cluster.runs or runs).absolute())
         given, folder = tuple(map(str, files)), str(Path.cwd())
         return cls(_name(recipe.name), recipe.name, given, tuple(overrides), folder, there, recipe.cluster)
+
+    @property
+    def run_folder(self) -> tuple[str, ...]:
+        """What two jobs that would write into one run folder have in common: its path, and the volume it is on."""
+        claim = (self.cluster.kuberay.namespace, self.cluster.kuberay.claim or "")
+        return str(Path(self.runs) / self.recipe), *(claim if self.cluster.to == "kuberay" else ())
 
     def again(self) -> Ticket:
         """The same under a new name, not handed over yet."""
@@ -74,34 +81,49 @@ def _name(recipe: str) -> str:
     return f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
+def path_of(job: str, runs: Path) -> Path:
+    """Where the ticket of that name is kept."""
+    return runs / FOLDER / f"{job}.json"
+
+
 def keep(ticket: Ticket, runs: Path) -> None:
     """Write the ticket beside the run folders, whole or not at all, for its owner's eyes: an environment is in it."""
     (runs / FOLDER).mkdir(mode=0o700, parents=True, exist_ok=True)
     cluster = ticket.cluster.model_dump(mode="json", exclude_unset=True)
-    write_json(runs / FOLDER / f"{ticket.job}.json", asdict(ticket) | {"cluster": cluster})
+    write_json(path_of(ticket.job, runs), asdict(ticket) | {"cluster": cluster})
 
 
 def drop(ticket: Ticket, runs: Path) -> None:
     """Of a job that was not handed over."""
-    (runs / FOLDER / f"{ticket.job}.json").unlink(missing_ok=True)
+    path_of(ticket.job, runs).unlink(missing_ok=True)
 
 
 def find(job: str, runs: Path) -> Ticket | None:
-    """The ticket of that name, if there is one."""
-    path = runs / FOLDER / f"{job}.json"
-    return _read(path) if path.is_file() else None
+    """The ticket of that name, if there is one. Raises JobError for one that cannot be read."""
+    remedy = f"the job may still run: look for {job!r} on its cluster, then remove the file"
+    return read(path_of(job, runs), _made, remedy)
 
 
-def find_all(runs: Path) -> list[Ticket]:
-    """All tickets of a runs folder, the oldest first."""
-    return [_read(path) for path in sorted((runs / FOLDER).glob("*.json"), key=lambda path: path.stat().st_mtime_ns)]
-
-
-def _read(path: Path) -> Ticket:
-    """Raises ValueError for a file that is no ticket."""
+def names(runs: Path) -> list[str]:
+    """All jobs of a runs folder, the oldest first. Raises JobError where they cannot be listed."""
+    folder = runs / FOLDER
     try:
-        kept: dict[str, Any] = json.loads(path.read_text())
-        lists = {name: tuple(kept[name]) for name in ("files", "overrides")}
-        return Ticket(**kept | lists | {"cluster": ClusterTable.model_validate(kept["cluster"])})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: no ticket of a job ({error}); remove it") from error
+        kept = [path for path in folder.iterdir() if path.suffix == ".json" and not path.name.startswith(".")]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise JobError(f"{folder}: cannot be read ({error.strerror}); make it a folder that you may read") from error
+    return [path.stem for path in sorted(kept, key=_written)]
+
+
+def _written(path: Path) -> int:
+    """When; one that has gone since was the first."""
+    try:
+        return path.lstat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
+
+
+def _made(kept: dict[str, Any]) -> Ticket:
+    lists = {name: tuple(kept[name]) for name in ("files", "overrides")}
+    return Ticket(**kept | lists | {"cluster": ClusterTable.model_validate(kept["cluster"])})

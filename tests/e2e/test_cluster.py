@@ -207,7 +207,7 @@ def test_jobs_run_there_as_here_one_after_the_other(here: Path, site: Site) -> N
     there, expected = results(site.runs / "short"), results(here)
     assert there.keys() == expected.keys()
     assert {key: (value, expected[key]) for key, value in there.items() if value != expected[key]} == {}
-    ended = {found.ticket.job: found.state for found in jobs.list_jobs(site.runs)}
+    ended = {found.job: found.state for found in jobs.list_jobs(site.runs)}
     assert ended == {**dict.fromkeys((first, *others), jobs.State.SUCCEEDED), unwanted: jobs.State.STOPPED}
     printed = "".join(jobs.logs(others[0], site.runs))
     assert "waiting for the cluster" in printed

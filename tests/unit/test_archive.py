@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import zipfile
 from pathlib import Path
@@ -27,7 +28,7 @@ def write(folder: Path, *names: str, text: str = "x") -> None:
 
 
 def sent(folder: Path, *files: str, of: Recipe | None = None) -> set[str]:
-    return set(map(str, archive_of(folder, files, of or recipe(), folder / "runs").files))
+    return set(map(str, archive_of(folder, files, of or recipe(), [folder / "runs"]).files))
 
 
 def test_caches_runs_and_environments_stay(tmp_path: Path) -> None:
@@ -81,10 +82,34 @@ def test_recipes_from_elsewhere_go_along(tmp_path: Path) -> None:
     write(tmp_path, "user/own.toml", "site/base.toml")
     folder = tmp_path / "user"
     files = ("../site/base.toml", str(tmp_path / "site/base.toml"), "own.toml")
-    made = archive_of(folder, files, recipe(), tmp_path / "runs")
+    made = archive_of(folder, files, recipe(), [tmp_path / "runs"])
     assert made.recipes == {files[0]: ".recipes/0-base.toml", files[1]: ".recipes/1-base.toml"}
     made.write(tmp_path / "first.zip")
     made.write(tmp_path / "second.zip")
     assert (tmp_path / "first.zip").read_bytes() == (tmp_path / "second.zip").read_bytes()
     with zipfile.ZipFile(tmp_path / "first.zip") as zipped:
         assert zipped.namelist() == ["own.toml", ".recipes/0-base.toml", ".recipes/1-base.toml"]
+
+
+def test_run_folders_stay_however_they_are_called(tmp_path: Path) -> None:
+    write(tmp_path, "user/a.toml", "user/runs/r/model.bin", "user/shared/r/model.bin")
+    folder = tmp_path / "user"
+    (tmp_path / "link").symlink_to(folder)
+    runs = [tmp_path / "user" / ".." / "user" / "runs", tmp_path / "link" / "shared", tmp_path / "elsewhere"]
+    assert [*map(str, archive_of(folder, [], recipe(), runs).files)] == ["a.toml"]
+
+
+def test_what_cannot_be_sent_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, "secret.txt")
+    made = archive_of(tmp_path, [], recipe(), [])
+
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:  # root may read everything
+        patch.setattr(Path, "read_bytes", refuse)
+        with pytest.raises(JobError, match=r"secret.txt: cannot be read \(Permission denied\), and goes with a job"):
+            made.write(tmp_path / "made.zip")
+    (tmp_path / os.fsdecode(b"bad-\xff-name.txt")).write_text("x")
+    with pytest.raises(JobError, match=r"'bad-.udcff-name.txt': the name is not UTF-8"):
+        archive_of(tmp_path, [], recipe(), [])

@@ -73,6 +73,21 @@ def test_a_folder_in_use_is_refused(capsys: pytest.CaptureFixture[str], tmp_path
     assert "another `rlhf run` is using this run folder" in shown
 
 
+def test_a_file_system_without_locks_is_no_other_run(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import errno
+    import fcntl
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    status, shown = run(capsys, "run", str(RECIPE), "--runs", str(tmp_path))
+    assert status == 2
+    assert "think-fusion-digits: its file system locks no files (No locks available)" in shown
+
+
 def test_a_folder_that_is_no_run_has_no_report(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["report", str(tmp_path)]) == 2
     assert str(tmp_path) in capsys.readouterr().err

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.server
 import os
 import socket
+import subprocess
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,7 +16,9 @@ import pytest
 
 from actors import jobs
 from actors.jobs import ray_cluster
-from actors.jobs.ticket import Ticket, find, find_all, keep
+from actors.jobs.backend import UnknownJobError
+from actors.jobs.head import find_head, start_head
+from actors.jobs.ticket import Ticket, find, keep, names
 from rlhf.cli import main
 from rlhf.recipe import ClusterTable, Recipe, load
 
@@ -32,9 +38,12 @@ batch_size = 1
 
 @dataclass
 class Fake:
-    """A cluster that remembers what it was given; every job is in the same state."""
+    """A cluster that remembers what it was given; every job is in the same state, but for those in `states`."""
 
     now: tuple[jobs.State, str] = (jobs.State.RUNNING, "")
+    refuses: BaseException | None = None
+    unknown: str = ""
+    states: dict[str, tuple[jobs.State, str]] = field(default_factory=dict)
     given: list[tuple[Ticket, Recipe]] = field(default_factory=list)
 
     def render(self, ticket: Ticket, recipe: Recipe) -> str:
@@ -42,15 +51,20 @@ class Fake:
 
     def submit(self, ticket: Ticket, recipe: Recipe) -> str:
         self.given.append((ticket, recipe))
+        if self.refuses is not None:
+            raise self.refuses
         return f"native-{len(self.given)}"
 
     def state(self, ticket: Ticket) -> tuple[jobs.State, str]:
-        return self.now
+        if self.unknown:
+            raise UnknownJobError(f"{self.unknown} knows no job {ticket.native!r}")
+        return self.states.get(ticket.native, self.now)
 
     def logs(self, ticket: Ticket, follow: bool) -> Iterator[str]:
         yield from ("one\n", "two\n" if follow else "")
 
     def stop(self, ticket: Ticket) -> None:
+        self.state(ticket)
         self.now = (jobs.State.STOPPED, "")
 
 
@@ -78,6 +92,11 @@ def addressed(ticket: Ticket, address: str) -> Ticket:
     return replace(ticket, cluster=cluster, native=ticket.job)
 
 
+def submitted(capsys: pytest.CaptureFixture[str], *more: str) -> str:
+    assert main(["submit", "digits.toml", *more]) == 0
+    return capsys.readouterr().out.strip()
+
+
 def test_a_ticket_is_kept_whole_for_its_owner(recipe: Recipe, tmp_path: Path) -> None:
     ticket = replace(Ticket.of(recipe, ["small.toml"], ["seed = 1"], tmp_path / "runs"), native="17")
     keep(ticket, tmp_path)
@@ -88,7 +107,7 @@ def test_a_ticket_is_kept_whole_for_its_owner(recipe: Recipe, tmp_path: Path) ->
     assert again.job != ticket.job
     assert replace(again, job=ticket.job, native="17") == ticket
     keep(again, tmp_path)
-    assert find_all(tmp_path) == [ticket, again]
+    assert names(tmp_path) == [ticket.job, again.job]
 
 
 def test_a_job_is_told_of_the_cluster(recipe: Recipe, tmp_path: Path) -> None:
@@ -101,11 +120,31 @@ def test_a_job_is_told_of_the_cluster(recipe: Recipe, tmp_path: Path) -> None:
     assert "secret" not in str(replace(ticket, cluster=secret).arguments())  # a command line is everybody's
 
 
-def test_a_damaged_ticket_is_named(tmp_path: Path) -> None:
-    (tmp_path / ".jobs").mkdir()
-    (tmp_path / ".jobs" / "torn.json").write_text("{")
-    with pytest.raises(jobs.JobError, match=r"torn.json: no ticket of a job .*; remove it"):
-        jobs.list_jobs(tmp_path)
+def test_a_damaged_ticket_is_one_unknown_job(cluster: Fake, capsys: pytest.CaptureFixture[str]) -> None:
+    job = submitted(capsys)
+    folder = Path("runs/.jobs")
+    (folder / "torn.json").write_text("{")
+    (folder / "folder.json").mkdir()
+    (folder / "link.json").symlink_to("nothing")
+    found = {one.job: one for one in jobs.list_jobs(Path("runs"))}
+    assert found.keys() == {job, "torn", "folder", "link"}
+    assert found[job].state is jobs.State.RUNNING
+    for name, why in (("torn", "damaged"), ("folder", "cannot be read"), ("link", "a link to nothing")):
+        assert (found[name].to, found[name].state) == ("", None)
+        assert found[name].why.startswith(f"runs/.jobs/{name}.json: {why}")
+        assert found[name].why.endswith(
+            f"; the job may still run: look for '{name}' on its cluster, then remove the file"
+        )
+    assert main(["list"]) == 0
+    assert main(["status", "nosuch"]) == 1
+    assert "runs/.jobs has no job 'nosuch'" in capsys.readouterr().err
+
+
+def test_tickets_that_cannot_be_listed(tmp_path: Path) -> None:
+    (tmp_path / ".jobs").write_text("a file")
+    for verb in (lambda: jobs.list_jobs(tmp_path), lambda: jobs.status("any", tmp_path)):
+        with pytest.raises(jobs.JobError, match=r"\.jobs.*: cannot be read \(Not a directory\)"):
+            verb()
 
 
 def test_a_job_that_nobody_submitted_is_not_found(tmp_path: Path) -> None:
@@ -185,8 +224,8 @@ def test_what_ended_is_submitted_again_from_where_the_user_stood(
 def test_jobs_are_listed_with_what_they_wait_for(cluster: Fake, capsys: pytest.CaptureFixture[str]) -> None:
     cluster.now = (jobs.State.WAITING, "it needs 2 × 1 CPU; 0 of 3 CPU are free")
     made = []
-    for _ in range(2):
-        assert main(["submit", "digits.toml"]) == 0
+    for name in ("one", "two"):
+        assert main(["submit", "digits.toml", "-o", f"name = '{name}'"]) == 0
         made.append(capsys.readouterr().out.strip())
     assert main(["list"]) == 0
     shown = capsys.readouterr().out
@@ -274,3 +313,282 @@ def test_what_another_machine_cannot_see_is_not_sent_there(tmp_path: Path, monke
                 jobs.render(ticket, recipe, tmp_path)
         else:
             assert "--runs /shared/runs" in jobs.render(ticket, recipe, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [jobs.JobError("no such queue"), PermissionError(13, "Permission denied", "secret.txt"), TypeError("of ours")],
+)
+def test_a_job_that_was_not_handed_over_leaves_no_ticket(
+    cluster: Fake, capsys: pytest.CaptureFixture[str], refused: Exception
+) -> None:
+    cluster.refuses = refused
+    if isinstance(refused, TypeError):
+        with pytest.raises(TypeError):
+            main(["submit", "digits.toml"])
+    else:
+        assert main(["submit", "digits.toml"]) == 1
+        shown = capsys.readouterr().err
+        assert ("no such queue" if isinstance(refused, jobs.JobError) else "secret.txt") in shown
+        assert "no ticket can be kept" not in shown
+    assert names(Path("runs")) == []
+
+
+def timed_out() -> jobs.JobError:
+    error = jobs.JobError("it did not answer")
+    error.__cause__ = subprocess.TimeoutExpired("sbatch", 60)
+    return error
+
+
+@pytest.mark.parametrize("refused", [timed_out(), KeyboardInterrupt()])
+def test_a_job_that_was_perhaps_handed_over_is_not_forgotten(
+    cluster: Fake, capsys: pytest.CaptureFixture[str], refused: BaseException
+) -> None:
+    cluster.refuses = refused
+    for to, look in (
+        ("slurm", "`squeue --name={job}` and `sacct --name={job}` tell, and `scancel --name={job}` ends it"),
+        ("kuberay", "`rlhf status {job}` tells, and `rlhf stop {job}` ends it"),
+        ("ray", "`rlhf status {job}` tells, and `rlhf stop {job}` ends it"),
+    ):
+        assert main(["submit", "digits.toml", "--to", to, "--runs", to]) == 1
+        (job,) = names(Path(to))
+        assert f"job {job!r} was perhaps handed over: {look.format(job=job)}" in capsys.readouterr().err
+        assert main(["submit", "digits.toml", "--to", to, "--runs", to]) == 1  # which would be a second one
+        assert "two cannot share its run folder" in capsys.readouterr().err
+        assert len(cluster.given) == 1
+        cluster.given.clear()
+    (job,) = names(Path("slurm"))
+    assert [(found.to, found.state) for found in jobs.list_jobs(Path("slurm"))] == [("slurm", None)]
+    for verb in ("status", "logs", "stop"):
+        assert main([verb, job, "--runs", "slurm"]) == 1
+        assert f"squeue --name={job}" in capsys.readouterr().err
+
+
+def test_a_job_on_its_way_is_known_by_the_name_it_will_have(cluster: Fake, capsys: pytest.CaptureFixture[str]) -> None:
+    cluster.refuses, cluster.unknown = timed_out(), "the head"
+    assert main(["submit", "digits.toml"]) == 1
+    (job,) = names(Path("runs"))
+    assert main(["status", job]) == 1
+    assert (
+        f"{job!r} is being submitted, or was never handed over (the head knows no job {job!r})"
+        in capsys.readouterr().err
+    )
+    cluster.refuses, cluster.unknown = None, ""
+    assert jobs.status(job, Path("runs")).state is jobs.State.RUNNING
+    cluster.unknown = "the head"
+    assert main(["stop", job]) == 0  # and is no more taken to be on its way
+    assert jobs.status(job, Path("runs")).ended
+    capsys.readouterr()
+    assert submitted(capsys) != job
+
+
+def test_what_a_head_has_forgotten_has_ended(cluster: Fake, capsys: pytest.CaptureFixture[str]) -> None:
+    job = submitted(capsys)
+    cluster.unknown = "the head"
+    why = f"the head knows no job 'native-1'; `rlhf resubmit {job}` continues it"
+    assert jobs.status(job, Path("runs")) == jobs.Found(job, "ray", jobs.State.FAILED, why)
+    assert main(["stop", job]) == 0
+    assert main(["resubmit", job]) == 0
+
+
+def test_a_run_folder_has_one_job(cluster: Fake, capsys: pytest.CaptureFixture[str]) -> None:
+    first = submitted(capsys)
+    assert main(["submit", "digits.toml", "-o", "seed = 4"]) == 1
+    folder = Path("runs/think-fusion-digits").absolute()
+    refused = f"job {first!r} is running, and two cannot share its run folder, {folder}; `rlhf stop {first}` ends it"
+    assert refused in capsys.readouterr().err
+    submitted(capsys, "-o", "name = 'another'")
+    cluster.states["native-1"] = (jobs.State.PREEMPTED, "")
+    assert main(["resubmit", first]) == 0
+    second = capsys.readouterr().out.strip()
+    assert main(["resubmit", first]) == 1  # which the second continues
+    assert f"job {second!r} is running, and two cannot share its run folder" in capsys.readouterr().err
+
+
+def test_claims_are_folders_of_their_own(recipe: Recipe, tmp_path: Path) -> None:
+    def folder(to: str, claim: str) -> object:
+        cluster = {"to": to, "runs": "/runs", "kuberay": {"claim": claim}}
+        told = recipe.model_copy(update={"cluster": ClusterTable.model_validate(cluster)})
+        return Ticket.of(told, [], [], tmp_path).run_folder
+
+    assert folder("kuberay", "a") == folder("kuberay", "a") != folder("kuberay", "b")
+    assert folder("slurm", "a") == folder("slurm", "b")
+
+
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1:23765", "", "http://", "ray://h:1", "http://[::1", "http://h:99999", "http://h:x"]
+)
+@pytest.mark.parametrize("runs", [None, "/shared/runs"])
+def test_an_address_that_is_none_is_refused_before_it_is_asked(
+    recipe: Recipe, tmp_path: Path, address: str, runs: str | None
+) -> None:
+    ticket = addressed(Ticket.of(recipe, [], [], tmp_path), address)
+    ticket = replace(ticket, cluster=ticket.cluster.model_copy(update={"runs": runs}))
+    with pytest.raises(jobs.JobError, match=r"cluster.ray.address = .*: give the head's dashboard as http://HOST:PORT"):
+        jobs.render(ticket, recipe, tmp_path)
+    keep(ticket, tmp_path)
+    assert "give the head's dashboard" in jobs.list_jobs(tmp_path)[0].why
+
+
+@pytest.mark.parametrize("runs", ["", "shared/x"])
+def test_run_folders_of_another_machine_have_a_whole_path(recipe: Recipe, tmp_path: Path, runs: str) -> None:
+    cluster = ClusterTable.model_validate({"runs": runs, "ray": {"address": "http://192.0.2.7:8265"}})
+    told = recipe.model_copy(update={"cluster": cluster})
+    ticket = Ticket.of(told, [], [], tmp_path / "runs")
+    assert Path(ticket.runs).is_absolute()
+    with pytest.raises(jobs.JobError, match=rf"cluster.runs = '{runs}' must be the path at which all nodes"):
+        jobs.render(ticket, told, tmp_path)
+
+
+@pytest.mark.parametrize("port", [99999, -4, 0])
+def test_a_port_is_a_number_of_sixteen_bits(tmp_path: Path, port: int) -> None:
+    with pytest.raises(jobs.JobError, match=f"--port {port}: a port is a number from 1 to 65535"):
+        start_head(tmp_path / "head", port)
+    assert not (tmp_path / "head").exists()
+
+
+def test_a_head_that_cannot_keep_its_token(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(jobs.JobError, match=r"file.*: cannot be written \(.*\), and a Ray head keeps its token"):
+        start_head(tmp_path / "file", free_port())
+
+
+@pytest.mark.parametrize("text", ["", "{", "{}", "[]"])
+def test_a_damaged_description_of_a_head_is_named(recipe: Recipe, tmp_path: Path, text: str) -> None:
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "head.json").write_text(text)
+    with pytest.raises(jobs.JobError, match=r"head.json: damaged .*; end the Ray head"):
+        find_head(tmp_path / ".ray")
+    keep(replace(Ticket.of(recipe, [], [], tmp_path), native="x"), tmp_path)
+    (found,) = jobs.list_jobs(tmp_path)
+    assert found.why.startswith(f"{tmp_path}/.ray/head.json: damaged")
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"state": "odd", "why": ""}', '{"state": "stopped", "why": "told"}'])
+def test_what_became_of_a_job_is_read_or_said_to_be_damaged(recipe: Recipe, tmp_path: Path, text: str) -> None:
+    ticket = replace(Ticket.of(recipe, [], [], tmp_path), native="x")
+    keep(ticket, tmp_path)
+    (tmp_path / ".ray" / "ended").mkdir(parents=True)
+    (tmp_path / ".ray" / "ended" / "x.json").write_text(text)
+    (found,) = jobs.list_jobs(tmp_path)
+    if "told" in text:
+        assert (found.state, found.why) == (jobs.State.STOPPED, "told")
+    else:
+        assert found.why.startswith(f"{tmp_path}/.ray/ended/x.json: damaged")
+        assert found.why.endswith("remove it: the job then counts as failed")
+
+
+def test_a_stop_where_the_private_head_has_ended_has_nothing_to_do(recipe: Recipe, tmp_path: Path) -> None:
+    ticket = Ticket.of(recipe, [], [], tmp_path)
+    keep(replace(ticket, native=ticket.job), tmp_path)
+    assert jobs.stop(ticket.job, tmp_path).ended
+    with pytest.raises(
+        jobs.JobError, match=rf"has ended, and job .* with it; `rlhf resubmit {ticket.job}` continues it"
+    ):
+        list(jobs.logs(ticket.job, tmp_path))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def answering(answers: dict[str, tuple[int, str]]) -> Iterator[str]:
+    """An HTTP server; of a path without an answer the connection is dropped."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def handle_any(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            status, text = next((answer for path, answer in answers.items() if self.path.startswith(path)), (0, ""))
+            if status:
+                self.send_response(status)
+                self.end_headers()
+                self.wfile.write(text.encode())
+
+        do_GET = do_POST = do_PUT = handle_any  # noqa: N815 - names of http.server
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+
+
+VERSION = {"/api/version": (200, '{"ray_version": "2.60.0", "version": "4", "ray_commit": "x", "session_name": "s"}')}
+
+
+def test_a_head_that_has_forgotten_a_job_says_so(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_token(monkeypatch)
+    with answering({**VERSION, "/api/jobs/": (404, "no such job")}) as address:
+        ticket = addressed(Ticket.of(recipe, [], [], tmp_path), address)
+        keep(ticket, tmp_path)
+        assert jobs.status(ticket.job, tmp_path).state is jobs.State.FAILED
+        assert jobs.stop(ticket.job, tmp_path).why.endswith(f"`rlhf resubmit {ticket.job}` continues it")
+
+
+def test_a_job_whose_post_is_not_answered_was_perhaps_handed_over(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_token(monkeypatch)
+    (tmp_path / "user").mkdir()
+    monkeypatch.chdir(tmp_path / "user")
+    with answering({**VERSION, "/api/packages/": (200, "{}")}) as address:
+        ticket = replace(addressed(Ticket.of(recipe, [], [], tmp_path), address), native="")
+        with pytest.raises(jobs.JobError, match=rf"does not answer.*; job '{ticket.job}' was perhaps handed over"):
+            jobs.submit(ticket, recipe, tmp_path)
+    assert names(tmp_path) == [ticket.job]
+    with answering({}) as address:  # not even asked to take the job
+        ticket = replace(addressed(ticket.again(), address), native="", recipe="another")
+        with pytest.raises(jobs.JobError, match="does not answer"):
+            jobs.submit(ticket, recipe, tmp_path)
+    assert len(names(tmp_path)) == 1
+
+
+def without_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_a_token_that_is_refused_is_named(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_token(monkeypatch)
+    path = tmp_path / "token"
+    with answering({"/": (403, "Forbidden: invalid authentication token")}) as address:
+        ticket = addressed(Ticket.of(recipe, [], [], tmp_path), address)
+        keep(ticket, tmp_path)
+
+        def said(**variables: str) -> str:
+            with monkeypatch.context() as patch:
+                for name, value in variables.items():
+                    patch.setenv(name, value)
+                return jobs.list_jobs(tmp_path)[0].why
+
+        assert "asks for a token, and none is given; set RAY_AUTH_TOKEN_PATH" in said()
+        assert "of a head of ours" not in said()
+        assert "refuses the token in RAY_AUTH_TOKEN; correct it, or unset it" in said(RAY_AUTH_TOKEN="0")
+        path.write_text("0")
+        assert f"refuses the token of RAY_AUTH_TOKEN_PATH = {path}" in said(RAY_AUTH_TOKEN_PATH=str(path))
+        path.write_text("")
+        assert said(RAY_AUTH_TOKEN_PATH=str(path)).startswith(
+            f"RAY_AUTH_TOKEN_PATH = {path}: what should be a token is empty"
+        )
+        path.write_bytes(b"\xff")
+        assert "is not one line of ASCII" in said(RAY_AUTH_TOKEN_PATH=str(path))
+        assert said(RAY_AUTH_TOKEN="é€").startswith("RAY_AUTH_TOKEN: what should be a token is not one line of ASCII")
+
+
+def test_why_a_head_does_not_answer(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_token(monkeypatch)
+    with answering(VERSION) as address:
+        for wrong, cause in ((f"http://127.0.0.1:{free_port()}", "refused"), (address.replace("http", "https"), "SSL")):
+            ticket = addressed(Ticket.of(recipe, [], [], tmp_path), wrong)
+            keep(ticket, tmp_path)
+            with pytest.raises(jobs.JobError, match=rf"does not answer; is it running, .*\(.*{cause}.*\)"):
+                jobs.status(ticket.job, tmp_path)

@@ -390,6 +390,7 @@ def test_a_job_is_handed_to_sbatch(site: Site) -> None:
 def test_where_there_is_no_slurm(site: Site) -> None:
     with pytest.raises(JobError, match="there is no sbatch here: submit from a login node"):
         Slurm().submit(*make(site.folder))
+    assert not (site.folder / "the runs").exists()
 
 
 def test_a_slurm_that_says_no_is_quoted(site: Site) -> None:
