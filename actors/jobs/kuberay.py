@@ -60,11 +60,16 @@ class KubeRay:
     """The Kubernetes backend."""
 
     def render(self, ticket: Ticket, recipe: Recipe) -> str:
-        objects = [_files(ticket, recipe), _ray_job(ticket, recipe)]
-        return yaml.dump_all(objects, Dumper=_Yaml, sort_keys=False, width=120)
+        return _as_text(_files(ticket, recipe), _ray_job(ticket, recipe))
 
     def submit(self, ticket: Ticket, recipe: Recipe) -> str:
-        _kubectl(ticket, "apply", "-f", "-", given=self.render(ticket, recipe))
+        files, job = _files(ticket, recipe), _ray_job(ticket, recipe)
+        _kubectl(ticket, "apply", "-f", "-", given=_as_text(files))
+        try:
+            _kubectl(ticket, "apply", "-f", "-", given=_as_text(job))
+        except RefusedError as refused:
+            _withdraw_files(ticket, refused)
+            raise
         return name_of(ticket.job)
 
     def state(self, ticket: Ticket) -> tuple[State, str]:
@@ -100,10 +105,8 @@ class KubeRay:
         seconds = _pod_grace(ticket.cluster) + DEADLINE_SECONDS
         # foreground: it is gone when its pods are, which end when the driver has saved
         options = ["--ignore-not-found", "--cascade=foreground", "--wait", f"--timeout={seconds:.0f}s"]
-        try:
-            _kubectl(ticket, "delete", "rayjobs.ray.io", ticket.native, *options, seconds=seconds + ANSWER_SECONDS)
-        finally:  # pods have it mounted already
-            _kubectl(ticket, "delete", "configmaps", ticket.native, "--ignore-not-found")
+        _kubectl(ticket, "delete", "rayjobs.ray.io", ticket.native, *options, seconds=seconds + ANSWER_SECONDS)
+        _delete_files(ticket, ticket.native)  # last: a job that is still there may be tried again, and mounts them
 
 
 def name_of(job: str) -> str:
@@ -115,8 +118,25 @@ def name_of(job: str) -> str:
     return made[: NAME_LENGTH - len(end)].rstrip("-") + end
 
 
-def _command(ticket: Ticket, *arguments: str) -> list[str]:
-    return ["kubectl", "--namespace", ticket.cluster.kuberay.namespace, *arguments]
+def _as_text(*objects: dict[str, Any]) -> str:
+    return yaml.dump_all(objects, Dumper=_Yaml, sort_keys=False, width=120, explicit_start=True)
+
+
+def _withdraw_files(ticket: Ticket, refused: RefusedError) -> None:
+    """Delete the ConfigMap of a RayJob that was refused. Raises JobError where it stays."""
+    name = name_of(ticket.job)
+    try:
+        _delete_files(ticket, name)
+    except JobError as error:
+        raise JobError(f"{refused}\nits ConfigMap {name} is left, and to be deleted by hand: {error}") from refused
+
+
+def _delete_files(ticket: Ticket, name: str) -> None:
+    _kubectl(ticket, "delete", "configmaps", name, "--ignore-not-found")
+
+
+def _command(ticket: Ticket, verb: str, *arguments: str) -> list[str]:
+    return ["kubectl", verb, "--namespace", ticket.cluster.kuberay.namespace, *arguments]
 
 
 def _kubectl(ticket: Ticket, *arguments: str, given: str | None = None, seconds: float = ANSWER_SECONDS) -> str:

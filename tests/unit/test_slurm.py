@@ -394,7 +394,7 @@ def test_where_there_is_no_slurm(site: Site) -> None:
 
 def test_a_slurm_that_says_no_is_quoted(site: Site) -> None:
     site.fake("sbatch", "echo 'sbatch: error: invalid partition specified: gpu' >&2; exit 1")
-    with pytest.raises(JobError, match=r"sbatch --parsable ended with status 1: .*invalid partition"):
+    with pytest.raises(JobError, match=r"^sbatch ended with status 1: .*invalid partition"):
         Slurm().submit(*make(site.folder))
 
 
