@@ -109,7 +109,9 @@ def test_manifests_are_what_the_schemas_allow(desk: Desk) -> None:
     assert_valid(*desk.render(**plain))
     kube = {"claim": "c", "service_account": "trainer", "node_selector": {"disk": "fast"}}
     tolerations = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
-    assert_valid(*desk.render(kuberay={**kube, "tolerations": tolerations}))
+    files, job = desk.render(kuberay={**kube, "tolerations": tolerations})
+    assert_valid(files, job)
+    assert pods_of(job)[1]["spec"]["tolerations"] == tolerations
     several = [CLUSTER["nodes"][0], {"count": 2, "cpus": 64, "memory_gib": 99.5}]
     assert_valid(*desk.render(nodes=several))
 
@@ -284,6 +286,13 @@ def test_a_recipe_too_large_is_refused(desk: Desk) -> None:
         ({"runs": None}, "cluster.runs must be the path at which the claim is mounted"),
         ({"queue": None}, "cluster.priority = 'high' is Kueue's: give cluster.queue"),
         ({"nodes": CLUSTER["nodes"] * 6}, "6 kinds of machine, and 5 can be queued"),
+        ({"hours": 0.01}, "cluster.hours = 0.01 is no longer than cluster.grace_seconds = 60"),
+        ({"runs": "/job/files"}, 'cluster.runs = "/job/files": pods have files of their own there'),
+        ({"runs": "/dev/shm/runs"}, "pods have files of their own there"),
+        ({"runs": "/"}, "pods have files of their own there"),
+        ({"queue": "Team A!"}, "cluster.queue = 'Team A!': a name of Kubernetes has lower-case letters"),
+        ({"kuberay": {"claim": "runs", "namespace": "My NS"}}, "cluster.kuberay.namespace = 'My NS': a name"),
+        ({"kuberay": {"claim": "runs", "secrets": ["ok", "-"]}}, "cluster.kuberay.secrets.1 = '-': a name"),
     ],
 )
 def test_what_a_rayjob_lacks_is_told(desk: Desk, cluster: dict[str, Any], message: str) -> None:
@@ -454,12 +463,12 @@ def test_a_job_is_applied(desk: Desk, kubectl: Kubectl) -> None:
 def test_a_cluster_without_kuberay_is_quoted(desk: Desk, kubectl: Kubectl) -> None:
     (kubectl.folder / "refuse").write_text('no matches for kind "RayJob" in version "ray.io/v1"')
     ticket, recipe = desk.make()
-    with pytest.raises(JobError, match='^kubectl apply ended with status 1: no matches for kind "RayJob"'):
+    with pytest.raises(JobError, match=r'^kubectl apply ended with status 1: no matches for kind "RayJob"'):
         KubeRay().submit(ticket, recipe)
     name = name_of(ticket.job)
     assert kubectl.calls[2:] == [f"delete --namespace research configmaps {name} --ignore-not-found"]
     (kubectl.folder / "stuck").write_text("configmaps")
-    with pytest.raises(JobError, match=f'(?s)no matches.*its ConfigMap {name} is left.*timed out waiting'):
+    with pytest.raises(JobError, match=f"(?s)no matches.*its ConfigMap {name} is left.*timed out waiting"):
         KubeRay().submit(ticket, recipe)
 
 
@@ -571,6 +580,6 @@ def test_a_stop_waits_for_the_pods(desk: Desk, kubectl: Kubectl) -> None:
     assert kubectl.calls == both
     (kubectl.folder / "calls").unlink()
     (kubectl.folder / "stuck").write_text("rayjobs.ray.io")
-    with pytest.raises(JobError, match="^kubectl delete ended with status 1: error: timed out waiting"):
+    with pytest.raises(JobError, match=r"^kubectl delete ended with status 1: error: timed out waiting"):
         KubeRay().stop(replace(desk.make()[0], native="small-one"))
     assert kubectl.calls == both[:1]  # what is still there may mount its files again
