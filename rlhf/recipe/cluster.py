@@ -69,9 +69,9 @@ class SlurmTable(Table):
 
 class ClusterTable(Table):
     """`to`: where `rlhf submit` sends a job; `nodes`: the machines of one job; `queue`: Kueue's LocalQueue or Slurm's
-    partition; `priority`: Kueue's WorkloadPriorityClass or Slurm's QOS; `hours`: the most a job may take;
-    `grace_seconds`: between the notice that a job has to go and its end; `runs`: where run folders lie there, seen by
-    all nodes under this path."""
+    partition; `priority`: Kueue's WorkloadPriorityClass or Slurm's QOS; `hours`: the most a job may take each time
+    that it starts; `grace_seconds`: between the notice that a job has to go and its end; `runs`: where run folders lie
+    there, seen by all nodes under this path."""
 
     to: Literal["ray", "kuberay", "slurm"] = "ray"
     nodes: list[NodesTable] = []
