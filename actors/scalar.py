@@ -70,11 +70,11 @@ def scalar_of(folder: Path) -> Scalar:
     if not (folder / HEAD).is_file():
         raise ValueError(f"{folder} holds no reward model: name the artifact of a reward_model stage")
     with safe_open(folder / HEAD, framework="pt") as file:
-        said = file.metadata() or {}
-    pool = said.get("pool")
-    if pool not in get_args(Pool):
-        raise ValueError(f"{folder / HEAD}: its reward model is asked {pool!r}; known are {', '.join(get_args(Pool))}")
-    return Scalar(pool, float(said.get("beta", 0.1)))
+        said: dict[str, Any] = file.metadata() or {}
+    if said.get("pool") not in get_args(Pool):
+        known = ", ".join(get_args(Pool))
+        raise ValueError(f"{folder / HEAD}: its reward model is asked by {said.get('pool')!r}; known are {known}")
+    return Scalar(said["pool"], float(said.get("beta", 0.1)))
 
 
 def restore_head(head: nn.Linear, folder: Path) -> bool:

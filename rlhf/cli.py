@@ -455,6 +455,8 @@ def _require_possible(recipe: Recipe, parsed: argparse.Namespace) -> None:
     """Raise PlanError for a recipe that its job would refuse."""
     if recipe.cluster.to == "ray" and recipe.cluster.ray.address is None:
         make_plan(recipe, verdicts=_verdicts(parsed))  # on this machine
+    elif recipe.cluster.nodes:
+        make_plan(recipe, Cluster.of(recipe.cluster), _verdicts(parsed))
     else:
         check(recipe)  # the job itself looks at the machines it gets
 
@@ -490,8 +492,11 @@ def list_command(parsed: argparse.Namespace) -> int:
     from actors import jobs
 
     def listed() -> str:
+        known = jobs.list_jobs(parsed.runs)
+        if not known:
+            return f"no jobs in {parsed.runs}: `rlhf submit` makes one, and --runs names another folder"
         table = Table(Column("job", no_wrap=True), "cluster", "state", "", box=box.SIMPLE_HEAD)
-        for found in jobs.list_jobs(parsed.runs):
+        for found in known:
             table.add_row(found.job, found.to, found.word, found.why.partition("\n")[0])
         Console(width=None if sys.stdout.isatty() else PIPED_WIDTH).print(table, markup=False)
         return ""
@@ -507,6 +512,9 @@ def _job(verb: Callable[[], object]) -> int:
         answer = str(verb())
     except jobs.JobError as error:
         return _fail(error, FAILED)
+    except KeyboardInterrupt as error:
+        told = str(error) or "a job that was submitted goes on: `rlhf list` shows it"
+        return _fail(f"interrupted; {told}", INTERRUPTED)
     if answer:
         print(answer)
     return 0

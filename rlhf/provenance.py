@@ -29,7 +29,7 @@ def inputs_of(stage: Stage, recipe: Recipe, made: Made, rows: Found) -> dict[str
     parent = recipe.parent_of(stage)
     config = stage.model_dump(mode="json", exclude={"gates", "budget_minutes", "checkpoint_every"})
     measure = [config.pop(name, None) for name in ("evaluate", "eval_data", "temperatures")]
-    decided = {
+    decided: dict[str, Any] = {
         "stage": config,
         "shared": _shared(recipe) | {"precision": recipe.resources.precision},
         "judges": {name: deciding(name, recipe, made) for name in stage.judges},

@@ -70,14 +70,14 @@ def submit(ticket: Ticket, recipe: Recipe, runs: Path, port: int | None = None) 
     """Hand a new ticket's job over, and keep the ticket in `runs`; returns it with its native name.
 
     Raises JobError where it is not handed over, and while another job has the run folder. Of a job that was perhaps
-    handed over the ticket stays, without a native name.
+    handed over the ticket stays, without a native name; KeyboardInterrupt, too, then says how to look for it.
     """
     _require_alone(ticket, runs)
     _keep(ticket, runs)  # before anything runs that nobody could find again
     try:
         native = backend(ticket, runs, port).submit(ticket, recipe)
     except KeyboardInterrupt as error:
-        raise JobError(f"interrupted; {_perhaps(ticket, runs)}") from error
+        raise KeyboardInterrupt(_perhaps(ticket, runs)) from error
     except JobError as error:
         if error.unanswered:
             raise JobError(f"{error}; {_perhaps(ticket, runs)}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Sequence
 
 from actors.jobs.backend import JobError
 
@@ -25,7 +26,12 @@ def ask(*command: str, absent: str, given: str | None = None, seconds: float = A
     except FileNotFoundError as error:
         raise JobError(f"there is no {command[0]} here: {absent}") from error
     except subprocess.TimeoutExpired as error:
-        raise JobError(f"{' '.join(command[:2])} did not answer within {seconds:g} s; is its cluster up?") from error
+        raise JobError(f"{_called(command)} did not answer within {seconds:g} s; is its cluster up?") from error
     if done.returncode != 0:
-        raise RefusedError(" ".join(command[:2]), done.returncode, done.stderr.strip() or done.stdout.strip())
+        raise RefusedError(_called(command), done.returncode, done.stderr.strip() or done.stdout.strip())
     return done.stdout
+
+
+def _called(command: Sequence[str]) -> str:
+    """What an error calls a command: `kubectl apply`, or `squeue`, which has options alone."""
+    return " ".join(word for word in command[:2] if not word.startswith("-"))

@@ -30,6 +30,8 @@ INSTALL = "install kubectl, and give it the cluster's configuration (KUBECONFIG)
 NAME_LENGTH = 47  # of a RayJob: KubeRay makes the cluster's name of it, and services' of that
 TEXT_BYTES = 1_000_000  # a ConfigMap holds 1 MiB with its keys
 WORK, SCRIPTS = "/job/files", "/job/scripts"  # where the recipe's files are mounted in every pod, and our scripts
+SHM = "/dev/shm"  # noqa: S108 - of a pod, where Ray's object store lies
+NAME = re.compile("[a-z0-9]([-a-z0-9.]*[a-z0-9])?")  # of an object of Kubernetes
 PID_FILE = "/tmp/rlhf-driver.pid"  # noqa: S108 - of a pod that has one driver
 SHARED_MEMORY = 0.4  # of a pod's memory: Ray's object store takes three tenths of it
 RETRIES = 3  # new clusters after a pod was lost; each continues from the last checkpoint
@@ -60,11 +62,16 @@ class KubeRay:
     """The Kubernetes backend."""
 
     def render(self, ticket: Ticket, recipe: Recipe) -> str:
-        objects = [_files(ticket, recipe), _ray_job(ticket, recipe)]
-        return yaml.dump_all(objects, Dumper=_Yaml, sort_keys=False, width=120)
+        return _as_text(_files(ticket, recipe), _ray_job(ticket, recipe))
 
     def submit(self, ticket: Ticket, recipe: Recipe) -> str:
-        _kubectl(ticket, "apply", "-f", "-", given=self.render(ticket, recipe))
+        files, job = _files(ticket, recipe), _ray_job(ticket, recipe)
+        _kubectl(ticket, "apply", "-f", "-", given=_as_text(files))
+        try:
+            _kubectl(ticket, "apply", "-f", "-", given=_as_text(job))
+        except RefusedError as refused:
+            _withdraw_files(ticket, refused)
+            raise
         return name_of(ticket.job)
 
     def state(self, ticket: Ticket) -> tuple[State, str]:
@@ -100,10 +107,8 @@ class KubeRay:
         seconds = _pod_grace(ticket.cluster) + DEADLINE_SECONDS
         # foreground: it is gone when its pods are, which end when the driver has saved
         options = ["--ignore-not-found", "--cascade=foreground", "--wait", f"--timeout={seconds:.0f}s"]
-        try:
-            _kubectl(ticket, "delete", "rayjobs.ray.io", ticket.native, *options, seconds=seconds + ANSWER_SECONDS)
-        finally:  # pods have it mounted already
-            _kubectl(ticket, "delete", "configmaps", ticket.native, "--ignore-not-found")
+        _kubectl(ticket, "delete", "rayjobs.ray.io", ticket.native, *options, seconds=seconds + ANSWER_SECONDS)
+        _delete_files(ticket, ticket.native)  # last: a job that is still there may be tried again, and mounts them
 
 
 def name_of(job: str) -> str:
@@ -115,8 +120,25 @@ def name_of(job: str) -> str:
     return made[: NAME_LENGTH - len(end)].rstrip("-") + end
 
 
-def _command(ticket: Ticket, *arguments: str) -> list[str]:
-    return ["kubectl", "--namespace", ticket.cluster.kuberay.namespace, *arguments]
+def _as_text(*objects: dict[str, Any]) -> str:
+    return yaml.dump_all(objects, Dumper=_Yaml, sort_keys=False, width=120, explicit_start=True)
+
+
+def _withdraw_files(ticket: Ticket, refused: RefusedError) -> None:
+    """Delete the ConfigMap of a RayJob that was refused. Raises JobError where it stays."""
+    name = name_of(ticket.job)
+    try:
+        _delete_files(ticket, name)
+    except JobError as error:
+        raise JobError(f"{refused}\nits ConfigMap {name} is left, and to be deleted by hand: {error}") from refused
+
+
+def _delete_files(ticket: Ticket, name: str) -> None:
+    _kubectl(ticket, "delete", "configmaps", name, "--ignore-not-found")
+
+
+def _command(ticket: Ticket, verb: str, *arguments: str) -> list[str]:
+    return ["kubectl", verb, "--namespace", ticket.cluster.kuberay.namespace, *arguments]
 
 
 def _kubectl(ticket: Ticket, *arguments: str, given: str | None = None, seconds: float = ANSWER_SECONDS) -> str:
@@ -307,6 +329,7 @@ def _ray_job(ticket: Ticket, recipe: Recipe) -> dict[str, Any]:
 def _require(ticket: Ticket) -> None:
     """Raise JobError for what a RayJob needs of [cluster] and is not given."""
     cluster, kinds = ticket.cluster, machines_of(ticket)
+    _require_names(cluster)
     if cluster.kuberay.claim is None:
         raise JobError(
             "cluster.kuberay.claim is not given: checkpoints must outlive pods; name a PersistentVolumeClaim that all "
@@ -314,10 +337,38 @@ def _require(ticket: Ticket) -> None:
         )
     if cluster.runs is None or not Path(cluster.runs).is_absolute():
         raise JobError('cluster.runs must be the path at which the claim is mounted in every pod, such as "/runs"')
+    if cluster.runs == "/" or any(Path(cluster.runs).is_relative_to(own) for own in (WORK, SCRIPTS, SHM)):
+        raise JobError(
+            f'cluster.runs = "{cluster.runs}": pods have files of their own there; give a path such as "/runs"'
+        )
+    if cluster.hours is not None and cluster.hours * 3600 <= cluster.grace_seconds:
+        raise JobError(
+            f"cluster.hours = {cluster.hours:g} is no longer than cluster.grace_seconds = {cluster.grace_seconds}, in "
+            "which a checkpoint is saved; raise the one, or lower the other"
+        )
     if cluster.priority is not None and cluster.queue is None:
         raise JobError(f"cluster.priority = {cluster.priority!r} is Kueue's: give cluster.queue, or remove it")
     if len(kinds) > MOST_GROUPS:
         raise JobError(f"[[cluster.nodes]] has {len(kinds)} kinds of machine, and {MOST_GROUPS} can be queued")
+
+
+def _require_names(cluster: ClusterTable) -> None:
+    """Raise JobError for what no object of Kubernetes can be called."""
+    kube = cluster.kuberay
+    named = {
+        "queue": cluster.queue,
+        "priority": cluster.priority,
+        "kuberay.namespace": kube.namespace,
+        "kuberay.claim": kube.claim,
+        "kuberay.service_account": kube.service_account,
+        **{f"kuberay.secrets.{number}": secret for number, secret in enumerate(kube.secrets)},
+    }
+    for key, name in named.items():
+        if name is not None and not NAME.fullmatch(name):
+            raise JobError(
+                f"cluster.{key} = {name!r}: a name of Kubernetes has lower-case letters, digits, dashes and dots, and "
+                "begins and ends with a letter or digit; give the object's name"
+            )
 
 
 def _submitter(cluster: ClusterTable) -> dict[str, Any]:
@@ -344,7 +395,7 @@ def _pod(ticket: Ticket, recipe: Recipe, nodes: NodesTable, files: list[tuple[st
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_JOB_STOP_WAIT_TIME_S": str(cluster.grace_seconds),
     }
-    mounts = {"runs": ticket.runs, "files": WORK, "scripts": SCRIPTS, "shared-memory": "/dev/shm"}  # noqa: S108
+    mounts = {"runs": ticket.runs, "files": WORK, "scripts": SCRIPTS, "shared-memory": SHM}
     sandboxed = _runs_programs(recipe)
     container = {
         "name": f"ray-{role}",
@@ -361,13 +412,14 @@ def _pod(ticket: Ticket, recipe: Recipe, nodes: NodesTable, files: list[tuple[st
         "lifecycle": {"preStop": {"exec": {"command": ["bash", f"{SCRIPTS}/end-{role}.sh"]}}},
     }
     scripts = ("run.sh", "end-head.sh", "end-worker.sh")
+    tolerations = [one.model_dump(exclude_none=True) for one in kube.tolerations]
     spec = {
         "restartPolicy": "Never",
         "terminationGracePeriodSeconds": _pod_grace(cluster),
         "automountServiceAccountToken": kube.service_account is not None,
         **({} if kube.service_account is None else {"serviceAccountName": kube.service_account}),
         **({"nodeSelector": kube.node_selector} if kube.node_selector else {}),
-        **({"tolerations": kube.tolerations} if kube.tolerations else {}),
+        **({"tolerations": tolerations} if tolerations else {}),
         "securityContext": _pod_security(sandboxed),
         "containers": [container],
         "volumes": [

@@ -32,8 +32,9 @@ OWN_OPTIONS = (
     *("job-name", "nodes", "ntasks-per-node", "cpus-per-task", "mem", "gpus-per-node", "time", "partition", "qos"),
     *("account", "output", "open-mode", "signal", "requeue"),
 )
+LONG_NAME = re.compile("[a-z][a-z0-9-]+")  # of an option of sbatch
 # Slurm's word for a job: ours
-QUEUED = {
+STATES = {
     "PENDING": State.WAITING,
     "CONFIGURING": State.WAITING,
     "REQUEUED": State.WAITING,
@@ -50,6 +51,8 @@ QUEUED = {
     "COMPLETED": State.SUCCEEDED,
     "CANCELLED": State.STOPPED,
     "PREEMPTED": State.PREEMPTED,
+    **dict.fromkeys(("BOOT_FAIL", "DEADLINE", "FAILED", "LAUNCH_FAILED", "NODE_FAIL"), State.FAILED),
+    **dict.fromkeys(("OUT_OF_MEMORY", "RECONFIG_FAIL", "TIMEOUT"), State.FAILED),
 }
 
 
@@ -113,7 +116,8 @@ class Slurm:
             queued = ""
         if queued:
             word, _, reason = queued.splitlines()[0].partition("|")
-            return _state(word), _why(word, reason)
+            # one that is not known here is in the queue all the same, and two jobs cannot share a run folder
+            return STATES.get(word, State.RUNNING), _why(word, reason)
         return _ended(ticket)
 
     def logs(self, ticket: Ticket, follow: bool) -> Iterator[str]:
@@ -167,9 +171,8 @@ def _nodes(ticket: Ticket) -> NodesTable:
 def _options(ticket: Ticket, nodes: NodesTable) -> list[str]:
     """What sbatch reads at the head of the script."""
     cluster = ticket.cluster
-    own = [name for name in cluster.slurm.options if name.lstrip("-") in OWN_OPTIONS]
-    if own:
-        raise JobError(f"cluster.slurm.options.{own[0]}: this one is made of other keys of [cluster]; remove it")
+    for name in cluster.slurm.options:
+        _require_free(name)
     notice = cluster.grace_seconds + RAY_END_SECONDS
     if cluster.hours is not None and cluster.hours * 3600 <= notice:
         raise JobError(
@@ -190,12 +193,23 @@ def _options(ticket: Ticket, nodes: NodesTable) -> list[str]:
         "output": str(_log(ticket)).replace("%", "%%"),
         "open-mode": "append",
         "signal": f"B:USR1@{notice}",  # to this shell alone
-        **{name.lstrip("-"): value for name, value in cluster.slurm.options.items()},
+        **{name.removeprefix("--"): value for name, value in cluster.slurm.options.items()},
     }
     for name, value in options.items():
         if "\n" in value:
             raise JobError(f"sbatch's option {name} = {value!r} has a line break; remove it")
     return [*(f"{name}={shlex.quote(value)}" if value else name for name, value in options.items()), "requeue"]
+
+
+def _require_free(name: str) -> None:
+    """Raise JobError for an option of sbatch that a site may not give."""
+    key, option = f"cluster.slurm.options.{name}", name.removeprefix("--")
+    if not LONG_NAME.fullmatch(option):
+        raise JobError(f'{key}: this is no long name of an option; write it as in {{ constraint = "h100" }}')
+    if option in OWN_OPTIONS:
+        raise JobError(f"{key}: this one is made of other keys of [cluster]; remove it")
+    if option == "array":
+        raise JobError(f"{key}: the jobs of an array would share one run folder; remove it, and submit each by itself")
 
 
 def _clock(hours: float) -> str:
@@ -211,10 +225,6 @@ def _folder(ticket: Ticket) -> Path:
 
 def _log(ticket: Ticket) -> Path:
     return _folder(ticket) / f"{ticket.job}.log"
-
-
-def _state(word: str) -> State:
-    return QUEUED.get(word, State.FAILED)
 
 
 def _why(word: str, reason: str) -> str:
@@ -263,4 +273,4 @@ def _ended(ticket: Ticket) -> tuple[State, str]:
     if word == "FAILED" and status == str(REQUEUE):
         return State.PREEMPTED, "it was not queued again"
     why = f"exit status {status}" if word == "FAILED" else told.lower().replace("_", " ")
-    return _state(word), "" if word == "COMPLETED" else why
+    return STATES.get(word, State.FAILED), "" if word == "COMPLETED" else why

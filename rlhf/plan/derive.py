@@ -14,7 +14,7 @@ from rlhf.plan.engines import engine_uses
 from rlhf.plan.nodes import gpu_needs, homeless, node_plans, seated, too_large
 from rlhf.plan.placement import awake_of, rows_at_once, scalars_of, serving_of, sizes_of, tenants_of
 from rlhf.plan.refusals import crowded_cores, misplaced, missing_gpus, undivided, unenforced, unfit_stages, unshared
-from rlhf.plan.types import EngineUse, Memory, MisfitError, Plan, PlanError, StagePlan, Transport
+from rlhf.plan.types import EngineUse, Memory, MisfitError, NodePlan, Plan, PlanError, StagePlan, Transport
 from rlhf.plan.verdicts import Verdict, chosen
 from rlhf.recipe import Evaluate, Merge, Pairs, Rebuild, Recipe, Rl, Sft, Stage, Synthesize
 
@@ -78,7 +78,7 @@ def _planned(
         nodes=nodes,
         longest_rows=longest_rows,
         budget_minutes=recipe.budget_minutes,
-        notes=tuple(_notes(recipe, stages)),
+        notes=tuple(_notes(recipe, stages, nodes)),
     )
 
 
@@ -213,7 +213,9 @@ def _rows(recipe: Recipe, name: str) -> int:
     return next(stage.most_rows for stage in recipe.stages if isinstance(stage, Synthesize) and stage.name == name)
 
 
-def _notes(recipe: Recipe, stages: Sequence[StagePlan]) -> Iterator[str]:
+def _notes(recipe: Recipe, stages: Sequence[StagePlan], nodes: Sequence[NodePlan]) -> Iterator[str]:
+    if any(found.gpus and found.node.gpu_memory_gib is None for found in nodes):
+        yield "whether GPUs have the memory was not checked: gpu_memory_gib of their nodes is not known"
     for stage, planned in zip(recipe.stages, stages, strict=True):
         for name in stage.judges:
             judge = recipe.judge(name)

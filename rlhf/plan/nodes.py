@@ -92,7 +92,7 @@ def reserved(actors: Sequence[ActorPlan], shared_gpus: int) -> tuple[list[Bundle
     return shares, places
 
 
-def packed(bundles: Sequence[Bundle], nodes: Sequence[Node]) -> list[int | None]:
+def packed(bundles: Sequence[Mapping[str, float]], nodes: Sequence[Node]) -> list[int | None]:
     """The node of each bundle by Ray's strategy PACK: the largest bundle takes the node it leaves emptiest, all others
     that have room there follow, and so on with the nodes that are left. A test compares with Ray itself."""
     found: list[int | None] = [None] * len(bundles)
@@ -129,15 +129,15 @@ def gathered(bundles: Sequence[Bundle], places: Mapping[str, list[int]], where: 
     return {role: [dealt[index] for index in found] for role, found in places.items()}
 
 
-def _size(bundle: Bundle) -> tuple[float, float]:
+def _size(bundle: Mapping[str, float]) -> tuple[float, float]:
     return bundle.get("GPU", 0.0), bundle["CPU"]
 
 
-def _fits(bundle: Bundle, room: Mapping[str, float]) -> bool:
+def _fits(bundle: Mapping[str, float], room: Mapping[str, float]) -> bool:
     return all(share <= room[name] + 1e-6 for name, share in bundle.items())
 
 
-def _left(bundle: Bundle, room: Mapping[str, float]) -> float:
+def _left(bundle: Mapping[str, float], room: Mapping[str, float]) -> float:
     """How much of what the bundle asks for stays free, in shares of what is."""
     return sum((room[name] - share) / room[name] for name, share in bundle.items() if share)
 

@@ -78,7 +78,7 @@ def _tables(plan: Plan) -> tuple[Text, ...]:
                 "rows",
                 "micro-batches",
                 "rollouts",
-                "minutes",
+                "budget_minutes",
             ),
             stages,
         ),

@@ -8,11 +8,11 @@ Nothing here changes what a stage learns, so a run may move from one cluster to 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
-from rlhf.recipe.table import Positive, Table, UserPath
+from rlhf.recipe.table import NonEmpty, Positive, Table, UserPath
 
 
 class NodesTable(Table):
@@ -34,39 +34,49 @@ class RayTable(Table):
     env: dict[str, str] = {}
 
 
+class Toleration(Table):
+    """A taint of nodes that pods accept, in the words of Kubernetes."""
+
+    key: NonEmpty | None = None
+    operator: Literal["Exists", "Equal"] | None = None
+    value: str | None = None
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
+    tolerationSeconds: int | None = None  # noqa: N815
+
+
 class KubeRayTable(Table):
     """A Kubernetes cluster with KubeRay. `image`: built of docker/; `claim`: the volume claim that all pods share and
     run folders lie in, at `cluster.runs`; `secrets`: names whose keys become environment variables; `node_selector` and
     `tolerations`: of its pods."""
 
-    image: str = "thinkfusion:cpu"
-    namespace: str = "default"
-    claim: str | None = None
-    service_account: str | None = None
-    secrets: list[str] = []
+    image: NonEmpty = "thinkfusion:cpu"
+    namespace: NonEmpty = "default"
+    claim: NonEmpty | None = None
+    service_account: NonEmpty | None = None
+    secrets: list[NonEmpty] = []
     node_selector: dict[str, str] = {}
-    tolerations: list[dict[str, Any]] = []
+    tolerations: list[Toleration] = []
 
 
 class SlurmTable(Table):
     """A Slurm cluster. `setup`: lines of shell that each node runs first (modules, an environment); `options`: more of
     sbatch's, such as { constraint = "h100" }."""
 
-    account: str | None = None
+    account: NonEmpty | None = None
     setup: list[str] = []
     options: dict[str, str] = {}
 
 
 class ClusterTable(Table):
     """`to`: where `rlhf submit` sends a job; `nodes`: the machines of one job; `queue`: Kueue's LocalQueue or Slurm's
-    partition; `priority`: Kueue's WorkloadPriorityClass or Slurm's QOS; `hours`: the most a job may take;
-    `grace_seconds`: between the notice that a job has to go and its end; `runs`: where run folders lie there, seen by
-    all nodes under this path."""
+    partition; `priority`: Kueue's WorkloadPriorityClass or Slurm's QOS; `hours`: the most a job may take each time
+    that it starts; `grace_seconds`: between the notice that a job has to go and its end; `runs`: where run folders lie
+    there, seen by all nodes under this path."""
 
     to: Literal["ray", "kuberay", "slurm"] = "ray"
     nodes: list[NodesTable] = []
-    queue: str | None = None
-    priority: str | None = None
+    queue: NonEmpty | None = None
+    priority: NonEmpty | None = None
     hours: Positive | None = None
     grace_seconds: Annotated[int, Field(ge=10)] = 120
     runs: UserPath | None = None

@@ -214,7 +214,9 @@ def _explain(
         # pydantic puts the discriminator's tag into the path; a reader of the recipe never wrote it
         path = _named(table, _written(problem["loc"]))
         key = ".".join(map(str, path))
-        place = next((name for name, written, _ in reversed(layers) if _has(written, path)), origin)
+        # what is missing was written by nobody: then whoever wrote the table that lacks it
+        wrote = path[:-1] if problem["type"] == "missing" else path
+        place = next((name for name, written, _ in reversed(layers) if wrote and _has(written, wrote)), origin)
         if problem["type"] == "extra_forbidden":
             word, known = str(path[-1]), _known_keys(problem["loc"])
             near = [ELSEWHERE[word]] if ELSEWHERE.get(word) in known else difflib.get_close_matches(word, known, 1)
@@ -227,6 +229,11 @@ def _explain(
             yield f"{place}: {key} is missing{advice}"
         elif problem["type"] in ("model_type", "dict_type"):
             yield f"{place}: {key} must be a table of keys and values"
+        elif problem["type"] == "list_type":
+            how = f"[[{key}]]" if isinstance(problem["input"], dict) else "[…]"
+            yield f"{place}: {key} must be a list; write {how}"
+        elif problem["type"] == "string_too_short":
+            yield f"{place}: {key} is empty; give it a value, or leave it out"
         else:
             message = problem["msg"].removeprefix("Value error, ")
             yield f"{place}: {key}: {message}"

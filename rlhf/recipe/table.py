@@ -12,6 +12,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 UserPath = Annotated[str, AfterValidator(os.path.expanduser)]  # "~" is the user's home
+NonEmpty = Annotated[str, Field(min_length=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 SparseLayers = Literal["all", "every_second", "first_half", "second_half"]  # of a mixture of experts
 Slot = Literal["vision", "connector", "packer", "decoder"]  # of a bridge, that has weights

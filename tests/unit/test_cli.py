@@ -124,6 +124,36 @@ def test_what_an_actor_raised_is_told_without_its_wrapping(
     )
 
 
+@pytest.mark.parametrize("more", ["", "cpus = 1, memory_gib = 0.0001"])
+def test_what_does_not_fit_its_cluster_is_not_submitted(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: str
+) -> None:
+    monkeypatch.chdir(RECIPE.parents[1])
+    model = [] if more else ["recipes/models/sail_vl2_30b_a3b.toml"]
+    given = [str(RECIPE), *model, "--cluster", "recipes/sites/slurm.toml", "--runs", str(tmp_path)]
+    override = ["-o", f"cluster.nodes = [{{{more}}}]"] if more else []
+    planned, submitted = (run(capsys, *verb, *given, *override) for verb in (["plan"], ["submit", "--dry-run"]))
+    assert planned == submitted
+    assert submitted[0] == 2
+
+
+def test_an_interrupted_look_at_a_job_ends_no_job(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("actors.jobs.logs", interrupted)
+    status, shown = run(capsys, "logs", "digits-20261129-101112-0a1b", "--follow")
+    assert (status, shown) == (130, "rlhf: interrupted; a job that was submitted goes on: `rlhf list` shows it\n")
+
+
+def test_a_list_of_no_jobs_says_so(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    status, shown = run(capsys, "list", "--runs", str(tmp_path))
+    assert status == 0
+    assert shown == f"no jobs in {tmp_path}: `rlhf submit` makes one, and --runs names another folder\n"
+
+
 def test_bridges_are_listed_with_what_a_picture_becomes(capsys: pytest.CaptureFixture[str]) -> None:
     folder = RECIPE.parent / "bridges"
     names = ("llava15", "flamingo", "qwen_vl")

@@ -340,9 +340,9 @@ def timed_out() -> jobs.JobError:
     return error
 
 
-@pytest.mark.parametrize("refused", [timed_out(), KeyboardInterrupt()])
+@pytest.mark.parametrize(("refused", "status"), [(timed_out(), 1), (KeyboardInterrupt(), 130)])
 def test_a_job_that_was_perhaps_handed_over_is_not_forgotten(
-    cluster: Fake, capsys: pytest.CaptureFixture[str], refused: BaseException
+    cluster: Fake, capsys: pytest.CaptureFixture[str], refused: BaseException, status: int
 ) -> None:
     cluster.refuses = refused
     for to, look in (
@@ -350,7 +350,7 @@ def test_a_job_that_was_perhaps_handed_over_is_not_forgotten(
         ("kuberay", "`rlhf status {job}` tells, and `rlhf stop {job}` ends it"),
         ("ray", "`rlhf status {job}` tells, and `rlhf stop {job}` ends it"),
     ):
-        assert main(["submit", "digits.toml", "--to", to, "--runs", to]) == 1
+        assert main(["submit", "digits.toml", "--to", to, "--runs", to]) == status
         (job,) = names(Path(to))
         assert f"job {job!r} was perhaps handed over: {look.format(job=job)}" in capsys.readouterr().err
         assert main(["submit", "digits.toml", "--to", to, "--runs", to]) == 1  # which would be a second one

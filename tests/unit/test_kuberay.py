@@ -109,7 +109,9 @@ def test_manifests_are_what_the_schemas_allow(desk: Desk) -> None:
     assert_valid(*desk.render(**plain))
     kube = {"claim": "c", "service_account": "trainer", "node_selector": {"disk": "fast"}}
     tolerations = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
-    assert_valid(*desk.render(kuberay={**kube, "tolerations": tolerations}))
+    files, job = desk.render(kuberay={**kube, "tolerations": tolerations})
+    assert_valid(files, job)
+    assert pods_of(job)[1]["spec"]["tolerations"] == tolerations
     several = [CLUSTER["nodes"][0], {"count": 2, "cpus": 64, "memory_gib": 99.5}]
     assert_valid(*desk.render(nodes=several))
 
@@ -284,6 +286,13 @@ def test_a_recipe_too_large_is_refused(desk: Desk) -> None:
         ({"runs": None}, "cluster.runs must be the path at which the claim is mounted"),
         ({"queue": None}, "cluster.priority = 'high' is Kueue's: give cluster.queue"),
         ({"nodes": CLUSTER["nodes"] * 6}, "6 kinds of machine, and 5 can be queued"),
+        ({"hours": 0.01}, "cluster.hours = 0.01 is no longer than cluster.grace_seconds = 60"),
+        ({"runs": "/job/files"}, 'cluster.runs = "/job/files": pods have files of their own there'),
+        ({"runs": "/dev/shm/runs"}, "pods have files of their own there"),
+        ({"runs": "/"}, "pods have files of their own there"),
+        ({"queue": "Team A!"}, "cluster.queue = 'Team A!': a name of Kubernetes has lower-case letters"),
+        ({"kuberay": {"claim": "runs", "namespace": "My NS"}}, "cluster.kuberay.namespace = 'My NS': a name"),
+        ({"kuberay": {"claim": "runs", "secrets": ["ok", "-"]}}, "cluster.kuberay.secrets.1 = '-': a name"),
     ],
 )
 def test_what_a_rayjob_lacks_is_told(desk: Desk, cluster: dict[str, Any], message: str) -> None:
@@ -428,10 +437,12 @@ def kubectl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kubectl:
     fake.write_text(
         f"""#!/bin/bash
 echo "$*" >>{folder}/calls
-case $3 in
-  apply) cat >{folder}/applied; [[ ! -e {folder}/refuse ]] || {{ cat {folder}/refuse >&2; exit 1; }} ;;
+case $1 in
+  apply)
+    tee {folder}/given >>{folder}/applied
+    [[ ! -e {folder}/refuse ]] || ! grep -q 'kind: RayJob' {folder}/given || {{ cat {folder}/refuse >&2; exit 1; }} ;;
   get) cat "{folder}/${{4%%.*}}.json" 2>/dev/null || {{ echo 'Error from server (NotFound)' >&2; exit 1; }} ;;
-  delete) [[ ! -e {folder}/stuck || $4 != rayjobs* ]] || {{ echo 'error: timed out waiting' >&2; exit 1; }} ;;
+  delete) [[ $(cat {folder}/stuck 2>/dev/null) != "$4" ]] || {{ echo 'error: timed out waiting' >&2; exit 1; }} ;;
   logs) printf 'one\\ntwo\\n' ;;
 esac
 """
@@ -445,14 +456,20 @@ def test_a_job_is_applied(desk: Desk, kubectl: Kubectl) -> None:
     ticket, recipe = desk.make()
     native = KubeRay().submit(ticket, recipe)
     assert native == name_of(ticket.job)
-    assert kubectl.calls == ["--namespace research apply -f -"]
+    assert kubectl.calls == ["apply --namespace research -f -"] * 2  # the files first
     assert (kubectl.folder / "applied").read_text() == KubeRay().render(ticket, recipe)
 
 
 def test_a_cluster_without_kuberay_is_quoted(desk: Desk, kubectl: Kubectl) -> None:
     (kubectl.folder / "refuse").write_text('no matches for kind "RayJob" in version "ray.io/v1"')
-    with pytest.raises(JobError, match='no matches for kind "RayJob"'):
-        KubeRay().submit(*desk.make())
+    ticket, recipe = desk.make()
+    with pytest.raises(JobError, match=r'^kubectl apply ended with status 1: no matches for kind "RayJob"'):
+        KubeRay().submit(ticket, recipe)
+    name = name_of(ticket.job)
+    assert kubectl.calls[2:] == [f"delete --namespace research configmaps {name} --ignore-not-found"]
+    (kubectl.folder / "stuck").write_text("configmaps")
+    with pytest.raises(JobError, match=f"(?s)no matches.*its ConfigMap {name} is left.*timed out waiting"):
+        KubeRay().submit(ticket, recipe)
 
 
 def test_where_there_is_no_kubectl(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -495,7 +512,7 @@ def test_states(desk: Desk, kubectl: Kubectl, job: dict[str, Any], state: State,
     kubectl.answers(rayjobs=job)
     ticket = replace(desk.make()[0], native="small-one")
     assert KubeRay().state(ticket) == (state, why)
-    assert kubectl.calls[0] == "--namespace research get rayjobs.ray.io small-one --output=json"
+    assert kubectl.calls[0] == "get --namespace research rayjobs.ray.io small-one --output=json"
 
 
 def test_a_job_in_the_queue_says_what_it_waits_for(desk: Desk, kubectl: Kubectl) -> None:
@@ -504,7 +521,7 @@ def test_a_job_in_the_queue_says_what_it_waits_for(desk: Desk, kubectl: Kubectl)
     conditions = [{"type": "QuotaReserved", "status": "False", "message": lacking}]
     kubectl.answers(rayjobs=told(True), workloads={"items": [{"status": {"conditions": conditions}}]})
     assert KubeRay().state(ticket) == (State.WAITING, lacking)
-    assert kubectl.calls[1].endswith("get workloads.kueue.x-k8s.io --selector=kueue.x-k8s.io/job-uid=u-1 --output=json")
+    assert kubectl.calls[1].endswith("workloads.kueue.x-k8s.io --selector=kueue.x-k8s.io/job-uid=u-1 --output=json")
     gone = {"type": "Evicted", "status": "True", "message": "Preempted to accommodate a workload of higher priority"}
     kubectl.answers(workloads={"items": [{"status": {"conditions": [*conditions, gone]}}]})
     assert KubeRay().state(ticket) == (State.WAITING, f"{gone['message']}; {lacking}")
@@ -533,9 +550,9 @@ def test_logs_are_the_submitters(desk: Desk, kubectl: Kubectl) -> None:
     ticket = replace(desk.make()[0], native="small-one")
     kubectl.answers(rayjobs=told(jobStatus="RUNNING", jobDeploymentStatus="Running"))
     assert "".join(KubeRay().logs(ticket, False)) == "one\ntwo\n"
-    assert kubectl.calls[-1] == "--namespace research logs job/small-one --tail=-1"
+    assert kubectl.calls[-1] == "logs --namespace research job/small-one --tail=-1"
     assert "".join(KubeRay().logs(ticket, True)) == "one\ntwo\n"
-    assert kubectl.calls[-1] == "--namespace research logs job/small-one --tail=-1 --follow"
+    assert kubectl.calls[-1] == "logs --namespace research job/small-one --tail=-1 --follow"
     kubectl.answers(rayjobs=told(jobDeploymentStatus="Retrying"))
     with pytest.raises(JobError, match="has printed nothing yet: it is waiting"):
         list(KubeRay().logs(ticket, False))
@@ -557,12 +574,12 @@ def test_a_stop_waits_for_the_pods(desk: Desk, kubectl: Kubectl) -> None:
     KubeRay().stop(replace(desk.make()[0], native="small-one"))
     options = "--ignore-not-found --cascade=foreground --wait --timeout=180s"  # a pod may take 120 s
     both = [
-        f"--namespace research delete rayjobs.ray.io small-one {options}",
-        "--namespace research delete configmaps small-one --ignore-not-found",
+        f"delete --namespace research rayjobs.ray.io small-one {options}",
+        "delete --namespace research configmaps small-one --ignore-not-found",
     ]
     assert kubectl.calls == both
     (kubectl.folder / "calls").unlink()
-    (kubectl.folder / "stuck").touch()
-    with pytest.raises(JobError, match="timed out waiting"):
+    (kubectl.folder / "stuck").write_text("rayjobs.ray.io")
+    with pytest.raises(JobError, match=r"^kubectl delete ended with status 1: error: timed out waiting"):
         KubeRay().stop(replace(desk.make()[0], native="small-one"))
-    assert kubectl.calls == both
+    assert kubectl.calls == both[:1]  # what is still there may mount its files again

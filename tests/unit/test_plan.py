@@ -544,6 +544,17 @@ def test_a_judge_with_its_key_plans(monkeypatch: pytest.MonkeyPatch) -> None:
     assert plan(asked).stages  # nobody asks it
 
 
+def test_gpus_of_unknown_memory_are_noted() -> None:
+    made = plan("resources.device = 'cuda'", cluster=Cluster((Node(16, 128, gpus=2),)))
+    assert "note: whether GPUs have the memory was not checked: gpu_memory_gib of their nodes" in describe(made)
+    made = plan("resources.device = 'cuda'", cluster=Cluster((Node(16, 128, gpus=2, gpu_memory_gib=80),)))
+    assert "not checked" not in describe(made)
+
+
+def test_the_minutes_of_a_stage_are_called_its_budget() -> None:
+    assert "  budget_minutes" in describe(plan())
+
+
 def test_gpu_refusals() -> None:
     cluster = Cluster((Node(16, 128, gpus=2, gpu_memory_gib=0.5),))
     for override, words in {

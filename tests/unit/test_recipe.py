@@ -152,6 +152,25 @@ def test_a_part_of_a_recipe_alone_says_what_it_is_for(base: Path, tmp_path: Path
         load([latin])
 
 
+@pytest.mark.parametrize(
+    ("site", "said"),
+    [
+        ("[[cluster.nodes]]\ncpus = 8\n", "over.toml: cluster.nodes.0.memory_gib is missing"),
+        ("[cluster.nodes]\ncpus = 8\n", "over.toml: cluster.nodes must be a list; write [[cluster.nodes]]"),
+        ("[cluster.kuberay]\nsecrets = 'wandb'\n", "over.toml: cluster.kuberay.secrets must be a list; write […]"),
+        ("[cluster]\nqueue = ''\n", "over.toml: cluster.queue is empty; give it a value, or leave it out"),
+        (
+            "[cluster.kuberay]\ntolerations = [{ efect = 'NoSchedule' }]\n",
+            "over.toml: unknown key 'cluster.kuberay.tolerations.0.efect'; did you mean 'effect'?",
+        ),
+    ],
+)
+def test_a_mistake_in_a_site_file_is_told_of_that_file(base: Path, tmp_path: Path, site: str, said: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load([base], site=write(tmp_path, site))
+    assert str(caught.value).replace(f"{tmp_path}/", "") == said
+
+
 def test_a_missing_file_and_broken_toml_are_named(base: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"absent\.toml: cannot be read"):
         load([tmp_path / "absent.toml"])

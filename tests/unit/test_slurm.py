@@ -232,6 +232,11 @@ def test_the_site_file_renders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         ({"nodes": []}, "cluster.nodes.. is not given"),
         ({"nodes": [CLUSTER["nodes"][0], {"cpus": 1, "memory_gib": 1}]}, "2 kinds of machine"),  # type: ignore[index]
         ({"slurm": {"options": {"mem": "8G"}}}, "slurm.options.mem: this one is made of other keys"),
+        (
+            {"slurm": {"options": {"array": "1-4"}}},
+            "slurm.options.array: the jobs of an array would share one run folder",
+        ),
+        ({"slurm": {"options": {"-p": "gpu"}}}, "slurm.options.-p: this is no long name of an option"),
         ({"queue": "a\nb"}, "partition = .* has a line break"),
         ({"hours": 0.01}, "cluster.hours = 0.01 is no longer than the 70 s"),
     ],
@@ -395,7 +400,7 @@ def test_where_there_is_no_slurm(site: Site) -> None:
 
 def test_a_slurm_that_says_no_is_quoted(site: Site) -> None:
     site.fake("sbatch", "echo 'sbatch: error: invalid partition specified: gpu' >&2; exit 1")
-    with pytest.raises(JobError, match=r"sbatch --parsable ended with status 1: .*invalid partition"):
+    with pytest.raises(JobError, match=r"^sbatch ended with status 1: .*invalid partition"):
         Slurm().submit(*make(site.folder))
 
 
@@ -406,6 +411,8 @@ def test_a_slurm_that_says_no_is_quoted(site: Site) -> None:
         ("PENDING|None", "", State.WAITING, "in Slurm's queue: not looked at yet"),
         ("RUNNING|None", "", State.RUNNING, ""),
         ("COMPLETING|None", "", State.RUNNING, "completing"),
+        ("RESIZING|None", "", State.RUNNING, "resizing"),  # whatever is in the queue has not ended
+        ("NODE_FAIL|None", "", State.FAILED, "node fail"),
         ("", "COMPLETED|0:0", State.SUCCEEDED, ""),
         ("", "FAILED|3:0", State.FAILED, "exit status 3"),
         ("", "FAILED|76:0", State.STOPPED, "it was stopped"),
