@@ -240,17 +240,15 @@ class RewardModel(Pairs):
     anchor: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
 
     @model_validator(mode="after")
-    def _learns_whole_tables(self) -> RewardModel:
+    def _fits_its_head(self) -> RewardModel:
         if self.rows_of:
             raise ValueError(
                 "`rows_of` says which tokens' rows of embeddings and head train, and the head of a reward model has "
                 "one row, for none of them: remove it"
             )
         for key in ("beta", "anchor"):
-            if self.pool != "likelihood" and key in self.model_fields_set:
-                raise ValueError(
-                    f'`{key}` is of a likelihood, and this is a head\'s: add pool = "likelihood", or remove it'
-                )
+            if self.pool != "likelihood" and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f'`{key}` is of a likelihood, not of a head: add pool = "likelihood", or remove it')
         return self
 
 
