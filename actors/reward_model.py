@@ -17,7 +17,7 @@ from rlhf.types import Batch, Scalar
 
 
 class RewardModel(Policy):
-    """With a head, begun from a policy's artifact it says 0 of every reply, from a reward model's, what that says."""
+    """With a head, it says 0 of every reply at first; begun from the artifact of one with a head, what that says."""
 
     role = "the reward model"
     advice = "lower the learning rate"

@@ -74,7 +74,7 @@ def scalar_of(folder: Path) -> Scalar:
     if said.get("pool") not in get_args(Pool):
         known = ", ".join(get_args(Pool))
         raise ValueError(f"{folder / HEAD}: its reward model is asked by {said.get('pool')!r}; known are {known}")
-    return Scalar(said["pool"], float(said.get("beta", 0.1)))
+    return Scalar(said["pool"], float(said.get("beta", 1.0)))
 
 
 def restore_head(head: nn.Linear, folder: Path) -> bool:

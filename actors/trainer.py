@@ -100,7 +100,7 @@ class TrainerRank:
     def rewards(self, batch: Batch) -> dict[str, float]:
         """Of this rank's samples, by key: what the reward model says of the reply. Needs a spec with `scalar`."""
         if not isinstance(self._begun, RewardModel):
-            raise RuntimeError("this stage trains no reward model: its spec has scalar = False")  # noqa: TRY004 - state
+            raise RuntimeError("this stage trains no reward model: its spec has no scalar")  # noqa: TRY004 - state
         return self._begun.rewards(batch)
 
     def probe(self, probes: Sequence[Probe], alone: bool = True) -> ProbeScores:
@@ -150,7 +150,8 @@ class TrainerRank:
 
     def export(self, folder: str | Path) -> None:
         """Write the model and its processor as a Hugging Face folder; with LoRA the adapter alone, in peft's format,
-        naming its base; a reward model whole, its head in a file of its own (`actors.scalar`)."""
+        naming its base; a reward model whole, how it is asked and its head, if it has one, in a file of its own
+        (`actors.scalar`)."""
         self._begun.export(Path(folder))
 
     def end(self) -> None:

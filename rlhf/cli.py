@@ -55,7 +55,7 @@ def _unread() -> bool:
     """Whether the reader of what is printed has seen enough, and gone."""
     printed = select.poll()
     printed.register(sys.stdout, 0)  # errors are told unasked
-    return any(event & select.POLLERR for _, event in printed.poll(0))
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in printed.poll(0))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -513,7 +513,7 @@ def _job(verb: Callable[[], object]) -> int:
     except jobs.JobError as error:
         return _fail(error, FAILED)
     except KeyboardInterrupt as error:
-        told = str(error) or "a job that was submitted goes on: `rlhf list` shows it"
+        told = str(error) or "`rlhf list` tells what became of the job"
         return _fail(f"interrupted; {told}", INTERRUPTED)
     if answer:
         print(answer)

@@ -343,7 +343,9 @@ class Curriculum:
 
     async def _preferred(self, source: str, context: Context, model: Path, stage: Stage) -> dict[str, float]:
         """How well a reward model tells the chosen replies of a source's first pairs, by the trainer."""
-        await self._look(RewardModel, source, model, stage)
+        name = stage.name if isinstance(stage, RewardModel) else self.recipe.parent_of(stage)
+        makers = [other for other in self.recipe.stages if other.name == name and isinstance(other, RewardModel)]
+        await self._look(RewardModel, source, model, stage, pool=makers[0].pool, beta=makers[0].beta)
         rows, settings = self.rows(source), self.recipe.evaluation
         samples, kinds = list[Sample](), dict[str, str]()
         for index in range(min(settings.prompts, len(rows))):
@@ -353,14 +355,17 @@ class Curriculum:
         said = await self.actors.trainer.rewards(context.batch(samples))
         return evaluation.preferred(samples, said, kinds, settings.bootstrap)
 
-    async def _look(self, kind: type[Sft | RewardModel], source: str, model: Path, stage: Stage | None) -> None:
-        """Give the trainer a model to look at, unless it has it; with the memory of the `stage` that made it."""
+    async def _look(
+        self, kind: type[Sft | RewardModel], source: str, model: Path, stage: Stage | None, **asked: object
+    ) -> None:
+        """Give the trainer a model to look at, unless it has it; with the memory of the `stage` that made it, and
+        `asked` as that was."""
         if self.held == model:
             return
         trained = {"train": stage.train, "lora": stage.lora} if isinstance(stage, Optimised) else {}
         named = "sft" if kind is Sft else "reward_model"
         looks = {"name": "measured", "kind": named, "data": {source: 1.0}, "steps": 1, "batch_size": 1}
-        await self.begin(kind.model_validate(looks | trained), model)
+        await self.begin(kind.model_validate(looks | trained | asked), model)
         self.held = model
 
     def _samples(self, name: str, count: int, processor: Any) -> list[Sample]:

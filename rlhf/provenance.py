@@ -35,7 +35,7 @@ def inputs_of(stage: Stage, recipe: Recipe, made: Made, rows: Found) -> dict[str
         "judges": {name: deciding(name, recipe, made) for name in stage.judges},
         "code": _code(functions_of(stage)),
     }
-    if isinstance(stage, Rebuild):
+    if isinstance(stage, Rebuild) and stage.parts:
         decided["parts"] = [_part(part, made) for part in stage.parts.values()]
     if isinstance(stage, Merge):  # rows decide whether it may be
         decided["parts"] = [*map(made, stage.of), recipe.evaluation.prompts]

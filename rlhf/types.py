@@ -303,7 +303,7 @@ class Scalar:
     at each; or, without a head, `beta` times the "likelihood", the sum of the tokens' log-probabilities in nats."""
 
     pool: Pool = "last"
-    beta: float = 0.1
+    beta: float = 1.0
 
     @property
     def headed(self) -> bool:

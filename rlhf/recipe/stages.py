@@ -236,12 +236,12 @@ class RewardModel(Pairs):
     kind: Literal["reward_model"]
     center: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     pool: Literal["last", "mean", "likelihood"] = "last"
-    beta: Positive = 0.1
+    beta: Positive = 1.0
     anchor: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
 
     @model_validator(mode="after")
     def _fits_its_head(self) -> RewardModel:
-        if self.rows_of:
+        if self.rows_of and self.pool != "likelihood":
             raise ValueError(
                 "`rows_of` says which tokens' rows of embeddings and head train, and the head of a reward model has "
                 "one row, for none of them: remove it"

@@ -72,6 +72,15 @@ def test_another_reward_model_is_another_policy(finished: tuple[Path, FakeCast],
     assert [spec.scalar for spec in again.trainer.begun] == [Scalar(), None]
 
 
+def test_what_is_measured_again_is_asked_as_it_was_made(tmp_path: Path) -> None:
+    likely = "stages.ranked = {pool = 'likelihood', beta = 0.3}"
+    run(ranked(likely), tmp_path / "run")
+    again = run(ranked(likely, "evaluation.prompts = 8"), tmp_path / "run")
+    asked = [spec.scalar for spec in again.trainer.begun if spec.scalar is not None]
+    assert asked
+    assert set(asked) == {Scalar("likelihood", 0.3)}
+
+
 @pytest.mark.parametrize(
     ("changes", "train"),
     [

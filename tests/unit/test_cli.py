@@ -145,7 +145,10 @@ def test_an_interrupted_look_at_a_job_ends_no_job(
 
     monkeypatch.setattr("actors.jobs.logs", interrupted)
     status, shown = run(capsys, "logs", "digits-20261129-101112-0a1b", "--follow")
-    assert (status, shown) == (130, "rlhf: interrupted; a job that was submitted goes on: `rlhf list` shows it\n")
+    assert (status, shown) == (
+        130,
+        "rlhf: interrupted; `rlhf list` tells what became of the job\n",
+    )
 
 
 def test_a_list_of_no_jobs_says_so(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
