@@ -117,7 +117,7 @@ def status(job: str, runs: Path) -> Found:
             raise JobError(
                 f"job {job!r} is being submitted, or was never handed over ({error}); `rlhf stop {job}` gives it up"
             ) from error
-        state, why = State.FAILED, f"{error}; `rlhf resubmit {job}` continues it"
+        state, why = error.state, f"{error}; `rlhf resubmit {job}` continues it"
     return Found(job, ticket.cluster.to, state, why)
 
 

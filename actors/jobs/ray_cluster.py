@@ -238,10 +238,12 @@ def _retire(client: JobSubmissionClient, folder: Path) -> None:
 
 
 def _ended(ticket: Ticket) -> tuple[State, str]:
-    """What became of a job whose private head has ended."""
+    """What became of a job whose private head has ended. Raises UnknownJobError where nothing is kept of it."""
     path = _folder(ticket) / ENDED_FOLDER / f"{ticket.native}.json"
     kept = read(path, lambda told: (State(told["state"]), str(told["why"])), "remove it: the job then counts as failed")
-    return kept or (State.FAILED, f"its Ray head has ended; `rlhf resubmit {ticket.job}` continues it")
+    if kept is None:
+        raise UnknownJobError(f"no Ray head of {ticket.runs} is up")
+    return kept
 
 
 def _state(job: JobInfo | JobDetails) -> tuple[State, str]:

@@ -174,7 +174,16 @@ def test_a_private_head_that_is_gone_has_lost_its_jobs(recipe: Recipe, tmp_path:
     keep(replace(ticket, native=ticket.job), tmp_path)
     found = jobs.status(ticket.job, tmp_path)
     assert found.state is jobs.State.FAILED
-    assert found.why == f"its Ray head has ended; `rlhf resubmit {ticket.job}` continues it"
+    assert found.why == f"no Ray head of {tmp_path} is up; `rlhf resubmit {ticket.job}` continues it"
+
+
+def test_a_job_whose_private_head_is_not_up_yet_has_not_ended(recipe: Recipe, tmp_path: Path) -> None:
+    ticket = Ticket.of(recipe, ["small.toml"], [], tmp_path)
+    keep(ticket, tmp_path)
+    with pytest.raises(jobs.JobError, match=rf"being submitted, or was never handed over \(no Ray head of {tmp_path}"):
+        jobs.status(ticket.job, tmp_path)
+    with pytest.raises(jobs.JobError, match="two cannot share its run folder"):
+        jobs.submit(ticket.again(), recipe, tmp_path)
 
 
 def test_a_job_goes_where_flags_and_site_say(cluster: Fake, capsys: pytest.CaptureFixture[str]) -> None:
