@@ -70,7 +70,8 @@ class KubeRay:
         try:
             _kubectl(ticket, "apply", "-f", "-", given=_as_text(job))
         except RefusedError as refused:
-            _withdraw_files(ticket, refused)
+            if not refused.unanswered:  # else there may be a RayJob, which mounts them
+                _withdraw_files(ticket, refused)
             raise
         return name_of(ticket.job)
 

@@ -23,7 +23,7 @@ import yaml
 from actors import jobs
 from actors.jobs import JobError, State, Ticket
 from actors.jobs.kuberay import KubeRay, name_of
-from actors.jobs.ticket import keep
+from actors.jobs.ticket import keep, names
 from rlhf.plan.feasibility import problems
 from rlhf.recipe import Recipe, load
 
@@ -472,6 +472,24 @@ def test_a_cluster_without_kuberay_is_quoted(desk: Desk, kubectl: Kubectl) -> No
     (kubectl.folder / "stuck").write_text("configmaps")
     with pytest.raises(JobError, match=f"(?s)no matches.*its ConfigMap {name} is left.*timed out waiting"):
         KubeRay().submit(ticket, recipe)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Error from server: etcdserver: request timed out",
+        "error: context deadline exceeded",
+        "Post ...: read tcp 10.0.0.1:4->10.0.0.2:443: read: connection reset by peer",
+        "http2: client connection lost",
+    ],
+)
+def test_a_job_that_was_perhaps_applied_keeps_its_files(desk: Desk, kubectl: Kubectl, said: str) -> None:
+    (kubectl.folder / "refuse").write_text(said)
+    ticket, recipe = desk.make()
+    with pytest.raises(JobError, match=f"job '{ticket.job}' was perhaps handed over"):
+        jobs.submit(ticket, recipe, desk.folder)
+    assert names(desk.folder) == [ticket.job]
+    assert len(kubectl.calls) == 2  # nothing was deleted
 
 
 def test_where_there_is_no_kubectl(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
