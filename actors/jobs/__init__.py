@@ -72,8 +72,12 @@ def submit(ticket: Ticket, recipe: Recipe, runs: Path, port: int | None = None) 
     Raises JobError where it is not handed over, and while another job has the run folder. Of a job that was perhaps
     handed over the ticket stays, without a native name; KeyboardInterrupt, too, then says how to look for it.
     """
-    _require_alone(ticket, runs)
-    _keep(ticket, runs)  # before anything runs that nobody could find again
+    _keep(ticket, runs)  # first: another submit at the same time sees it, and what runs can be found again
+    try:
+        _require_alone(ticket, runs)
+    except BaseException:
+        tickets.drop(ticket, runs)
+        raise
     try:
         native = backend(ticket, runs, port).submit(ticket, recipe)
     except KeyboardInterrupt as error:
@@ -173,7 +177,7 @@ def _require_alone(ticket: Ticket, runs: Path) -> None:
     """Raise JobError while another job has, or may have, the run folder of this one."""
     for job in tickets.names(runs):
         other = _readable(job, runs)
-        if other is None or other.run_folder != ticket.run_folder:
+        if job == ticket.job or other is None or other.run_folder != ticket.run_folder:
             continue
         found = _found(job, runs)
         if not found.ended:

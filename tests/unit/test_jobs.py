@@ -414,6 +414,22 @@ def test_a_run_folder_has_one_job(cluster: Fake, capsys: pytest.CaptureFixture[s
     assert f"job {second!r} is running, and two cannot share its run folder" in capsys.readouterr().err
 
 
+def test_of_two_submits_at_once_one_sees_the_other(
+    cluster: Fake, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, runs, look = Ticket.of(recipe, [], [], Path("runs")), Path("runs"), jobs._require_alone
+
+    def overtaken(ticket: Ticket, runs: Path) -> None:
+        look(ticket, runs)
+        if ticket == first:
+            with pytest.raises(jobs.JobError, match=f"job '{first.job}' is running, and two cannot share"):
+                jobs.submit(first.again(), recipe, runs)
+
+    monkeypatch.setattr(jobs, "_require_alone", overtaken)
+    jobs.submit(first, recipe, runs)
+    assert names(runs) == [first.job]  # what was refused leaves no ticket
+
+
 def test_claims_are_folders_of_their_own(recipe: Recipe, tmp_path: Path) -> None:
     def folder(to: str, claim: str) -> object:
         cluster = {"to": to, "runs": "/runs", "kuberay": {"claim": claim}}
