@@ -176,16 +176,29 @@ def _readable(job: str, runs: Path) -> Ticket | None:
 def _require_alone(ticket: Ticket, runs: Path) -> None:
     """Raise JobError while another job has, or may have, the run folder of this one."""
     for job in tickets.names(runs):
-        other = _readable(job, runs)
-        if job == ticket.job or other is None or other.run_folder != ticket.run_folder:
+        if job == ticket.job or not _may_share(job, ticket, runs):
             continue
         found = _found(job, runs)
         if not found.ended:
-            left = f"; where nothing of it runs, remove {tickets.path_of(job, runs)}" if found.state is None else ""
-            raise JobError(
-                f"job {job!r} is {found.word}, and two cannot share its run folder, {ticket.run_folder[0]}; "
-                f"`rlhf stop {job}` ends it{left}" + (f" ({found.why})" if found.why else "")
-            )
+            shared = f"job {job!r} is {found.word}, and two cannot share its run folder, {ticket.run_folder[0]}"
+            raise JobError(f"{shared}; {_way_out(found, tickets.path_of(job, runs))}")
+
+
+def _may_share(job: str, ticket: Ticket, runs: Path) -> bool:
+    """Whether a job has the run folder of this ticket; one whose own ticket cannot be read may, by its name."""
+    try:
+        other = tickets.find(job, runs)
+    except JobError:
+        return tickets.is_name(job, ticket.recipe)
+    return other is not None and other.run_folder == ticket.run_folder
+
+
+def _way_out(found: Found, path: Path) -> str:
+    """What to do about a job that has not ended, or whose state is not known; `path`: its ticket's."""
+    if found.state is not None:
+        return f"`rlhf stop {found.job}` ends it" + (f" ({found.why})" if found.why else "")
+    removal = "" if str(path) in found.why else f"; where nothing of it runs, remove {path}"
+    return f"{found.why}{removal}"
 
 
 def _keep(ticket: Ticket, runs: Path) -> None:

@@ -5,6 +5,7 @@ runs/.jobs/NAME.json    one a job, kept beside the run folders of whoever submit
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
 import tomllib
@@ -79,6 +80,11 @@ class Ticket:
 
 def _name(recipe: str) -> str:
     return f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+
+
+def is_name(job: str, recipe: str) -> bool:
+    """Whether a job of that recipe may be called so."""
+    return re.fullmatch(rf"{re.escape(recipe)}-\d{{8}}-\d{{6}}-[0-9a-f]{{4}}", job) is not None
 
 
 def path_of(job: str, runs: Path) -> Path:

@@ -430,6 +430,34 @@ def test_of_two_submits_at_once_one_sees_the_other(
     assert names(runs) == [first.job]  # what was refused leaves no ticket
 
 
+@pytest.mark.parametrize("to", ["slurm", "ray"])
+def test_what_may_be_running_is_no_advice_to_stop_in_vain(
+    cluster: Fake, capsys: pytest.CaptureFixture[str], to: str
+) -> None:
+    cluster.refuses, cluster.unknown = timed_out(), "the head"
+    assert main(["submit", "digits.toml", "--to", to]) == 1
+    (job,) = names(Path("runs"))
+    capsys.readouterr()
+    assert main(["submit", "digits.toml", "--to", to]) == 1
+    shown = capsys.readouterr().err
+    assert f"`rlhf stop {job}` ends it" not in shown
+    assert shown.count(f"remove runs/.jobs/{job}.json") == 1
+    assert (f"scancel --name={job}" if to == "slurm" else f"`rlhf stop {job}` gives it up") in shown
+
+
+def test_a_damaged_ticket_keeps_others_from_its_run_folder(cluster: Fake, capsys: pytest.CaptureFixture[str]) -> None:
+    job = submitted(capsys)
+    ticket = Path(f"runs/.jobs/{job}.json")
+    ticket.write_text("{")
+    assert main(["submit", "digits.toml"]) == 1
+    shown = capsys.readouterr().err
+    assert f"job {job!r} is unknown, and two cannot share its run folder" in shown
+    assert f"look for {job!r} on its cluster, then remove the file" in shown
+    submitted(capsys, "-o", "name = 'think-fusion'")  # of which the other's name is no job's
+    ticket.unlink()
+    submitted(capsys)
+
+
 def test_claims_are_folders_of_their_own(recipe: Recipe, tmp_path: Path) -> None:
     def folder(to: str, claim: str) -> object:
         cluster = {"to": to, "runs": "/runs", "kuberay": {"claim": claim}}
