@@ -314,14 +314,14 @@ def test_what_another_machine_cannot_see_is_not_sent_there(tmp_path: Path, monke
     for runs, refused in ((None, True), ("/shared/runs", False)):
         more = ["cluster.ray.address = 'http://192.0.2.7:8265'", *([f"cluster.runs = '{runs}'"] if runs else [])]
         recipe = load(files, [*overrides, *more])
-        ticket = jobs.Ticket.of(recipe, files, [*overrides, *more, "seed = 3"], tmp_path)
+        ticket = jobs.Ticket.of(recipe, files, [*overrides, *more, "seed = 3"], tmp_path / "runs")
         assert "secret" not in " ".join(ticket.arguments())
         assert "seed = 3" in ticket.arguments()
         if refused:
             with pytest.raises(jobs.JobError, match=r"may not see .*cluster\.runs"):
-                jobs.render(ticket, recipe, tmp_path)
+                jobs.render(ticket, recipe, tmp_path / "runs")
         else:
-            assert "--runs /shared/runs" in jobs.render(ticket, recipe, tmp_path)
+            assert "--runs /shared/runs" in jobs.render(ticket, recipe, tmp_path / "runs")
 
 
 @pytest.mark.parametrize(
