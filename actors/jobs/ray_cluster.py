@@ -185,15 +185,11 @@ class RayCluster:
 
     def stop(self, ticket: Ticket) -> None:
         with _client(ticket) as client:
-            client.stop_job(ticket.native)
-            limit = ticket.cluster.grace_seconds + STOP_SECONDS
-            deadline = time.monotonic() + limit
-            while not (state := client.get_job_status(ticket.native)).is_terminal():
-                if time.monotonic() > deadline:
-                    raise JobError(f"job {ticket.job!r} is still {state} after {limit:g} s; try again")
-                time.sleep(0.2)
-            if ticket.cluster.ray.address is None:
-                _retire(client, _folder(ticket))
+            try:
+                _end(client, ticket)
+            finally:
+                if ticket.cluster.ray.address is None:  # also one that was started for a job that never came
+                    _retire(client, _folder(ticket))
 
 
 def _checked(address: str) -> str:
@@ -222,6 +218,17 @@ def _require_runs(ticket: Ticket, address: str) -> None:
             f"cluster.runs = {ticket.cluster.runs!r} must be the path at which all nodes behind {address} see the run "
             'folders, such as "/shared/runs"'
         )
+
+
+def _end(client: JobSubmissionClient, ticket: Ticket) -> None:
+    """Tell a job to go, and wait for its end. Raises JobError where it does not end in time."""
+    client.stop_job(ticket.native)
+    limit = ticket.cluster.grace_seconds + STOP_SECONDS
+    deadline = time.monotonic() + limit
+    while not (state := client.get_job_status(ticket.native)).is_terminal():
+        if time.monotonic() > deadline:
+            raise JobError(f"job {ticket.job!r} is still {state} after {limit:g} s; try again")
+        time.sleep(0.2)
 
 
 def _retire(client: JobSubmissionClient, folder: Path) -> None:

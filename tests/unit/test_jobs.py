@@ -9,16 +9,18 @@ import socket
 import subprocess
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from actors import jobs
 from actors.jobs import ray_cluster
 from actors.jobs.backend import UnknownJobError
-from actors.jobs.head import find_head, start_head
+from actors.jobs.head import Head, find_head, start_head
 from actors.jobs.ticket import Ticket, find, keep, names
+from rlhf.checkpoint import write_json
 from rlhf.cli import main
 from rlhf.recipe import ClusterTable, Recipe, load
 
@@ -585,6 +587,23 @@ def test_a_head_that_has_forgotten_a_job_says_so(
         keep(ticket, tmp_path)
         assert jobs.status(ticket.job, tmp_path).state is jobs.State.FAILED
         assert jobs.stop(ticket.job, tmp_path).why.endswith(f"`rlhf resubmit {ticket.job}` continues it")
+
+
+def test_a_stop_ends_a_private_head_that_no_job_came_to(recipe: Recipe, tmp_path: Path) -> None:
+    ticket = Ticket.of(recipe, [], [], tmp_path)
+    keep(ticket, tmp_path)
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "token").write_text("0" * 64)
+    none = {f"/api/jobs/{ticket.job}": (404, "no such job"), "/api/jobs/": (200, "[]")}
+    with answering({**VERSION, **none}) as address, subprocess.Popen(["sleep", "60"]) as process:
+        created = psutil.Process(process.pid).create_time()
+        head = Head(address, str(tmp_path / ".ray" / "token"), process.pid, created, str(tmp_path / "temporary"))
+        write_json(tmp_path / ".ray" / "head.json", asdict(head))
+        try:
+            assert jobs.stop(ticket.job, tmp_path).ended
+            assert find_head(tmp_path / ".ray") is None
+        finally:
+            process.kill()
 
 
 def test_a_job_whose_post_is_not_answered_was_perhaps_handed_over(
