@@ -52,9 +52,14 @@ class Ticket:
 
     @property
     def run_folder(self) -> tuple[str, ...]:
-        """What two jobs that would write into one run folder have in common: its path, and the volume it is on."""
-        claim = (self.cluster.kuberay.namespace, self.cluster.kuberay.claim or "")
-        return str(Path(self.runs) / self.recipe), *(claim if self.cluster.to == "kuberay" else ())
+        """What two jobs that would write into one run folder have in common: its path, and the volume it is on, or the
+        Ray cluster whose machines see it."""
+        cluster, place = self.cluster, tuple[str, ...]()
+        if cluster.to == "kuberay":
+            place = (cluster.kuberay.namespace, cluster.kuberay.claim or "")
+        elif cluster.to == "ray" and cluster.ray.address is not None and cluster.runs is not None:  # else it lies here
+            place = (cluster.ray.address,)
+        return str(Path(self.runs) / self.recipe), *place
 
     def again(self) -> Ticket:
         """The same under a new name, not handed over yet."""

@@ -470,6 +470,16 @@ def test_claims_are_folders_of_their_own(recipe: Recipe, tmp_path: Path) -> None
     assert folder("slurm", "a") == folder("slurm", "b")
 
 
+def test_run_folders_of_two_ray_clusters_are_two(recipe: Recipe, tmp_path: Path) -> None:
+    def folder(address: str | None, runs: str | None) -> object:
+        cluster = {"ray": {"address": address}, "runs": runs}
+        told = recipe.model_copy(update={"cluster": ClusterTable.model_validate(cluster)})
+        return Ticket.of(told, [], [], tmp_path).run_folder
+
+    assert folder("http://a:1", "/runs") == folder("http://a:1", "/runs") != folder("http://b:1", "/runs")
+    assert folder(None, None) == folder("http://127.0.0.1:8265", None)  # both here, whoever serves the jobs
+
+
 @pytest.mark.parametrize(
     "address", ["127.0.0.1:23765", "", "http://", "ray://h:1", "http://[::1", "http://h:99999", "http://h:x"]
 )

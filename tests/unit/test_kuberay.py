@@ -571,7 +571,7 @@ def test_a_job_that_was_deleted_was_stopped(desk: Desk, kubectl: Kubectl) -> Non
 def test_a_job_that_kubernetes_does_not_have_yet_has_not_ended(desk: Desk, kubectl: Kubectl) -> None:
     ticket, recipe = desk.make()
     keep(ticket, desk.folder)
-    with pytest.raises(JobError, match=r"being submitted, or was never handed over \(research has no RayJob small-one-"):
+    with pytest.raises(JobError, match=r"being submitted, or was never handed over \(research has no RayJob small-"):
         jobs.status(ticket.job, desk.folder)
     with pytest.raises(JobError, match="two cannot share its run folder"):
         jobs.submit(ticket.again(), recipe, desk.folder)
