@@ -72,8 +72,12 @@ def submit(ticket: Ticket, recipe: Recipe, runs: Path, port: int | None = None) 
     Raises JobError where it is not handed over, and while another job has the run folder. Of a job that was perhaps
     handed over the ticket stays, without a native name; KeyboardInterrupt, too, then says how to look for it.
     """
-    _require_alone(ticket, runs)
-    _keep(ticket, runs)  # before anything runs that nobody could find again
+    _keep(ticket, runs)  # first: another submit at the same time sees it, and what runs can be found again
+    try:
+        _require_alone(ticket, runs)
+    except BaseException:
+        tickets.drop(ticket, runs)
+        raise
     try:
         native = backend(ticket, runs, port).submit(ticket, recipe)
     except KeyboardInterrupt as error:
@@ -117,7 +121,7 @@ def status(job: str, runs: Path) -> Found:
             raise JobError(
                 f"job {job!r} is being submitted, or was never handed over ({error}); `rlhf stop {job}` gives it up"
             ) from error
-        state, why = State.FAILED, f"{error}; `rlhf resubmit {job}` continues it"
+        state, why = error.state, f"{error}; `rlhf resubmit {job}` continues it"
     return Found(job, ticket.cluster.to, state, why)
 
 
@@ -172,16 +176,29 @@ def _readable(job: str, runs: Path) -> Ticket | None:
 def _require_alone(ticket: Ticket, runs: Path) -> None:
     """Raise JobError while another job has, or may have, the run folder of this one."""
     for job in tickets.names(runs):
-        other = _readable(job, runs)
-        if other is None or other.run_folder != ticket.run_folder:
+        if job == ticket.job or not _may_share(job, ticket, runs):
             continue
         found = _found(job, runs)
         if not found.ended:
-            left = f"; where nothing of it runs, remove {tickets.path_of(job, runs)}" if found.state is None else ""
-            raise JobError(
-                f"job {job!r} is {found.word}, and two cannot share its run folder, {ticket.run_folder[0]}; "
-                f"`rlhf stop {job}` ends it{left}" + (f" ({found.why})" if found.why else "")
-            )
+            shared = f"job {job!r} is {found.word}, and two cannot share its run folder, {ticket.run_folder[0]}"
+            raise JobError(f"{shared}; {_way_out(found, tickets.path_of(job, runs))}")
+
+
+def _may_share(job: str, ticket: Ticket, runs: Path) -> bool:
+    """Whether a job has the run folder of this ticket; one whose own ticket cannot be read may, by its name."""
+    try:
+        other = tickets.find(job, runs)
+    except JobError:
+        return tickets.is_name(job, ticket.recipe)
+    return other is not None and other.run_folder == ticket.run_folder
+
+
+def _way_out(found: Found, path: Path) -> str:
+    """What to do about a job that has not ended, or whose state is not known; `path`: its ticket's."""
+    if found.state is not None:
+        return f"`rlhf stop {found.job}` ends it" + (f" ({found.why})" if found.why else "")
+    removal = "" if str(path) in found.why else f"; where nothing of it runs, remove {path}"
+    return f"{found.why}{removal}"
 
 
 def _keep(ticket: Ticket, runs: Path) -> None:

@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from actors.jobs.backend import JobError
+from actors.jobs.head import HEAD_FOLDER
+from actors.jobs.ticket import FOLDER
 from rlhf.recipe import Recipe
 
 LIMIT_MIB = 500  # Ray carries 512 in a message
 LARGEST = 5  # entries named when there is too much
 GIT_SECONDS = 60.0
 RECIPES = ".recipes"  # of files that lie elsewhere
-NEVER = {".git", "__pycache__", "node_modules"}
+NEVER = {".git", "__pycache__", "node_modules", FOLDER, HEAD_FOLDER}  # the last two hold keys and tokens
 MARKS = ("pyvenv.cfg", "CACHEDIR.TAG")  # of folders that are made anew: virtual environments, caches
 WRITTEN_AT = (1980, 1, 1, 0, 0, 0)  # the same contents are the same archive, which is then there already
 PATHS = ("path", "replay")  # keys of a recipe whose values are paths, with or without a slash
@@ -61,8 +63,14 @@ def _reading() -> Iterator[None]:
 
 def archive_of(folder: Path, recipe_files: Sequence[str], recipe: Recipe, runs: Sequence[Path]) -> Archive:
     """Choose what is sent; never `runs`, where run folders lie. Raises JobError when it is too much or cannot be read
-    or named, and when the recipe names what lies in the folder and is not sent, or a place in it to write to."""
+    or named, when run folders lie in the folder itself, among what is sent, and when the recipe names what lies in the
+    folder and is not sent, or a place in it to write to."""
     root = folder.resolve()
+    if any(path.resolve() == root for path in runs):
+        raise JobError(
+            f"{folder} is sent to the cluster, and run folders, which are not, would lie among its files; name another "
+            "folder for them, with --runs or cluster.runs, or submit from another"
+        )
     left = {folder / path.resolve().relative_to(root) for path in runs if path.resolve().is_relative_to(root)}
     with _reading():
         files = tuple(sorted(_kept(folder, folder, left)))

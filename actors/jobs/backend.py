@@ -13,10 +13,6 @@ from rlhf.recipe import NodesTable, Recipe
 __all__ = ["Backend", "JobError", "State", "UnknownJobError", "machines_of"]
 
 
-class UnknownJobError(JobError):
-    """A cluster that has no such job: it has forgotten it, or was never given it."""
-
-
 def machines_of(ticket: Ticket) -> list[NodesTable]:
     """The kinds of machine that a job gets, at least one. Raises JobError where [cluster] names none."""
     if not ticket.cluster.nodes:
@@ -41,6 +37,14 @@ class State(Enum):
         return self not in (State.WAITING, State.RUNNING)
 
 
+class UnknownJobError(JobError):
+    """A cluster that has no such job: it has forgotten it, or was never given it. `state`: of one that was given it."""
+
+    def __init__(self, said: str, state: State = State.FAILED) -> None:
+        super().__init__(said)
+        self.state = state
+
+
 class Backend(Protocol):
     """One kind of cluster. Every call may raise JobError, and none waits without a deadline."""
 
@@ -54,7 +58,8 @@ class Backend(Protocol):
         ...
 
     def state(self, ticket: Ticket) -> tuple[State, str]:
-        """How it stands with the job, and why, in words ("" where there is nothing to add)."""
+        """How it stands with the job, and why, in words ("" where there is nothing to add). Raises UnknownJobError
+        where nothing is known of it, as of one that is on its way."""
         ...
 
     def logs(self, ticket: Ticket, follow: bool) -> Iterator[str]:

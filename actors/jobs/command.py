@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Sequence
 
 from actors.jobs.backend import JobError
 
 ANSWER_SECONDS = 60.0
+# in the words of Slurm, of Kubernetes and of Go
+UNANSWERED = re.compile("timed out|deadline exceeded|connection (reset|lost)", re.IGNORECASE)
 
 
 class RefusedError(JobError):
@@ -16,6 +19,11 @@ class RefusedError(JobError):
     def __init__(self, command: str, status: int, said: str) -> None:
         super().__init__(f"{command} ended with status {status}: {said or 'it said nothing'}")
         self.said = said
+
+    @property
+    def unanswered(self) -> bool:
+        """Whether it was the cluster that did not answer the command in time."""
+        return UNANSWERED.search(self.said) is not None
 
 
 def ask(*command: str, absent: str, given: str | None = None, seconds: float = ANSWER_SECONDS) -> str:

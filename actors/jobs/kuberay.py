@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from actors.jobs.backend import JobError, State, machines_of
+from actors.jobs.backend import JobError, State, UnknownJobError, machines_of
 from actors.jobs.command import ANSWER_SECONDS, RefusedError, ask
 from actors.jobs.shipment import Shipment, functions_of
 from actors.jobs.ticket import Ticket
@@ -70,7 +70,8 @@ class KubeRay:
         try:
             _kubectl(ticket, "apply", "-f", "-", given=_as_text(job))
         except RefusedError as refused:
-            _withdraw_files(ticket, refused)
+            if not refused.unanswered:  # else there may be a RayJob, which mounts them
+                _withdraw_files(ticket, refused)
             raise
         return name_of(ticket.job)
 
@@ -80,7 +81,8 @@ class KubeRay:
         except RefusedError as refused:
             if "NotFound" not in refused.said:
                 raise
-            return State.STOPPED, f"{ticket.cluster.kuberay.namespace} has no RayJob {ticket.native}: it was deleted"
+            space = ticket.cluster.kuberay.namespace
+            raise UnknownJobError(f"{space} has no RayJob {ticket.native}", State.STOPPED) from refused
         return _state(ticket, found)
 
     def logs(self, ticket: Ticket, follow: bool) -> Iterator[str]:

@@ -185,15 +185,11 @@ class RayCluster:
 
     def stop(self, ticket: Ticket) -> None:
         with _client(ticket) as client:
-            client.stop_job(ticket.native)
-            limit = ticket.cluster.grace_seconds + STOP_SECONDS
-            deadline = time.monotonic() + limit
-            while not (state := client.get_job_status(ticket.native)).is_terminal():
-                if time.monotonic() > deadline:
-                    raise JobError(f"job {ticket.job!r} is still {state} after {limit:g} s; try again")
-                time.sleep(0.2)
-            if ticket.cluster.ray.address is None:
-                _retire(client, _folder(ticket))
+            try:
+                _end(client, ticket)
+            finally:
+                if ticket.cluster.ray.address is None:  # also one that was started for a job that never came
+                    _retire(client, _folder(ticket))
 
 
 def _checked(address: str) -> str:
@@ -224,6 +220,17 @@ def _require_runs(ticket: Ticket, address: str) -> None:
         )
 
 
+def _end(client: JobSubmissionClient, ticket: Ticket) -> None:
+    """Tell a job to go, and wait for its end. Raises JobError where it does not end in time."""
+    client.stop_job(ticket.native)
+    limit = ticket.cluster.grace_seconds + STOP_SECONDS
+    deadline = time.monotonic() + limit
+    while not (state := client.get_job_status(ticket.native)).is_terminal():
+        if time.monotonic() > deadline:
+            raise JobError(f"job {ticket.job!r} is still {state} after {limit:g} s; try again")
+        time.sleep(0.2)
+
+
 def _retire(client: JobSubmissionClient, folder: Path) -> None:
     """End a private head that has nothing to do, which takes what it knows with it: that is written down before."""
     jobs = client.list_jobs()
@@ -238,10 +245,12 @@ def _retire(client: JobSubmissionClient, folder: Path) -> None:
 
 
 def _ended(ticket: Ticket) -> tuple[State, str]:
-    """What became of a job whose private head has ended."""
+    """What became of a job whose private head has ended. Raises UnknownJobError where nothing is kept of it."""
     path = _folder(ticket) / ENDED_FOLDER / f"{ticket.native}.json"
     kept = read(path, lambda told: (State(told["state"]), str(told["why"])), "remove it: the job then counts as failed")
-    return kept or (State.FAILED, f"its Ray head has ended; `rlhf resubmit {ticket.job}` continues it")
+    if kept is None:
+        raise UnknownJobError(f"no Ray head of {ticket.runs} is up")
+    return kept
 
 
 def _state(job: JobInfo | JobDetails) -> tuple[State, str]:

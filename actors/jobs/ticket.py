@@ -5,6 +5,7 @@ runs/.jobs/NAME.json    one a job, kept beside the run folders of whoever submit
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
 import tomllib
@@ -51,9 +52,14 @@ class Ticket:
 
     @property
     def run_folder(self) -> tuple[str, ...]:
-        """What two jobs that would write into one run folder have in common: its path, and the volume it is on."""
-        claim = (self.cluster.kuberay.namespace, self.cluster.kuberay.claim or "")
-        return str(Path(self.runs) / self.recipe), *(claim if self.cluster.to == "kuberay" else ())
+        """What two jobs that would write into one run folder have in common: its path, and the volume it is on, or the
+        Ray cluster whose machines see it."""
+        cluster, place = self.cluster, tuple[str, ...]()
+        if cluster.to == "kuberay":
+            place = (cluster.kuberay.namespace, cluster.kuberay.claim or "")
+        elif cluster.to == "ray" and cluster.ray.address is not None and cluster.runs is not None:  # else it lies here
+            place = (cluster.ray.address,)
+        return str(Path(self.runs) / self.recipe), *place
 
     def again(self) -> Ticket:
         """The same under a new name, not handed over yet."""
@@ -79,6 +85,11 @@ class Ticket:
 
 def _name(recipe: str) -> str:
     return f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+
+
+def is_name(job: str, recipe: str) -> bool:
+    """Whether a job of that recipe may be called so."""
+    return re.fullmatch(rf"{re.escape(recipe)}-\d{{8}}-\d{{6}}-[0-9a-f]{{4}}", job) is not None
 
 
 def path_of(job: str, runs: Path) -> Path:

@@ -99,6 +99,17 @@ def test_run_folders_stay_however_they_are_called(tmp_path: Path) -> None:
     assert [*map(str, archive_of(folder, [], recipe(), runs).files)] == ["a.toml"]
 
 
+def test_keys_and_tokens_stay_wherever_they_lie(tmp_path: Path) -> None:
+    write(tmp_path, "a.toml", ".jobs/j.json", ".ray/token", "others/.jobs/j.json", "others/.ray/token")
+    assert sent(tmp_path) == {"a.toml"}
+
+
+def test_run_folders_among_what_is_sent_are_refused(tmp_path: Path) -> None:
+    write(tmp_path, "a.toml", "small/stages/01-only/model.bin")
+    with pytest.raises(JobError, match=rf"^{tmp_path} is sent to the cluster, and run folders, .* with --runs or clus"):
+        archive_of(tmp_path, ["a.toml"], recipe(), [tmp_path / "a" / "..", tmp_path / "elsewhere"])
+
+
 def test_what_cannot_be_sent_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, "secret.txt")
     made = archive_of(tmp_path, [], recipe(), [])

@@ -9,16 +9,18 @@ import socket
 import subprocess
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from actors import jobs
 from actors.jobs import ray_cluster
 from actors.jobs.backend import UnknownJobError
-from actors.jobs.head import find_head, start_head
+from actors.jobs.head import Head, find_head, start_head
 from actors.jobs.ticket import Ticket, find, keep, names
+from rlhf.checkpoint import write_json
 from rlhf.cli import main
 from rlhf.recipe import ClusterTable, Recipe, load
 
@@ -174,7 +176,16 @@ def test_a_private_head_that_is_gone_has_lost_its_jobs(recipe: Recipe, tmp_path:
     keep(replace(ticket, native=ticket.job), tmp_path)
     found = jobs.status(ticket.job, tmp_path)
     assert found.state is jobs.State.FAILED
-    assert found.why == f"its Ray head has ended; `rlhf resubmit {ticket.job}` continues it"
+    assert found.why == f"no Ray head of {tmp_path} is up; `rlhf resubmit {ticket.job}` continues it"
+
+
+def test_a_job_whose_private_head_is_not_up_yet_has_not_ended(recipe: Recipe, tmp_path: Path) -> None:
+    ticket = Ticket.of(recipe, ["small.toml"], [], tmp_path)
+    keep(ticket, tmp_path)
+    with pytest.raises(jobs.JobError, match=rf"being submitted, or was never handed over \(no Ray head of {tmp_path}"):
+        jobs.status(ticket.job, tmp_path)
+    with pytest.raises(jobs.JobError, match="two cannot share its run folder"):
+        jobs.submit(ticket.again(), recipe, tmp_path)
 
 
 def test_a_job_goes_where_flags_and_site_say(cluster: Fake, capsys: pytest.CaptureFixture[str]) -> None:
@@ -305,14 +316,14 @@ def test_what_another_machine_cannot_see_is_not_sent_there(tmp_path: Path, monke
     for runs, refused in ((None, True), ("/shared/runs", False)):
         more = ["cluster.ray.address = 'http://192.0.2.7:8265'", *([f"cluster.runs = '{runs}'"] if runs else [])]
         recipe = load(files, [*overrides, *more])
-        ticket = jobs.Ticket.of(recipe, files, [*overrides, *more, "seed = 3"], tmp_path)
+        ticket = jobs.Ticket.of(recipe, files, [*overrides, *more, "seed = 3"], tmp_path / "runs")
         assert "secret" not in " ".join(ticket.arguments())
         assert "seed = 3" in ticket.arguments()
         if refused:
             with pytest.raises(jobs.JobError, match=r"may not see .*cluster\.runs"):
-                jobs.render(ticket, recipe, tmp_path)
+                jobs.render(ticket, recipe, tmp_path / "runs")
         else:
-            assert "--runs /shared/runs" in jobs.render(ticket, recipe, tmp_path)
+            assert "--runs /shared/runs" in jobs.render(ticket, recipe, tmp_path / "runs")
 
 
 @pytest.mark.parametrize(
@@ -405,6 +416,50 @@ def test_a_run_folder_has_one_job(cluster: Fake, capsys: pytest.CaptureFixture[s
     assert f"job {second!r} is running, and two cannot share its run folder" in capsys.readouterr().err
 
 
+def test_of_two_submits_at_once_one_sees_the_other(
+    cluster: Fake, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, runs, look = Ticket.of(recipe, [], [], Path("runs")), Path("runs"), jobs._require_alone
+
+    def overtaken(ticket: Ticket, runs: Path) -> None:
+        look(ticket, runs)
+        if ticket == first:
+            with pytest.raises(jobs.JobError, match=f"job '{first.job}' is running, and two cannot share"):
+                jobs.submit(first.again(), recipe, runs)
+
+    monkeypatch.setattr(jobs, "_require_alone", overtaken)
+    jobs.submit(first, recipe, runs)
+    assert names(runs) == [first.job]  # what was refused leaves no ticket
+
+
+@pytest.mark.parametrize("to", ["slurm", "ray"])
+def test_what_may_be_running_is_no_advice_to_stop_in_vain(
+    cluster: Fake, capsys: pytest.CaptureFixture[str], to: str
+) -> None:
+    cluster.refuses, cluster.unknown = timed_out(), "the head"
+    assert main(["submit", "digits.toml", "--to", to]) == 1
+    (job,) = names(Path("runs"))
+    capsys.readouterr()
+    assert main(["submit", "digits.toml", "--to", to]) == 1
+    shown = capsys.readouterr().err
+    assert f"`rlhf stop {job}` ends it" not in shown
+    assert shown.count(f"remove runs/.jobs/{job}.json") == 1
+    assert (f"scancel --name={job}" if to == "slurm" else f"`rlhf stop {job}` gives it up") in shown
+
+
+def test_a_damaged_ticket_keeps_others_from_its_run_folder(cluster: Fake, capsys: pytest.CaptureFixture[str]) -> None:
+    job = submitted(capsys)
+    ticket = Path(f"runs/.jobs/{job}.json")
+    ticket.write_text("{")
+    assert main(["submit", "digits.toml"]) == 1
+    shown = capsys.readouterr().err
+    assert f"job {job!r} is unknown, and two cannot share its run folder" in shown
+    assert f"look for {job!r} on its cluster, then remove the file" in shown
+    submitted(capsys, "-o", "name = 'think-fusion'")  # of which the other's name is no job's
+    ticket.unlink()
+    submitted(capsys)
+
+
 def test_claims_are_folders_of_their_own(recipe: Recipe, tmp_path: Path) -> None:
     def folder(to: str, claim: str) -> object:
         cluster = {"to": to, "runs": "/runs", "kuberay": {"claim": claim}}
@@ -413,6 +468,16 @@ def test_claims_are_folders_of_their_own(recipe: Recipe, tmp_path: Path) -> None
 
     assert folder("kuberay", "a") == folder("kuberay", "a") != folder("kuberay", "b")
     assert folder("slurm", "a") == folder("slurm", "b")
+
+
+def test_run_folders_of_two_ray_clusters_are_two(recipe: Recipe, tmp_path: Path) -> None:
+    def folder(address: str | None, runs: str | None) -> object:
+        cluster = {"ray": {"address": address}, "runs": runs}
+        told = recipe.model_copy(update={"cluster": ClusterTable.model_validate(cluster)})
+        return Ticket.of(told, [], [], tmp_path).run_folder
+
+    assert folder("http://a:1", "/runs") == folder("http://a:1", "/runs") != folder("http://b:1", "/runs")
+    assert folder(None, None) == folder("http://127.0.0.1:8265", None)  # both here, whoever serves the jobs
 
 
 @pytest.mark.parametrize(
@@ -532,6 +597,23 @@ def test_a_head_that_has_forgotten_a_job_says_so(
         keep(ticket, tmp_path)
         assert jobs.status(ticket.job, tmp_path).state is jobs.State.FAILED
         assert jobs.stop(ticket.job, tmp_path).why.endswith(f"`rlhf resubmit {ticket.job}` continues it")
+
+
+def test_a_stop_ends_a_private_head_that_no_job_came_to(recipe: Recipe, tmp_path: Path) -> None:
+    ticket = Ticket.of(recipe, [], [], tmp_path)
+    keep(ticket, tmp_path)
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "token").write_text("0" * 64)
+    none = {f"/api/jobs/{ticket.job}": (404, "no such job"), "/api/jobs/": (200, "[]")}
+    with answering({**VERSION, **none}) as address, subprocess.Popen(["sleep", "60"]) as process:
+        created = psutil.Process(process.pid).create_time()
+        head = Head(address, str(tmp_path / ".ray" / "token"), process.pid, created, str(tmp_path / "temporary"))
+        write_json(tmp_path / ".ray" / "head.json", asdict(head))
+        try:
+            assert jobs.stop(ticket.job, tmp_path).ended
+            assert find_head(tmp_path / ".ray") is None
+        finally:
+            process.kill()
 
 
 def test_a_job_whose_post_is_not_answered_was_perhaps_handed_over(

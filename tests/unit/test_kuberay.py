@@ -20,8 +20,10 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from actors import jobs
 from actors.jobs import JobError, State, Ticket
 from actors.jobs.kuberay import KubeRay, name_of
+from actors.jobs.ticket import keep, names
 from rlhf.plan.feasibility import problems
 from rlhf.recipe import Recipe, load
 
@@ -472,6 +474,24 @@ def test_a_cluster_without_kuberay_is_quoted(desk: Desk, kubectl: Kubectl) -> No
         KubeRay().submit(ticket, recipe)
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Error from server: etcdserver: request timed out",
+        "error: context deadline exceeded",
+        "Post ...: read tcp 10.0.0.1:4->10.0.0.2:443: read: connection reset by peer",
+        "http2: client connection lost",
+    ],
+)
+def test_a_job_that_was_perhaps_applied_keeps_its_files(desk: Desk, kubectl: Kubectl, said: str) -> None:
+    (kubectl.folder / "refuse").write_text(said)
+    ticket, recipe = desk.make()
+    with pytest.raises(JobError, match=f"job '{ticket.job}' was perhaps handed over"):
+        jobs.submit(ticket, recipe, desk.folder)
+    assert names(desk.folder) == [ticket.job]
+    assert len(kubectl.calls) == 2  # nothing was deleted
+
+
 def test_where_there_is_no_kubectl(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(desk.folder))
     with pytest.raises(JobError, match=r"there is no kubectl here: install kubectl.*KUBECONFIG"):
@@ -541,9 +561,20 @@ def test_a_pod_that_does_not_start_says_why(desk: Desk, kubectl: Kubectl) -> Non
 
 
 def test_a_job_that_was_deleted_was_stopped(desk: Desk, kubectl: Kubectl) -> None:
-    state, why = KubeRay().state(replace(desk.make()[0], native="small-one"))
-    assert state is State.STOPPED
-    assert why == "research has no RayJob small-one: it was deleted"
+    ticket = replace(desk.make()[0], native="small-one")
+    keep(ticket, desk.folder)
+    found = jobs.status(ticket.job, desk.folder)
+    assert found.state is State.STOPPED
+    assert found.why == f"research has no RayJob small-one; `rlhf resubmit {ticket.job}` continues it"
+
+
+def test_a_job_that_kubernetes_does_not_have_yet_has_not_ended(desk: Desk, kubectl: Kubectl) -> None:
+    ticket, recipe = desk.make()
+    keep(ticket, desk.folder)
+    with pytest.raises(JobError, match=r"being submitted, or was never handed over \(research has no RayJob small-"):
+        jobs.status(ticket.job, desk.folder)
+    with pytest.raises(JobError, match="two cannot share its run folder"):
+        jobs.submit(ticket.again(), recipe, desk.folder)
 
 
 def test_logs_are_the_submitters(desk: Desk, kubectl: Kubectl) -> None:

@@ -16,10 +16,11 @@ from typing import Any
 
 import pytest
 
-from actors import nodes
+from actors import jobs, nodes
 from actors.jobs import JobError, State, Ticket
 from actors.jobs import slurm as backend
 from actors.jobs.slurm import Slurm
+from actors.jobs.ticket import names
 from rlhf.recipe import Recipe, load
 
 ROOT = Path(__file__).parents[2]
@@ -402,6 +403,15 @@ def test_a_slurm_that_says_no_is_quoted(site: Site) -> None:
     site.fake("sbatch", "echo 'sbatch: error: invalid partition specified: gpu' >&2; exit 1")
     with pytest.raises(JobError, match=r"^sbatch ended with status 1: .*invalid partition"):
         Slurm().submit(*make(site.folder))
+
+
+def test_a_job_that_the_controller_perhaps_took_is_not_forgotten(site: Site) -> None:
+    said = "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation"
+    site.fake("sbatch", f"echo '{said}' >&2; exit 1")
+    ticket, recipe = make(site.folder)
+    with pytest.raises(JobError, match=rf"Socket timed out .*; job '{ticket.job}' was perhaps handed over"):
+        jobs.submit(ticket, recipe, site.folder)
+    assert names(site.folder) == [ticket.job]
 
 
 @pytest.mark.parametrize(
