@@ -678,7 +678,8 @@ def test_a_reward_model_is_learned_alike_on_two_ranks_and_one_and_scores_as_it_d
     from actors.scorer import Scorer, ScorerSettings
 
     begun = request.getfixturevalue(model)
-    stage = RewardModel(kind="reward_model", name="r", data={"rows": 1.0}, steps=8, batch_size=3, center=0.01)
+    stage = RewardModel(kind="reward_model", name="r", data={"rows": 1.0}, steps=8, batch_size=3)
+    stage = stage.model_copy(update={"center": 0.01}) if scalar.headed else stage  # a likelihood is far from 0
     rates = {"*": 1e-2} | ({"lm_head.*": 3e-2} if scalar.headed else {})
     loss = Loss("reinforce", normalise="row", router_aux=0.01 if model == "sparse" else 0.0)
     more: dict[str, Any] = {"lora": lora, "whole": ("lm_head.*",) if lora and scalar.headed else ()}
@@ -698,7 +699,7 @@ def test_a_reward_model_is_learned_alike_on_two_ranks_and_one_and_scores_as_it_d
         losses.append(found[0]["loss"])
     if scalar.headed:
         assert losses[0] == pytest.approx(math.log(2), abs=1e-6)  # it begins by saying 0
-    assert losses[-1] < 0.5 * losses[0]
+    assert losses[-2] < (0.9 if lora and not scalar.headed else 0.5) * losses[0]  # of the same pairs
 
     two.export(tmp_path / "artifact")
     last = make_batch(pairs(0), 2, 64, packed=True)
