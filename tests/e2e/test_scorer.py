@@ -13,6 +13,7 @@ import torch
 
 from actors.scalar import one_output, write_head
 from actors.scorer import Scorer, ScorerSettings
+from rlhf.types import Scalar
 from tests.unit.test_bridge_build import MOE, tiny
 from tests.unit.test_reward_model import groups, values
 
@@ -81,7 +82,7 @@ def test_a_reward_model_scores_in_a_process_of_its_own_and_survives_its_death(tm
     processor.save_pretrained(folder)
     head = one_output(model, bias=False)
     torch.nn.init.normal_(head.weight, std=0.5, generator=torch.Generator().manual_seed(0))
-    write_head(folder, head.weight.detach(), "last")
+    write_head(folder, head.weight.detach(), Scalar())
     (tmp_path / "recipe.toml").write_text(RECIPE.format(folder=folder))
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, str(folder)],
