@@ -344,8 +344,8 @@ class Curriculum:
     async def _preferred(self, source: str, context: Context, model: Path, stage: Stage) -> dict[str, float]:
         """How well a reward model tells the chosen replies of a source's first pairs, by the trainer."""
         name = stage.name if isinstance(stage, RewardModel) else self.recipe.parent_of(stage)
-        makers = [other for other in self.recipe.stages if other.name == name and isinstance(other, RewardModel)]
-        await self._look(RewardModel, source, model, stage, pool=makers[0].pool, beta=makers[0].beta)
+        maker = next(one for one in self.recipe.stages if one.name == name and isinstance(one, RewardModel))
+        await self._look(RewardModel, source, model, stage, pool=maker.pool, beta=maker.beta)
         rows, settings = self.rows(source), self.recipe.evaluation
         samples, kinds = list[Sample](), dict[str, str]()
         for index in range(min(settings.prompts, len(rows))):
@@ -395,9 +395,8 @@ class Curriculum:
                     engine = await opened.enter_async_context(endpoint)
                     tokenizer = context.tokenizer
                 kept = cache if remembers(table) else None
-                key = deciding(
-                    name, self.recipe, self.made, {"budget", "missing"}
-                )  # which change nothing that was said
+                spared = {"budget", "missing"}  # which change nothing that was said
+                key = deciding(name, self.recipe, self.made, spared)
                 found[name] = Judge(engine, tokenizer, table, question, kept, (key,))
             yield found
 
