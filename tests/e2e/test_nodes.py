@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 DRIVER = '''
-import json, sys
+import json, sys, time
 from pathlib import Path
 from rlhf.cli import _private_ray
 _private_ray(Path(sys.argv[1]))
@@ -43,6 +43,15 @@ def stand(bundles, places, where):
             roles[role] = roles.get(role, 0) + 1
     return found
 
+def freed(seconds=60):
+    """Return when Ray counts all nodes as free: each reports a removed group's bundles as freed on its own, and a
+    group asked for in between is packed around what is no longer there."""
+    deadline = time.monotonic() + seconds
+    while (free := ray.available_resources()).get("CPU") != sum(cpus for cpus, _ in SHAPES) or (
+        free.get("GPU") != sum(gpus for _, gpus in SHAPES)
+    ):
+        assert time.monotonic() < deadline, free
+
 simulated = Simulated(
     initialize_head=True,
     head_node_args={"num_cpus": SHAPES[0][0], "num_gpus": SHAPES[0][1], "include_dashboard": False},
@@ -69,6 +78,7 @@ try:
         assert {count for node in made.nodes for count in node.processes} == {
             (role, count) for roles in found[name][1].values() for role, count in roles.items()}
         remove_placement_group(group)
+        freed()
     print(json.dumps(found), flush=True)
 finally:
     ray.shutdown()
