@@ -1,0 +1,28 @@
+"""What the tests of jobs share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rlhf.recipe import Recipe, load
+
+RECIPE = """
+name = "small"
+model = {path = "./no/such/model"}
+[cluster]
+grace_seconds = 60
+[[stages]]
+name = "only"
+kind = "sft"
+data = {rows = 1}
+steps = 1
+batch_size = 1
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    (tmp_path / "small.toml").write_text(RECIPE)
+    return load([tmp_path / "small.toml"])
