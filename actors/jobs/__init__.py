@@ -118,17 +118,18 @@ def status(job: str, runs: Path) -> Found:
         state, why = backend(ticket, runs).state(_named(ticket, runs))
     except UnknownJobError as error:
         if not ticket.native:
-            raise JobError(
-                f"job {job!r} is being submitted, or was never handed over ({error}); `rlhf stop {job}` gives it up"
-            ) from error
-        state, why = error.state, f"{error}; `rlhf resubmit {job}` continues it"
+            raise JobError(_unknown(ticket, error)) from error
+        state, why = error.state, _unknown(ticket, error)
     return Found(job, ticket.cluster.to, state, why)
 
 
 def logs(job: str, runs: Path, follow: bool = False) -> Iterator[str]:
     """What the job printed so far; with `follow` what it prints until it ends."""
     ticket = ticket_of(job, runs)
-    return backend(ticket, runs).logs(_named(ticket, runs), follow)
+    try:
+        yield from backend(ticket, runs).logs(_named(ticket, runs), follow)
+    except UnknownJobError as error:
+        raise JobError(_unknown(ticket, error)) from error
 
 
 def stop(job: str, runs: Path) -> Found:
@@ -223,6 +224,14 @@ def _named(ticket: Ticket, runs: Path) -> Ticket:
 
         return replace(ticket, native=name_of(ticket.job))
     raise JobError(_perhaps(ticket, runs))
+
+
+def _unknown(ticket: Ticket, error: UnknownJobError) -> str:
+    """What it means, and what to do, that its cluster does not know a job."""
+    job = ticket.job
+    if ticket.native:
+        return f"{error}; `rlhf resubmit {job}` continues it"
+    return f"job {job!r} is being submitted, or was never handed over ({error}); `rlhf stop {job}` gives it up"
 
 
 def _perhaps(ticket: Ticket, runs: Path) -> str:

@@ -249,8 +249,12 @@ def _ended(ticket: Ticket) -> tuple[State, str]:
     path = _folder(ticket) / ENDED_FOLDER / f"{ticket.native}.json"
     kept = read(path, lambda told: (State(told["state"]), str(told["why"])), "remove it: the job then counts as failed")
     if kept is None:
-        raise UnknownJobError(f"no Ray head of {ticket.runs} is up")
+        raise _headless(ticket)
     return kept
+
+
+def _headless(ticket: Ticket) -> UnknownJobError:
+    return UnknownJobError(f"no Ray head of {ticket.runs} is up")
 
 
 def _state(job: JobInfo | JobDetails) -> tuple[State, str]:
@@ -279,10 +283,7 @@ def _client(ticket: Ticket) -> Iterator[_Client]:
     if address is None:
         head = _head(ticket)
         if head is None:
-            raise UnknownJobError(
-                f"the Ray head of {ticket.runs} has ended, and job {ticket.job!r} with it; "
-                f"`rlhf resubmit {ticket.job}` continues it"
-            )
+            raise _headless(ticket)
         address, token = head.address, _Token.of_file(head.token_path, head.token_path)
     else:
         address, token = _checked(address), _Token.given()
