@@ -10,9 +10,9 @@ from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import pytest
+import ray
 from ray.exceptions import RayActorError
 
-from actors import handles
 from actors.device import DeviceBucket
 from actors.handles import EngineHandle, Loads, RewardsHandle, ScalarHandle, TrainerHandle, reason
 from rewards.base import Item
@@ -26,8 +26,8 @@ Ended = list[tuple[int, Group]]
 
 @pytest.fixture(autouse=True)
 def _no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(handles.ray, "kill", lambda worker: None)
-    monkeypatch.setattr(handles.ray, "put", lambda value: value)
+    monkeypatch.setattr(ray, "kill", lambda worker: None)
+    monkeypatch.setattr(ray, "put", lambda value: value)
 
 
 class Remote:
@@ -520,7 +520,7 @@ class Worker:
 def test_a_reward_worker_that_is_lost_is_replaced_and_asked_once_more(
     workers: list[str], outcome: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(handles, "START", 0.01)  # what an import in the worker may take
+    monkeypatch.setattr("actors.handles.rewards.START", 0.01)  # what an import in the worker may take
     rollouts = tuple(Rollout((1,), (0.0,), (0,), "?", "stop") for _ in range(3))
     groups = [Group(prompts(1)[0], (1,), rollouts)]
     coming = iter(workers)
