@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import socket
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ import requests
 
 from actors import jobs
 from actors.jobs.ticket import Ticket
+from actors.nodes import port as free_port
 from rlhf.recipe import load
 
 pytestmark = [pytest.mark.timeout(3300), pytest.mark.slow]
@@ -135,9 +135,7 @@ class running:  # noqa: N801 - a context
             "RAY_USAGE_STATS_ENABLED": "0",
             "WANDB_MODE": "offline",
         }
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
 
     def __enter__(self) -> str:
         found = subprocess.run(

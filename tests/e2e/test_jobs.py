@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import stat
 import time
 from collections.abc import Iterator
@@ -17,27 +16,17 @@ import requests
 from actors import jobs
 from actors.jobs.head import HEAD_FOLDER, find_head, start_head, stop_head
 from actors.jobs.ticket import Ticket, keep
+from actors.nodes import port as free_port
 from rlhf.recipe import ClusterTable, Recipe, load
+from tests.unit.toy_recipe import ONLY
 
 pytestmark = [pytest.mark.timeout(180), pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
-RECIPE = """
+RECIPE = f"""
 name = "refused"
-model = {path = "./no/such/model"}
-[[stages]]
-name = "only"
-kind = "sft"
-data = {rows = 1}
-steps = 1
-batch_size = 1
-"""
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+model.path = "./no/such/model"
+{ONLY}"""
 
 
 @pytest.fixture(scope="module")

@@ -46,11 +46,9 @@ def stand(bundles, places, where):
 def freed(seconds=60):
     """Return when Ray counts all nodes as free: each reports a removed group's bundles as freed on its own, and a
     group asked for in between is packed around what is no longer there."""
-    deadline = time.monotonic() + seconds
-    while (free := ray.available_resources()).get("CPU") != sum(cpus for cpus, _ in SHAPES) or (
-        free.get("GPU") != sum(gpus for _, gpus in SHAPES)
-    ):
-        assert time.monotonic() < deadline, free
+    deadline, whole = time.monotonic() + seconds, ray.cluster_resources()
+    while any(ray.available_resources().get(kind) != whole[kind] for kind in ("CPU", "GPU")):
+        assert time.monotonic() < deadline, ray.available_resources()
 
 simulated = Simulated(
     initialize_head=True,

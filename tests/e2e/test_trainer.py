@@ -13,7 +13,6 @@ import os
 import pickle
 import random
 import select
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +26,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from actors.nodes import port as free_port
 from rlhf import bridge, reward_model
 from rlhf.batching import make_batch
 from rlhf.bridge import BridgeForConditionalGeneration
@@ -112,9 +112,7 @@ class Ranks:
     """A trainer of `world_size` rank processes; calls reach all of them and return rank 0's result."""
 
     def __init__(self, world_size: int) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{free.getsockname()[1]}"
+        address = f"127.0.0.1:{free_port()}"
         self.processes = [
             subprocess.Popen(
                 [sys.executable, __file__, str(rank), str(world_size), address],
@@ -678,8 +676,8 @@ def test_a_reward_model_is_learned_alike_on_two_ranks_and_one_and_scores_as_it_d
     from actors.scorer import Scorer, ScorerSettings
 
     begun = request.getfixturevalue(model)
-    stage = RewardModel(kind="reward_model", name="r", data={"rows": 1.0}, steps=8, batch_size=3)
-    stage = stage.model_copy(update={"center": 0.01}) if scalar.headed else stage  # a likelihood is far from 0
+    center = 0.01 if scalar.headed else 0.0  # a likelihood is far from 0
+    stage = RewardModel(kind="reward_model", name="r", data={"rows": 1.0}, steps=8, batch_size=3, center=center)
     rates = {"*": 1e-2} | ({"lm_head.*": 3e-2} if scalar.headed else {})
     loss = Loss("reinforce", normalise="row", router_aux=0.01 if model == "sparse" else 0.0)
     more: dict[str, Any] = {"lora": lora, "whole": ("lm_head.*",) if lora and scalar.headed else ()}

@@ -7,19 +7,14 @@ from pathlib import Path
 import pytest
 
 from rlhf.recipe import Recipe, load
+from tests.unit.toy_recipe import ONLY
 
-RECIPE = """
+RECIPE = f"""
 name = "small"
-model = {path = "./no/such/model"}
+model.path = "./no/such/model"
 [cluster]
 grace_seconds = 60
-[[stages]]
-name = "only"
-kind = "sft"
-data = {rows = 1}
-steps = 1
-batch_size = 1
-"""
+{ONLY}"""
 
 
 @pytest.fixture

@@ -26,24 +26,19 @@ from actors.jobs.kuberay import KubeRay, name_of
 from actors.jobs.ticket import keep, names
 from rlhf.plan.feasibility import problems
 from rlhf.recipe import Recipe, load
+from tests.unit.toy_recipe import ONLY
 
 ROOT = Path(__file__).parents[2]
 SCHEMAS = Path(__file__).with_name("schemas")
 SITE = ROOT / "recipes" / "sites" / "kuberay.toml"
 KUBERNETES = "1.33"
-RECIPE = """
+RECIPE = f"""
 name = "Small_one"
-model = {path = "some/model"}
+model.path = "some/model"
 [data.rows]
 builder = "digits"
 table = "text"
-[[stages]]
-name = "only"
-kind = "sft"
-data = {rows = 1}
-steps = 1
-batch_size = 1
-"""
+{ONLY}"""
 REWARDED = """
 [[stages]]
 name = "practice"

@@ -18,6 +18,7 @@ from actors import jobs
 from actors.jobs import ray_cluster
 from actors.jobs.head import Head, find_head, start_head
 from actors.jobs.ticket import Ticket, keep, names
+from actors.nodes import port as free_port
 from rlhf.checkpoint import write_json
 from rlhf.recipe import ClusterTable, Recipe, load
 
@@ -161,12 +162,6 @@ def test_a_stop_where_the_private_head_has_ended_has_nothing_to_do(recipe: Recip
     assert jobs.stop(ticket.job, tmp_path).ended
     with pytest.raises(jobs.JobError, match=f"no Ray head of {tmp_path} is up; `rlhf resubmit {ticket.job}`"):
         list(jobs.logs(ticket.job, tmp_path))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextlib.contextmanager

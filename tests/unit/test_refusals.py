@@ -7,11 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.plan import (
-    Cluster,
-    Node,
-    PlanError,
-)
+from rlhf.plan import Cluster, Node, PlanError
 from tests.unit.toy_recipe import RANKED, TOY, plan
 
 REFUSALS = {

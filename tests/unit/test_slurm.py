@@ -22,20 +22,15 @@ from actors.jobs import slurm as backend
 from actors.jobs.slurm import Slurm
 from actors.jobs.ticket import names
 from rlhf.recipe import Recipe, load
+from tests.unit.toy_recipe import ONLY
 
 ROOT = Path(__file__).parents[2]
 SITE = ROOT / "recipes" / "sites" / "slurm.toml"
-RECIPE = """
+RECIPE = f"""
 name = "small"
-model = {path = "some/model"}
+model.path = "some/model"
 deadlines.start = 5
-[[stages]]
-name = "only"
-kind = "sft"
-data = {rows = 1}
-steps = 1
-batch_size = 1
-"""
+{ONLY}"""
 CLUSTER = {"to": "slurm", "nodes": [{"count": 2, "cpus": 4, "memory_gib": 8, "gpus": 1}], "grace_seconds": 10}
 # What stands in for the commands of a cluster. Each appends how it was called to $CALLS.
 FAKES = {

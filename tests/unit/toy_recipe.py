@@ -1,19 +1,21 @@
-"""A small recipe of every kind of stage, and a plan of it."""
+"""A stage that is all of a recipe; a small recipe of every kind of stage, and a plan of it."""
 
 from __future__ import annotations
 
 import tempfile
 from pathlib import Path
 
-from rlhf.plan import (
-    Cluster,
-    Node,
-    Plan,
-    Verdict,
-    make_plan,
-)
+from rlhf.plan import Cluster, Node, Plan, Verdict, make_plan
 from rlhf.recipe import load
 
+ONLY = """\
+[[stages]]
+name = "only"
+kind = "sft"
+data = {rows = 1}
+steps = 1
+batch_size = 1
+"""
 LAPTOP = Cluster((Node(cpus=2, memory_gib=24),))
 TOY = """
 name = "toy"
